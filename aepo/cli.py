@@ -1,0 +1,84 @@
+"""The `aepo` command: a table of names; a command's module is imported when the command is called."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+import tyro
+
+from aepo import __version__
+from aepo.console import err
+from aepo.errors import AEPOError
+
+COMMANDS = {
+    "quickstart": ("tune.quickstart:Quickstart", "collect two mazes, sweep 2 tasks x 2 seeds, print the table"),
+    "train": ("aepo.commands:Train", "train and evaluate one run, without Ray"),
+    "sweep": ("tune.commands:Sweep", "train tasks x seeds on Ray, track in MLflow, resume when repeated"),
+    "evaluate": ("aepo.commands:Evaluate", "roll out a trained policy again, with other settings if wanted"),
+    "report": ("analysis.report:Report", "turn a sweep's runs into tables and figures"),
+    "data": ("aepo.data.commands:DATA", "list, show and collect data sets"),
+    "doctor": ("cluster.doctor:Doctor", "say what this machine can run, and what is missing"),
+}
+"""name -> (module:object that tyro can parse and that has run() -> exit status, one line of help)."""
+
+EXIT_STATUS = """exit status:
+  0 success                 1 unexpected error   2 wrong flag or setting   3 data or runs missing or unusable
+  4 bad checkpoint or policy file                5 training failed         6 machine too small"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and leave with its exit status; the entry point of the console script."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Return the exit status of one command line; known errors are one line, `--debug` shows the traceback."""
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMMANDS)}"
+        err.print(f"[red]error:[/] no command {name!r}; {hint}", soft_wrap=True)
+        return 2
+    try:
+        module, _, attribute = COMMANDS[name][0].partition(":")
+        command = tyro.cli(
+            getattr(importlib.import_module(module), attribute), prog=f"aepo {name}", args=rest
+        )
+        return int(command.run())
+    except AEPOError as error:
+        if debug:
+            raise
+        err.print("[red]error:[/]", str(error), markup=True, soft_wrap=True)
+        return error.exit_status
+    except KeyboardInterrupt:
+        err.print("stopped; the same command continues where this one ended")
+        return 130
+    except BrokenPipeError:  # `aepo ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: aepo COMMAND [flags]        (aepo COMMAND --help for flags and an example)",
+            "",
+            *lines,
+            "",
+            "--debug anywhere shows the traceback of an error.",
+            "",
+            EXIT_STATUS,
+        ]
+    )

@@ -1,0 +1,50 @@
+"""How every command talks: results on standard output, everything else on standard error.
+
+With `--json` standard output holds one JSON document and nothing else.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+err = Console(stderr=True, highlight=False)
+"""Progress, hints and messages."""
+
+
+def emit_json(document: Any) -> None:
+    """Print one JSON document on standard output; NaN and infinity become null, as JSON has neither."""
+    print(json.dumps(_finite(document), indent=2, allow_nan=False), flush=True)
+
+
+def emit_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Print rows as a table on standard output, never cutting a cell; the columns are the first row's keys."""
+    columns = list(columns or (rows[0].keys() if rows else []))
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        numeric = bool(rows) and all(isinstance(row[column], int | float) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row[column]) for column in columns))
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(item) for item in value]
+    return value
