@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 import tyro
+from rich.markup import escape
 
 from aepo import __version__
 from aepo.console import err
 from aepo.errors import AEPOError
 
 COMMANDS = {
-    "quickstart": ("tune.quickstart:Quickstart", "collect two mazes, sweep 2 tasks x 2 seeds, print the table"),
+    "quickstart": (
+        "tune.quickstart:Quickstart",
+        "collect two mazes, sweep 2 tasks x 2 seeds, print the table",
+    ),
     "train": ("aepo.commands:Train", "train and evaluate one run, without Ray"),
     "sweep": ("tune.commands:Sweep", "train tasks x seeds on Ray, track in MLflow, resume when repeated"),
     "evaluate": ("aepo.commands:Evaluate", "roll out a trained policy again, with other settings if wanted"),
@@ -52,14 +56,23 @@ def run(argv: list[str]) -> int:
     try:
         module, _, attribute = COMMANDS[name][0].partition(":")
         command = tyro.cli(
-            getattr(importlib.import_module(module), attribute), prog=f"aepo {name}", args=rest
+            getattr(importlib.import_module(module), attribute),
+            prog=f"aepo {name}",
+            args=rest,
+            config=(tyro.conf.FlagCreatePairsOff,),
         )
         return int(command.run())
     except AEPOError as error:
         if debug:
             raise
-        err.print("[red]error:[/]", str(error), markup=True, soft_wrap=True)
+        err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         return error.exit_status
+    except Exception as error:
+        if debug:
+            raise
+        text = escape(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        err.print(f"[red]unexpected error:[/] {text} (--debug shows where)", soft_wrap=True)
+        return 1
     except KeyboardInterrupt:
         err.print("stopped; the same command continues where this one ended")
         return 130

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 err = Console(stderr=True, highlight=False)
@@ -28,8 +29,10 @@ def emit_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[
         numeric = bool(rows) and all(isinstance(row[column], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(row[column]) for column in columns))
-    Console(highlight=False, soft_wrap=True).print(table)
+        table.add_row(*(escape(_cell(row[column])) for column in columns))
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = console.width if console.is_terminal else 200
+    console.print(table)
 
 
 def _cell(value: Any) -> str:

@@ -45,16 +45,14 @@ class Task:
                 f"task {self.task}: reward_rule {self.reward_rule!r}, wanted one of {get_args(RewardRule)}"
             )
         if self.expansion not in get_args(Expansion):
-            raise ConfigError(
-                f"task {self.task}: expansion {self.expansion!r}, wanted one of {get_args(Expansion)}"
-            )
+            raise ConfigError(f"task {self.task}: expansion {self.expansion!r}, wanted one of {get_args(Expansion)}")
 
 
 @cache
 def table() -> dict[str, Task]:
     """Return all rows of tasks.csv by name."""
-    with files("aepo").joinpath("tasks.csv").open(newline="") as file:
-        rows = [_parse(row) for row in csv.DictReader(file)]
+    text = files("aepo").joinpath("tasks.csv").read_text()
+    rows = [_parse(row) for row in csv.DictReader(text.splitlines())]
     return {row.task: row for row in rows}
 
 

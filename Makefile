@@ -1,0 +1,27 @@
+# Two commands make everything: `make quickstart` and `make test`. Both install first, if need be.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: install quickstart test check clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: install  ## the main job: 2 tasks x 2 seeds, the results table
+	$(BIN)/aepo quickstart
+
+test: install check  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: install  ## style, types, who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## the environment and caches, not results
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

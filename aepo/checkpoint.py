@@ -1,0 +1,129 @@
+"""One state dataclass <-> one file: complete, atomic, checked, never unpickled.
+
+A file is MAGIC, the SHA-256 of the payload, the payload (torch's zip format, read with `weights_only=True`).
+`save` keeps the file before it; `load` falls back on that one if the newest is torn.
+"""
+
+import dataclasses
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aepo.console import err
+from aepo.errors import CheckpointError
+
+MAGIC = b"aepo-checkpoint-1\n"
+FILE = "state.ckpt"
+PREVIOUS = "state.previous.ckpt"
+
+
+def collect(state: Any) -> dict[str, Any]:
+    """Return every field of a state dataclass as plain values and tensors; a field of another kind raises.
+
+    Tensors are those of the live state: write them before it goes on.
+    """
+    return {field.name: _collect(getattr(state, field.name)) for field in dataclasses.fields(state)}
+
+
+def restore(state: Any, saved: dict[str, Any]) -> None:
+    """Set every field of a state dataclass from what `collect` returned.
+
+    Raises:
+        CheckpointError: if the fields, or the shapes in them, are those of another run.
+    """
+    names = {field.name for field in dataclasses.fields(state)}
+    if set(saved) != names:
+        raise CheckpointError(f"checkpoint holds {sorted(saved)}, wanted {sorted(names)}: of another version")
+    for name in names:
+        value, part = getattr(state, name), saved[name]
+        try:
+            if isinstance(value, nn.Module | torch.optim.Optimizer):
+                value.load_state_dict(part)
+            elif isinstance(value, torch.Generator):
+                value.set_state(part)
+            elif dataclasses.is_dataclass(value):
+                restore(value, part)
+            elif isinstance(value, Tensor):
+                value.copy_(part)
+            else:
+                setattr(state, name, type(value)(part))
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"checkpoint does not fit this run at {name!r}: {reason}") from error
+
+
+def _collect(value: Any) -> Any:
+    if isinstance(value, nn.Module | torch.optim.Optimizer):
+        return value.state_dict()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return collect(value)
+    if isinstance(value, Tensor | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+
+def save(folder: Path, content: dict[str, Any]) -> None:
+    """Write `content` as the folder's newest checkpoint; at no moment is there none."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    payload = buffer.getbuffer()
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / FILE).exists():
+        (folder / FILE).replace(folder / PREVIOUS)
+    write_atomically(folder / FILE, MAGIC + hashlib.sha256(payload).digest() + payload)
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """Return the newest whole checkpoint of a folder, on the CPU; None if there has been none.
+
+    Raises:
+        CheckpointError: if there are files but none is whole.
+    """
+    problems = []
+    for path in (folder / FILE, folder / PREVIOUS):
+        try:
+            content = _read(path)
+        except FileNotFoundError:
+            continue
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            err.print(f"[yellow]warning:[/] {problem}; going on from the one before it")
+        return content
+    if problems:
+        raise CheckpointError(f"{'; '.join(problems)}; delete {folder} to start this run anew")
+    return None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that after a crash is either whole or as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    start = len(MAGIC) + hashlib.sha256().digest_size
+    if not data.startswith(MAGIC):
+        raise CheckpointError(f"{path} is not a checkpoint of this version of aepo")
+    if hashlib.sha256(data[start:]).digest() != data[len(MAGIC) : start]:
+        raise CheckpointError(f"{path} is torn or changed ({len(data):,} bytes)")
+    content = torch.load(io.BytesIO(data[start:]), map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, wanted a dict")
+    return content

@@ -1,0 +1,221 @@
+"""`aepo train` and `aepo evaluate`: one run, one policy, without Ray."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from aepo.console import emit_json, emit_table, err
+from aepo.errors import CheckpointError, ConfigError
+
+RESULT_KEYS = [
+    "task",
+    "dataset",
+    "seed",
+    "fingerprint",
+    "status",
+    "score",
+    "return_mean",
+    "num_episodes",
+    "steps",
+    "seconds",
+    "folder",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train the three stages of one run, evaluate the policy, and print its score.
+
+    The same command again continues where it was stopped, or prints the result if it has ended.
+
+    For example:
+      aepo train --task maze2d-umaze --seed 0
+      aepo train --dataset mujoco/hopper/medium-v0 --preset smoke --json
+    """
+
+    task: str = ""
+    """Name of a task (`aepo data list` shows them)."""
+    dataset: str = ""
+    """Instead of a task: id of any local Minari data set with a Box action space."""
+    seed: int = 0
+    """Seeds weights, batches, noise and evaluation."""
+    preset: str = "quick"
+    """paper (days on a CPU), quick (minutes) or smoke (seconds; scores mean nothing)."""
+    set: tuple[str, ...] = ()
+    """Settings that differ from the preset, as in: critic.expectile=0.9 sampling.beta=1."""
+    out: Path = Path("runs")
+    """Folder in which the run's own folder is made."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    threads: int = 1
+    """CPU cores to use; results are the same bit for bit only for the same number."""
+    checkpoint_s: float = 60.0
+    """Seconds between two checkpoints."""
+    json: bool = False
+    """Print one JSON document on standard output and nothing else."""
+
+    def run(self) -> int:
+        """Train and print; return the exit status."""
+        if bool(self.task) == bool(self.dataset):
+            raise ConfigError("train wants either --task NAME or --dataset ID; `aepo data list` shows both")
+        if self.threads < 1:
+            raise ConfigError(f"--threads must be at least 1, got {self.threads}")
+        from aepo import config as configs
+        from aepo import run, tasks
+
+        task = tasks.find(self.task) if self.task else tasks.for_dataset(self.dataset)
+        config = configs.with_overrides(configs.preset(self.preset, task, self.seed), configs.parse_overrides(self.set))
+        run.set_threads(self.threads)
+        folder = self.out / config.name
+        with StageBars(config) as bars:
+            try:
+                result = run.execute(
+                    config,
+                    folder,
+                    run.FolderStore(folder),
+                    device=run.select_device(self.device),
+                    checkpoint_s=self.checkpoint_s,
+                    on_progress=bars.update,
+                )
+            except Exception:
+                failed = run.read_result(folder) if folder.is_dir() else None
+                if self.json and failed is not None:
+                    emit_json({key: failed[key] for key in (*RESULT_KEYS, "error")})
+                raise
+        if self.json:
+            emit_json(result)
+        else:
+            emit_table(
+                f"{config.task}, seed {config.seed} ({config.data.source} data {config.data.dataset})",
+                [{key: row[key] for key in EVALUATION_COLUMNS} for row in result["evaluations"]],
+            )
+            err.print(f"run, policy and result: {folder}", soft_wrap=True)
+        return 0
+
+
+EVALUATION_COLUMNS = ["method", "beta", "guidance_scale", "score", "return_mean", "return_std", "num_episodes"]
+
+
+class StageBars:
+    """Three progress bars with step rate and time left, on standard error."""
+
+    def __init__(self, config: Any):
+        """One bar per stage; on no terminal, one line per tenth of a stage."""
+        self._progress = Progress(
+            TextColumn("{task.description:<9}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[rate]}  loss {task.fields[loss]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=err,
+            disable=not err.is_terminal,
+        )
+        self._bars = {
+            stage: self._progress.add_task(stage, total=getattr(config, stage).steps, start=False, rate="", loss="-")
+            for stage in ("behavior", "critic", "energy")
+        }
+        self._current = ""
+        self._first = (0.0, 0)
+        self._loss = "-"
+
+    def __enter__(self) -> "StageBars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, progress: Any) -> None:
+        """Show a Progress of the pipeline."""
+        now = time.monotonic()
+        if progress.stage != self._current:
+            self._current, self._first = progress.stage, (now, progress.step)
+            self._progress.start_task(self._bars[progress.stage])
+        seconds, steps = now - self._first[0], progress.step - self._first[1]
+        rate = f"{steps / seconds:,.0f} steps/s" if seconds > 0.5 else ""
+        if progress.metrics:
+            self._loss = f"{progress.metrics[f'{progress.stage}/loss']:.4g}"
+        self._progress.update(self._bars[progress.stage], completed=progress.step, rate=rate, loss=self._loss)
+        if not err.is_terminal and progress.step % max(1, progress.num_steps // 10) == 0:
+            err.print(f"{progress.stage} {progress.step:,}/{progress.num_steps:,}  {rate}  loss {self._loss}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Roll out a trained policy in the evaluation environment of its data set.
+
+    beta, guidance scale and solver steps need no training: give others to see what they do.
+
+    For example:
+      aepo evaluate runs/maze2d-umaze-s0-0123456789ab --beta 1 3 --guidance-scale 0 1 3
+    """
+
+    policy: Annotated[Path, tyro.conf.Positional]
+    """A policy.safetensors, or the folder of its run."""
+    beta: tuple[float, ...] = ()
+    """Inverse temperatures; none given = the run's."""
+    guidance_scale: tuple[float, ...] = ()
+    """Guidance scales; none given = the run's; 0 = diffusion behaviour cloning."""
+    num_candidates: int = 0
+    """Actions drawn per state, the one with the largest Q taken; 0 = the run's number."""
+    num_episodes: int = 50
+    """Episodes per setting."""
+    seed: int = 12345
+    """Seed of the episodes; by default apart from those of training."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    threads: int = 1
+    """CPU cores to use."""
+    json: bool = False
+    """Print one JSON document on standard output and nothing else."""
+
+    def run(self) -> int:
+        """Evaluate every combination and print; return the exit status."""
+        if self.num_episodes < 1 or self.threads < 1:
+            raise ConfigError(f"--num-episodes and --threads must be at least 1, got {self}")
+        from aepo import run
+        from aepo.evaluate import Evaluator
+        from aepo.policy import Policy
+
+        run.set_threads(self.threads)
+        path = self.policy / run.POLICY if self.policy.is_dir() else self.policy
+        if not path.exists():
+            raise CheckpointError(f"no policy at {path}; `aepo train` writes one into the folder it prints")
+        policy = Policy.load(path, run.select_device(self.device))
+        config = policy.config
+        evaluator = Evaluator(
+            config.data.dataset,
+            observation_keys=config.data.observation_keys,
+            horizon=config.evaluation.horizon,
+        )
+        rows = []
+        grid = [
+            (beta, scale)
+            for beta in self.beta or (config.sampling.beta,)
+            for scale in self.guidance_scale or (config.sampling.guidance_scale,)
+        ]
+        for i, (beta, scale) in enumerate(grid):
+            sampling = dataclasses.replace(
+                config.sampling,
+                beta=beta,
+                guidance_scale=scale,
+                num_candidates=self.num_candidates or config.sampling.num_candidates,
+            )
+            if len(grid) > 1:
+                err.print(f"{i + 1} of {len(grid)}: beta {beta:g}, guidance scale {scale:g}")
+            row = run.evaluate(
+                policy.with_sampling(sampling), evaluator, num_episodes=self.num_episodes, seed=self.seed
+            )
+            rows.append({"task": config.task, "seed": config.seed, "fingerprint": config.fingerprint, **row})
+        evaluator.close()
+        if self.json:
+            emit_json(rows)
+        else:
+            emit_table(
+                f"{config.task}, seed {config.seed}, {self.num_episodes} episodes each",
+                [{key: row[key] for key in EVALUATION_COLUMNS} for row in rows],
+            )
+        return 0

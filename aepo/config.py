@@ -1,0 +1,332 @@
+"""What a run is made of: frozen dataclasses, one per stage, checked when made; presets; the fingerprint.
+
+Equal configs are the same run and resume; configs that differ in any field never share a folder.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from aepo.errors import ConfigError
+from aepo.tasks import Expansion, RewardRule, Task
+
+
+def _check(config: object, **ranges: str) -> None:
+    """Raise a ConfigError for the first field outside its interval, written as in '(0, 1]'."""
+    for name, interval in ranges.items():
+        value = getattr(config, name)
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below) or not math.isfinite(value):
+            raise ConfigError(f"{type(config).__name__}: {name} must be in {interval}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which data, and the rules by which they become transitions (from the task's row)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    dataset: str
+    """Minari id."""
+    source: str
+    """`collected` or `user`; stands in every result row."""
+    observation_keys: tuple[str, ...] = ()
+    """Entries of a Dict observation, in this order; () = a Box, or all entries sorted."""
+    reward_rule: RewardRule = "return_range"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BehaviorConfig:
+    """Stage 1, the diffusion behaviour policy [M5]."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    steps: int
+    """Gradient steps."""
+    batch_size: int
+    hidden_size: int
+    num_layers: int
+    learning_rate: float = 3e-4
+    """Adam, decayed to 0 by a cosine over `steps`."""
+    ema_decay: float = 0.995
+    """Per step, of the weights that sample."""
+
+    def __post_init__(self) -> None:
+        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
+        _check(self, learning_rate="(0, 1]", ema_decay="[0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CriticConfig:
+    """Stage 2, twin Q and V by expectile regression [M6, M7] (IQL, arXiv 2110.06169)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    steps: int
+    """Gradient steps."""
+    batch_size: int
+    hidden_size: int
+    num_layers: int
+    learning_rate: float = 3e-4
+    """Adam, decayed to 0 by a cosine over `steps`."""
+    expectile: float = 0.7
+    """tau of [M6], in (0, 1); 0.5 is the mean, 1 the maximum over the data's actions."""
+    discount: float = 0.99
+    """gamma of [M7], per environment step."""
+    target_rate: float = 0.005
+    """Soft update of the target critics, per step."""
+
+    def __post_init__(self) -> None:
+        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
+        _check(self, learning_rate="(0, 1]", expectile="(0, 1)", discount="[0, 1)", target_rate="(0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyConfig:
+    """Stage 3, the intermediate energy [M11, M12]."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    steps: int
+    """Gradient steps."""
+    batch_size: int
+    hidden_size: int
+    num_layers: int
+    learning_rate: float = 3e-4
+    """Adam, decayed to 0 by a cosine over `steps`."""
+    ema_decay: float = 0.995
+    """Per step, of the weights that guide."""
+    expansion: Expansion = "posterior_mean"
+    """The point c of [M11] at which Q is expanded."""
+
+    def __post_init__(self) -> None:
+        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
+        _check(self, learning_rate="(0, 1]", ema_decay="[0, 1)")
+        if self.expansion not in get_args(Expansion):
+            raise ConfigError(f"EnergyConfig: expansion must be one of {get_args(Expansion)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How the trained networks become actions [M4, M13]; nothing here needs training."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    beta: float = 3.0
+    """Inverse temperature of exp(beta Q) [M1], Q in units of the standard deviation of Q - V on the data."""
+    guidance_scale: float = 3.0
+    """w of [M4]; 0 = diffusion behaviour cloning."""
+    num_steps: int = 15
+    """Solver steps per action."""
+    num_candidates: int = 1
+    """Actions drawn per state; of several the one with the largest Q is taken."""
+
+    def __post_init__(self) -> None:
+        _check(self, beta="(0, inf)", guidance_scale="[0, inf)")
+        _check(self, num_steps="[1, 1000]", num_candidates="[1, 1000]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Roll-outs in the data set's evaluation environment."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    num_episodes: int
+    """Episodes of the final evaluation, once guided and once at guidance scale 0."""
+    num_curve_points: int = 0
+    """Evaluations during stage 3, equally spaced, the last step left to the final one."""
+    num_curve_episodes: int = 10
+    """Episodes of each of these."""
+    horizon: int = 0
+    """Steps of an episode; 0 = the environment's own limit."""
+
+    def __post_init__(self) -> None:
+        _check(self, num_episodes="[1, inf)", num_curve_points="[0, inf)", num_curve_episodes="[1, inf)")
+        _check(self, horizon="[0, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run: one task, one seed, three stages, one policy."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    task: str
+    suite: str
+    seed: int
+    """Seeds weights, batches, noise and evaluation."""
+    preset: str
+    """The preset from which the other fields came; a name, without effect."""
+    data: DataConfig
+    behavior: BehaviorConfig
+    critic: CriticConfig
+    energy: EnergyConfig
+    sampling: SamplingConfig
+    evaluation: EvaluationConfig
+
+    def __post_init__(self) -> None:
+        _check(self, seed="[0, 2147483647]")
+        if self.sampling.guidance_scale == 0:
+            raise ConfigError("sampling.guidance_scale must be > 0: every run is evaluated at 0 (diffusion-bc) as well")
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits of the whole config."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """`{task}-s{seed}-{fingerprint}`, safe as the name of a folder."""
+        task = re.sub(r"[^A-Za-z0-9_-]+", "-", self.task).strip("-")
+        return f"{task}-s{self.seed}-{self.fingerprint}"
+
+    @property
+    def num_steps(self) -> int:
+        """Gradient steps of all stages."""
+        return self.behavior.steps + self.critic.steps + self.energy.steps
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Return the config that `dataclasses.asdict` (or JSON) wrote; numbers may be strings, as flags are.
+
+    Raises:
+        ConfigError: for an unknown, missing or mistyped key, or a value out of range.
+    """
+    try:
+        return TypeAdapter(RunConfig).validate_python(dict(values))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        ]
+        raise ConfigError("; ".join(problems)) from None
+
+
+def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """Return a config with dotted keys replaced, as in {"critic.expectile": 0.9}.
+
+    Raises:
+        ConfigError: for an unknown key (names the nearest) or a bad value.
+    """
+    values = dataclasses.asdict(config)
+    known = _dotted(values)
+    for key, value in overrides.items():
+        if key not in known or key in ("task", "suite", "seed", "preset"):
+            near = get_close_matches(key, known, n=3) or sorted(known)
+            raise ConfigError(f"unknown setting {key!r}; did you mean {' or '.join(near)}?")
+        group, _, field = key.partition(".")
+        values[group][field] = value
+    return from_dict(values)
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, str]:
+    """Return {"critic.expectile": "0.9"} from words such as `critic.expectile=0.9`."""
+    pairs = [word.partition("=") for word in words]
+    if bad := [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]:
+        raise ConfigError(f"--set wants KEY=VALUE, as in critic.expectile=0.9; got {bad[0]!r}")
+    return {key: value for key, _, value in pairs}
+
+
+def _dotted(values: Mapping[str, Any]) -> list[str]:
+    return [f"{group}.{field}" for group, fields in values.items() if isinstance(fields, Mapping) for field in fields]
+
+
+def paper(task: Task, seed: int) -> RunConfig:
+    """The published budgets of the closest method (QGPO, IQL): a GPU and hours."""
+    net = {"hidden_size": 512, "num_layers": 4}
+    return _config(
+        task,
+        seed,
+        "paper",
+        behavior=BehaviorConfig(steps=600_000, batch_size=4096, learning_rate=1e-4, ema_decay=0.999, **net),
+        critic=(1_000_000, 256, {"hidden_size": 256, "num_layers": 3}),
+        energy=EnergyConfig(steps=500_000, batch_size=1024, ema_decay=0.999, expansion=task.expansion, **net),
+        evaluation=EvaluationConfig(num_episodes=100, num_curve_points=9, num_curve_episodes=20, horizon=task.horizon),
+    )
+
+
+def quick(task: Task, seed: int) -> RunConfig:
+    """Minutes on one core: enough to see the method work on small tasks."""
+    net = {"hidden_size": 256, "num_layers": 3}
+    return _config(
+        task,
+        seed,
+        "quick",
+        behavior=BehaviorConfig(steps=10_000, batch_size=256, learning_rate=1e-3, **net),
+        critic=(20_000, 256, net),
+        energy=EnergyConfig(steps=10_000, batch_size=256, learning_rate=1e-3, expansion=task.expansion, **net),
+        evaluation=EvaluationConfig(num_episodes=50, num_curve_points=3, num_curve_episodes=10, horizon=task.horizon),
+    )
+
+
+def smoke(task: Task, seed: int) -> RunConfig:
+    """Seconds: shows that a data set loads, trains and evaluates; its scores mean nothing."""
+    net = {"hidden_size": 64, "num_layers": 2}
+    return _config(
+        task,
+        seed,
+        "smoke",
+        behavior=BehaviorConfig(steps=300, batch_size=128, learning_rate=1e-3, **net),
+        critic=(300, 128, net),
+        energy=EnergyConfig(steps=300, batch_size=128, learning_rate=1e-3, expansion=task.expansion, **net),
+        evaluation=EvaluationConfig(num_episodes=2, horizon=task.horizon),
+        num_sampling_steps=5,
+    )
+
+
+PRESETS = {"paper": paper, "quick": quick, "smoke": smoke}
+
+
+def preset(name: str, task: Task, seed: int) -> RunConfig:
+    """Return the named preset for a task and a seed.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name](task, seed)
+
+
+def _config(
+    task: Task,
+    seed: int,
+    name: str,
+    *,
+    behavior: BehaviorConfig,
+    critic: tuple[int, int, dict[str, int]],
+    energy: EnergyConfig,
+    evaluation: EvaluationConfig,
+    num_sampling_steps: int = 15,
+) -> RunConfig:
+    steps, batch_size, net = critic
+    return RunConfig(
+        task=task.task,
+        suite=task.suite,
+        seed=seed,
+        preset=name,
+        data=DataConfig(
+            dataset=task.dataset,
+            source=task.source,
+            observation_keys=task.observation_keys,
+            reward_rule=task.reward_rule,
+        ),
+        behavior=behavior,
+        critic=CriticConfig(
+            steps=steps, batch_size=batch_size, expectile=task.expectile, discount=task.discount, **net
+        ),
+        energy=energy,
+        sampling=SamplingConfig(beta=task.beta, guidance_scale=task.guidance_scale, num_steps=num_sampling_steps),
+        evaluation=evaluation,
+    )

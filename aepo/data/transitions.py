@@ -1,0 +1,299 @@
+"""From a Minari data set to one read-only tensor of transitions.
+
+N transitions, S state dim, A action dim. A row is [state S | action A | reward | terminal | next state S], so
+that a batch is one gather. Rows are stored as recorded; normalisation is one affine map applied to a batch, so
+the decoded rows are one memory-mapped file that all trials of a machine share.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aepo.console import err
+from aepo.errors import DataError, ResourceError
+
+CACHE_FORMAT = 1
+
+
+class Batch(NamedTuple):
+    """B transitions, normalised: states standardised, actions in [-1, 1], rewards by the task's rule."""
+
+    states_BS: Tensor
+    actions_BA: Tensor
+    rewards_B: Tensor
+    terminals_B: Tensor
+    next_states_BS: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spaces:
+    """What a policy must know of its environment; stored with it."""
+
+    state_mean_S: Tensor
+    state_scale_S: Tensor
+    """1 / standard deviation."""
+    action_low_A: Tensor
+    action_high_A: Tensor
+
+    def normalise_states(self, states_BS: Tensor) -> Tensor:
+        """Return states with mean 0 and variance 1 over the data."""
+        return (states_BS - self.state_mean_S) * self.state_scale_S
+
+    def denormalise_actions(self, actions_BA: Tensor) -> Tensor:
+        """Return actions in the environment's units from actions in [-1, 1]."""
+        return self.action_low_A + (actions_BA + 1.0) * 0.5 * (self.action_high_A - self.action_low_A)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transitions:
+    """All transitions of a data set and the affine map that normalises them."""
+
+    rows_ND: Tensor
+    shift_D: Tensor
+    scale_D: Tensor
+    spaces: Spaces
+    digest: str
+    """SHA-256 over the decoded rows, first 16 hex digits."""
+    num_episodes: int
+
+    @property
+    def state_dim(self) -> int:
+        """S."""
+        return len(self.spaces.state_mean_S)
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        return len(self.spaces.action_low_A)
+
+    def __len__(self) -> int:
+        return len(self.rows_ND)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Return transitions drawn uniformly with replacement."""
+        index_B = torch.randint(len(self), (batch_size,), generator=generator, device=generator.device)
+        return self.batch(self.rows_ND.index_select(0, index_B))
+
+    def batch(self, rows_BD: Tensor) -> Batch:
+        """Return raw rows normalised and cut into their parts."""
+        s, a = self.state_dim, self.action_dim
+        rows_BD = (rows_BD - self.shift_D) * self.scale_D
+        states, actions, rewards, terminals, next_states = torch.split(rows_BD, [s, a, 1, 1, s], dim=1)
+        return Batch(states, actions.clamp(-1.0, 1.0), rewards[:, 0], terminals[:, 0], next_states)
+
+    def to(self, device: torch.device) -> "Transitions":
+        """Return the same transitions on a device."""
+        spaces = Spaces(
+            **{field.name: getattr(self.spaces, field.name).to(device) for field in dataclasses.fields(Spaces)}
+        )
+        moved = {name: getattr(self, name).to(device) for name in ("rows_ND", "shift_D", "scale_D")}
+        return dataclasses.replace(self, spaces=spaces, **moved)
+
+
+def flatten(observation: Any, keys: tuple[str, ...] = ()) -> NDArray[np.float32]:
+    """Return one vector per time step, [T, S], from arrays [T, ...] or a (nested) dict of them.
+
+    Args:
+        observation: what Minari stores for an episode, or an environment's observation with a leading axis.
+        keys: entries to take, in this order; () takes all, sorted by name.
+    """
+    return np.concatenate(_leaves(observation, keys), axis=-1).astype(np.float32, copy=False)
+
+
+def _leaves(value: Any, keys: tuple[str, ...] = ()) -> list[NDArray[Any]]:
+    if isinstance(value, Mapping):
+        if missing := [key for key in keys if key not in value]:
+            raise DataError(f"observations have no entry {missing[0]!r}; they have {sorted(value)}")
+        return [leaf for key in (keys or sorted(value)) for leaf in _leaves(value[key])]
+    array = np.asarray(value)
+    return [array.reshape(len(array), -1)]
+
+
+def load_transitions(
+    dataset_id: str, *, observation_keys: tuple[str, ...] = (), reward_rule: str = "return_range"
+) -> Transitions:
+    """Return a Minari data set as transitions on the CPU, decoded once and then read from a cache.
+
+    Raises:
+        DataError: if the data set is not there, its actions are not a bounded Box, it has no transition,
+            or it holds a value that is not finite.
+        ResourceError: if it does not fit into memory.
+    """
+    dataset = open_dataset(dataset_id)
+    low_A, high_A = _action_bounds(dataset)
+    path = Path(dataset.storage.data_path)
+    stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.iterdir())]
+    key = hashlib.sha256(json.dumps([CACHE_FORMAT, str(path), stamp, observation_keys]).encode()).hexdigest()
+    cache = cache_folder() / f"{key[:24]}.safetensors"
+    if not (found := _read_cache(cache)):
+        rows_ND, facts = _decode(dataset, observation_keys, len(low_A))
+        _write_cache(cache, rows_ND, facts)
+        found = _read_cache(cache) or (rows_ND, facts)
+    rows_ND, facts = found
+    state_dim, action_dim = (rows_ND.shape[1] - len(low_A) - 2) // 2, len(low_A)
+    state_mean_S = torch.tensor(json.loads(facts["state_mean"]))
+    state_scale_S = 1.0 / torch.tensor(json.loads(facts["state_std"])).clamp(min=1e-3)
+    reward_shift, reward_scale = _reward_map(reward_rule, float(facts["return_min"]), float(facts["return_max"]))
+    shift_D = torch.cat([state_mean_S, (low_A + high_A) / 2, torch.tensor([reward_shift, 0.0]), state_mean_S])
+    scale_D = torch.cat([state_scale_S, 2.0 / (high_A - low_A), torch.tensor([reward_scale, 1.0]), state_scale_S])
+    assert len(shift_D) == rows_ND.shape[1] == 2 * state_dim + action_dim + 2
+    return Transitions(
+        rows_ND=rows_ND,
+        shift_D=shift_D,
+        scale_D=scale_D,
+        spaces=Spaces(
+            state_mean_S=state_mean_S,
+            state_scale_S=state_scale_S,
+            action_low_A=low_A,
+            action_high_A=high_A,
+        ),
+        digest=facts["digest"],
+        num_episodes=int(facts["num_episodes"]),
+    )
+
+
+def open_dataset(dataset_id: str) -> Any:
+    """Return the local `minari.MinariDataset`, its data not yet read.
+
+    Raises:
+        DataError: if it is not in the local library; says how to get it.
+    """
+    import minari
+    from minari.storage.local import get_dataset_path
+
+    from aepo.tasks import table
+
+    folder = get_dataset_path("")
+    try:
+        return minari.load_dataset(dataset_id)
+    except (FileNotFoundError, ValueError, KeyError, OSError) as error:
+        task = next((row for row in table().values() if row.dataset == dataset_id), None)
+        if task and task.source == "collected":
+            remedy = f"make it: aepo data collect {task.task}"
+        else:
+            remedy = f"`minari download {dataset_id}`, or put it there, or set MINARI_DATASETS_PATH to its library"
+        raise DataError(f"data set {dataset_id!r} cannot be read in {folder} ({_one_line(error)}); {remedy}") from error
+
+
+def cache_folder() -> Path:
+    """Return where decoded data sets lie: $AEPO_CACHE, else aepo/ in the user's cache folder."""
+    if folder := os.environ.get("AEPO_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aepo"
+
+
+def _action_bounds(dataset: Any) -> tuple[Tensor, Tensor]:
+    space = dataset.action_space
+    if type(space).__name__ != "Box" or len(space.shape) != 1:
+        raise DataError(f"{dataset.id}: actions must be a Box of one axis, got {space}")
+    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all() and (space.low < space.high).all()):
+        raise DataError(f"{dataset.id}: actions must have finite bounds, got {space}")
+    return torch.tensor(space.low, dtype=torch.float32), torch.tensor(space.high, dtype=torch.float32)
+
+
+def _reward_map(rule: str, return_min: float, return_max: float) -> tuple[float, float]:
+    """Return (shift, scale) of r -> (r - shift) * scale."""
+    if rule == "return_range":
+        spread = return_max - return_min
+        return 0.0, 1000.0 / spread if spread > 0 else 1.0
+    return {"raw": (0.0, 1.0), "minus_one": (1.0, 1.0)}[rule]
+
+
+def _decode(dataset: Any, keys: tuple[str, ...], action_dim: int) -> tuple[Tensor, dict[str, str]]:
+    num_steps = int(dataset.total_steps)
+    if num_steps < 1:
+        raise DataError(f"{dataset.id} holds no transition")
+    rows: NDArray[np.float32] | None = None
+    end, returns = 0, []
+    episodes = track(
+        dataset.iterate_episodes(),
+        total=int(dataset.total_episodes),
+        description=f"decoding {dataset.id}",
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+    for episode in episodes:
+        states = flatten(episode.observations, keys)
+        actions = flatten(episode.actions)
+        steps = len(episode.rewards)
+        if len(states) != steps + 1 or actions.shape != (steps, action_dim):
+            raise DataError(
+                f"{dataset.id} episode {episode.id}: {len(states)} observations and actions "
+                f"{actions.shape} for {steps} rewards; wanted {steps + 1} and {(steps, action_dim)}"
+            )
+        if rows is None:
+            width = 2 * states.shape[1] + action_dim + 2
+            _check_memory(dataset.id, num_steps * width * 4)
+            rows = np.empty((num_steps, width), dtype=np.float32)
+        if end + steps > num_steps:
+            raise DataError(f"{dataset.id} holds more than the {num_steps} steps that its metadata state")
+        parts = [
+            states[:-1],
+            actions,
+            np.asarray(episode.rewards, dtype=np.float32)[:, None],
+            np.asarray(episode.terminations, dtype=np.float32)[:, None],
+            states[1:],
+        ]
+        np.concatenate(parts, axis=1, out=rows[end : end + steps])
+        if not np.isfinite(rows[end : end + steps]).all():
+            raise DataError(f"{dataset.id} episode {episode.id} holds a value that is not finite")
+        returns.append(float(np.sum(episode.rewards)))
+        end += steps
+    if rows is None or end != num_steps:
+        raise DataError(f"{dataset.id} holds {end} steps, its metadata state {num_steps}")
+    states_NS = rows[:, : (rows.shape[1] - action_dim - 2) // 2]
+    facts = {
+        "digest": hashlib.sha256(rows.tobytes()).hexdigest()[:16],
+        "num_episodes": str(len(returns)),
+        "return_min": repr(min(returns)),
+        "return_max": repr(max(returns)),
+        "state_mean": json.dumps(states_NS.mean(axis=0, dtype=np.float64).tolist()),
+        "state_std": json.dumps(states_NS.std(axis=0, dtype=np.float64).tolist()),
+    }
+    return torch.from_numpy(rows), facts
+
+
+def _check_memory(dataset_id: str, num_bytes: int) -> None:
+    free = psutil.virtual_memory().available
+    if 2 * num_bytes > free:
+        raise ResourceError(
+            f"{dataset_id} needs {2 * num_bytes / 2**30:.1f} GiB of memory to decode, {free / 2**30:.1f} GiB are "
+            "free; end other programs or take a larger machine"
+        )
+
+
+def _read_cache(path: Path) -> tuple[Tensor, dict[str, str]] | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("rows"), file.metadata()
+    except (FileNotFoundError, SafetensorError, OSError):
+        return None
+
+
+def _write_cache(path: Path, rows_ND: Tensor, facts: dict[str, str]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"rows": rows_ND}, temporary, metadata=facts)
+        temporary.replace(path)
+    except OSError as error:  # a full or read-only disk costs time, not the run
+        temporary.unlink(missing_ok=True)
+        err.print(f"[yellow]warning:[/] no cache of decoded data in {path.parent}: {_one_line(error)}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

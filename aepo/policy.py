@@ -1,0 +1,165 @@
+"""The trained artefact: observations in, actions out; what evaluation and users hold.
+
+One safetensors file: the tensors, and in its metadata the run's config and a digest. Loading runs no code.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from aepo import config as configs
+from aepo.checkpoint import write_atomically
+from aepo.config import RunConfig, SamplingConfig
+from aepo.data.transitions import Spaces
+from aepo.diffusion import sampler
+from aepo.errors import CheckpointError, ConfigError
+from aepo.networks import TimeNet, TwinQ
+from aepo.pipeline import PipelineState
+from aepo.stages.energy import combine
+
+FORMAT = "aepo-policy-1"
+
+
+class Policy(nn.Module):
+    """pi*(a|s) ∝ mu(a|s) exp(beta Q(s, a)) as a sampler of actions [M1, M4].
+
+    `config` is the run that trained it; `with_sampling` gives the same networks another beta, guidance scale,
+    number of solver steps or of candidates, none of which need training.
+    """
+
+    def __init__(self, config: RunConfig, spaces: Spaces, sampling: SamplingConfig | None = None):
+        """Make a policy with untrained networks; see `from_state`, `load` and `with_sampling`."""
+        super().__init__()
+        self.config = config
+        self.sampling = sampling or config.sampling
+        for name, tensor in _fields(spaces).items():
+            self.register_buffer(name, tensor)
+        state_dim, action_dim = len(spaces.state_mean_S), len(spaces.action_low_A)
+        for name, out_dim, part in (("noise", action_dim, config.behavior), ("energy", 2, config.energy)):
+            net = TimeNet(state_dim, action_dim, out_dim, hidden_size=part.hidden_size, num_layers=part.num_layers)
+            self.add_module(name, net)
+        size = {"hidden_size": config.critic.hidden_size, "num_layers": config.critic.num_layers}
+        self.q = TwinQ(state_dim, action_dim, **size)
+        self.requires_grad_(False)
+        self._grid: tuple[int, sampler.Grid] | None = None
+
+    noise: TimeNet
+    energy: TimeNet
+
+    @classmethod
+    def from_state(cls, config: RunConfig, state: PipelineState, spaces: Spaces) -> "Policy":
+        """Return the policy of a run as it stands; it has weights of its own."""
+        policy = cls(config, spaces)
+        policy.noise.load_state_dict(state.behavior.ema.net.state_dict())
+        policy.energy.load_state_dict(state.energy.ema.net.state_dict())
+        policy.q.load_state_dict(state.critic.q.state_dict())
+        return policy.to(spaces.state_mean_S.device)
+
+    def with_sampling(self, sampling: SamplingConfig) -> "Policy":
+        """Return this policy, the networks shared, sampling in another way."""
+        twin = Policy(self.config, self.spaces, sampling)
+        twin.noise, twin.energy, twin.q = self.noise, self.energy, self.q
+        return twin
+
+    @property
+    def spaces(self) -> Spaces:
+        """The normalisation of states and the bounds of actions."""
+        return Spaces(**{field.name: self.get_buffer(field.name) for field in dataclasses.fields(Spaces)})
+
+    def act(self, observations_NS: NDArray[Any] | Tensor, generator: torch.Generator) -> NDArray[np.float32]:
+        """Return one action per observation, [N, A], in the environment's units and within its bounds.
+
+        Args:
+            observations_NS: raw observations, Dict observations joined as the config says.
+            generator: source of the draws, on the policy's device.
+        """
+        spaces = self.spaces
+        device = spaces.state_mean_S.device
+        states_NS = spaces.normalise_states(torch.as_tensor(observations_NS, dtype=torch.float32, device=device))
+        return spaces.denormalise_actions(self.sample(states_NS, generator)).cpu().numpy()
+
+    def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:
+        """Return one action in [-1, 1]^A per normalised state, [B, A]."""
+        num_candidates = self.sampling.num_candidates
+        repeated = states_BS.repeat_interleave(num_candidates, dim=0)
+        start = torch.randn(len(repeated), len(self.spaces.action_low_A), generator=generator, device=states_BS.device)
+
+        def noise(a_t_BA: Tensor, t_B: Tensor) -> Tensor:
+            return self.noise(a_t_BA, repeated, t_B)  # type: ignore[no-any-return]
+
+        def guide(a_t_BA: Tensor, t_B: Tensor) -> Tensor:
+            with torch.enable_grad():
+                a_t_BA = a_t_BA.detach().requires_grad_()
+                energy_B = combine(self.energy(a_t_BA, repeated, t_B), self.sampling.beta)
+                (slope_BA,) = torch.autograd.grad(energy_B.sum(), a_t_BA)
+            return self.sampling.guidance_scale * slope_BA
+
+        guided = self.sampling.guidance_scale > 0
+        actions = sampler.sample(noise, guide if guided else None, start, self._grid_on(states_BS.device))
+        if num_candidates == 1:
+            return actions
+        q = self.q(repeated, actions).amin(dim=0).view(-1, num_candidates)
+        best = q.argmax(dim=1, keepdim=True)[..., None].expand(-1, 1, actions.shape[1])
+        return actions.view(len(states_BS), num_candidates, -1).gather(1, best).squeeze(1)
+
+    def _grid_on(self, device: torch.device) -> sampler.Grid:
+        if self._grid is None or self._grid[0] != self.sampling.num_steps or self._grid[1].t.device != device:
+            self._grid = (self.sampling.num_steps, sampler.make_grid(self.sampling.num_steps, device=device))
+        return self._grid[1]
+
+    def save(self, path: Path) -> None:
+        """Write the policy as one safetensors file, atomically."""
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
+        metadata = {
+            "format": FORMAT,
+            "config": json.dumps(dataclasses.asdict(self.config)),
+            "digest": _digest(tensors),
+        }
+        write_atomically(path, to_safetensors(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> "Policy":
+        """Return the policy that `save` wrote.
+
+        Raises:
+            CheckpointError: if the file is missing, torn, changed, or no policy of this version.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read as a policy: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is of format {metadata.get('format')!r}, wanted {FORMAT!r}")
+        if metadata.get("digest") != _digest(tensors):
+            raise CheckpointError(f"{path} has been changed since it was written: its digest differs")
+        try:
+            config = configs.from_dict(json.loads(metadata["config"]))
+            spaces = Spaces(**{field.name: tensors[field.name] for field in dataclasses.fields(Spaces)})
+            policy = cls(config, spaces)
+            policy.load_state_dict(tensors)
+        except (ConfigError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{path} does not hold the policy that it names: {error}") from error
+        return policy.to(device)
+
+
+def _fields(spaces: Spaces) -> dict[str, Tensor]:
+    return {field.name: getattr(spaces, field.name) for field in dataclasses.fields(spaces)}
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()

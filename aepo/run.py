@@ -1,0 +1,405 @@
+"""One run from data to result in one folder: what `aepo train` and every Ray worker execute.
+
+    config.json  metrics.jsonl  policy.safetensors  result.json       (and the checkpoint, where its store puts it)
+
+The metrics file is a spool: one line per log, written once even if steps are repeated after a crash, read by
+whoever tracks the run. The result file comes last and makes the run finished.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from aepo import __version__, checkpoint, pipeline
+from aepo.config import RunConfig
+from aepo.data.transitions import Transitions, load_transitions
+from aepo.errors import AEPOError, CheckpointError, DataError, ResourceError
+from aepo.evaluate import Evaluator
+from aepo.pipeline import Progress
+from aepo.policy import Policy
+
+RESULT, CONFIG, METRICS, POLICY = "result.json", "config.json", "metrics.jsonl", "policy.safetensors"
+EVALUATION_SEED = 1_000_000
+"""Episode i of a run's evaluation is reset with EVALUATION_SEED * (1 + seed) % 2**31 + i: apart from training."""
+
+
+class Store(Protocol):
+    """Where a run keeps its checkpoint."""
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the newest checkpoint, None at the first start."""
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Keep this checkpoint; the newest replaces those before it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderStore:
+    """The checkpoint in the run's own folder."""
+
+    folder: Path
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the newest whole checkpoint of the folder."""
+        return checkpoint.load(self.folder)
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Write it atomically, the one before it kept."""
+        checkpoint.save(self.folder, content)
+
+
+class Spool:
+    """The run's metrics.jsonl, open for appending; every (stage, step) stands in it once."""
+
+    def __init__(self, path: Path):
+        """Open it, cutting off a last line that a crash has torn."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text.rfind(b"\n") + 1
+        self._file.truncate(whole)
+        rows = text[:whole].splitlines()
+        self._last = self._place(json.loads(rows[-1])) if rows else (-1, 0)
+
+    @staticmethod
+    def _place(row: dict[str, Any]) -> tuple[int, int]:
+        return pipeline.STAGES.index(row["stage"]), int(row["step"])
+
+    def has(self, progress: Progress) -> bool:
+        """Return whether a row of this step, or of a later one, is already there."""
+        return self._last >= (pipeline.STAGES.index(progress.stage), progress.step)
+
+    def write(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Append one row; readers see whole lines only."""
+        row = {
+            "time": round(time.time(), 3),
+            "stage": progress.stage,
+            "step": progress.step,
+            "num_steps": progress.num_steps,
+            "metrics": metrics,
+        }
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+        self._last = self._place(row)
+
+    def sync(self) -> None:
+        """Put all rows on the disk, before the checkpoint that makes them unrepeatable."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_spool(path: Path) -> list[dict[str, Any]]:
+    """Return all whole rows of a metrics file; [] if there is none."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return the result of an ended run, None if it has not ended.
+
+    Raises:
+        CheckpointError: if the file is not a result.
+    """
+    try:
+        result = json.loads((folder / RESULT).read_text())
+        assert isinstance(result, dict)
+        assert {"status", "fingerprint"} <= set(result)
+    except FileNotFoundError:
+        return None
+    except (ValueError, AssertionError) as error:
+        raise CheckpointError(f"{folder / RESULT} is not a result; delete {folder} to repeat the run") from error
+    return result
+
+
+def execute(
+    config: RunConfig,
+    folder: Path,
+    store: Store,
+    *,
+    device: torch.device,
+    checkpoint_s: float = 60.0,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Train, evaluate and return the result; from the last checkpoint if there is one, at once if it has ended.
+
+    A failure that a repetition would meet again becomes a result with status `failed` and is raised too.
+
+    Args:
+        config: the run.
+        folder: its folder, the run's own.
+        store: where checkpoints go.
+        device: where to train.
+        checkpoint_s: seconds between two checkpoints, >= 0.
+        on_progress: called at every Progress.
+
+    Raises:
+        AEPOError: what failed, in one line.
+    """
+    ended = read_result(folder)
+    if ended is not None and ended["status"] == "finished":
+        return ended
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, dataclasses.asdict(config))
+    started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    facts = {**describe(config, folder), "started_at": started_at}
+    try:
+        outcome = _train_and_evaluate(config, folder, store, device, checkpoint_s, on_progress)
+    except (AEPOError, MemoryError, torch.OutOfMemoryError) as error:
+        known = error if isinstance(error, AEPOError) else ResourceError(f"out of memory: {error}")
+        write_json(folder / RESULT, {**facts, "status": "failed", "error": f"{type(known).__name__}: {known}"})
+        raise known from error
+    result = {**facts, **outcome, "status": "finished", "error": None}
+    write_json(folder / RESULT, result)
+    return result
+
+
+def describe(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Return what is known of a run before it starts, with every key that a result has."""
+    return {
+        "run": config.name,
+        "task": config.task,
+        "suite": config.suite,
+        "source": config.data.source,
+        "dataset": config.data.dataset,
+        "dataset_digest": None,
+        "env_id": None,
+        "ref_min": None,
+        "ref_max": None,
+        "seed": config.seed,
+        "fingerprint": config.fingerprint,
+        "preset": config.preset,
+        "status": "missing",
+        "error": None,
+        "score": None,
+        "return_mean": None,
+        "num_episodes": None,
+        "steps": 0,
+        "seconds": 0.0,
+        "evaluations": [],
+        "curve": [],
+        "commit": commit(),
+        "version": __version__,
+        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+        "started_at": None,
+        "folder": str(folder),
+    }
+
+
+def _train_and_evaluate(
+    config: RunConfig,
+    folder: Path,
+    store: Store,
+    device: torch.device,
+    checkpoint_s: float,
+    on_progress: Callable[[Progress], None] | None,
+) -> dict[str, Any]:
+    begin = time.monotonic()
+    data = load_transitions(
+        config.data.dataset,
+        observation_keys=config.data.observation_keys,
+        reward_rule=config.data.reward_rule,
+    ).to(device)
+    evaluator = Evaluator(
+        config.data.dataset,
+        observation_keys=config.data.observation_keys,
+        horizon=config.evaluation.horizon,
+    )
+    _check_match(evaluator, data, config)
+    saved = store.load()
+    seconds_before = _check_saved(saved, config, data)
+    spool = Spool(folder / METRICS)
+    points = _curve_points(config)
+    last_saved = time.monotonic()
+    state: pipeline.PipelineState | None = None
+
+    def keep(progress: Progress) -> None:
+        spool.sync()
+        store.save(
+            {
+                "fingerprint": config.fingerprint,
+                "dataset_digest": data.digest,
+                "seconds": seconds_before + time.monotonic() - begin,
+                "state": checkpoint.collect(progress.state),
+            }
+        )
+
+    try:
+        for progress in pipeline.train(config, data, device=device, resume=saved and saved["state"]):
+            state = progress.state
+            metrics = dict(progress.metrics)
+            if metrics and not spool.has(progress):
+                if progress.stage == "energy" and progress.step in points:
+                    policy = Policy.from_state(config, state, data.spaces)
+                    returns = evaluator.run(
+                        policy,
+                        num_episodes=config.evaluation.num_curve_episodes,
+                        seed=evaluation_seed(config.seed),
+                    )
+                    metrics |= _eval_metrics(evaluator, returns)
+                spool.write(progress, metrics)
+            if on_progress is not None:
+                on_progress(progress)
+            last = progress.stage == pipeline.STAGES[-1] and progress.step == progress.num_steps
+            if last or time.monotonic() - last_saved >= checkpoint_s:
+                keep(progress)
+                last_saved = time.monotonic()
+        if state is None:  # resumed after the last step
+            state = pipeline.start(config, data, device)
+            assert saved is not None
+            checkpoint.restore(state, saved["state"])
+        policy = Policy.from_state(config, state, data.spaces)
+        policy.save(folder / POLICY)
+        cloning = dataclasses.replace(config.sampling, guidance_scale=0.0)
+        evaluations = [
+            evaluate(
+                policy.with_sampling(sampling),
+                evaluator,
+                num_episodes=config.evaluation.num_episodes,
+                seed=evaluation_seed(config.seed),
+            )
+            for sampling in (config.sampling, cloning)
+        ]
+    finally:
+        spool.close()
+        evaluator.close()
+    headline = evaluations[0]
+    curve = [
+        {
+            "stage": row["stage"],
+            "step": row["step"],
+            "score": row["metrics"].get("eval/score"),
+            "return_mean": row["metrics"]["eval/return_mean"],
+        }
+        for row in read_spool(folder / METRICS)
+        if "eval/return_mean" in row["metrics"]
+    ]
+    final = {key: headline[key] for key in ("score", "return_mean")}
+    curve.append({"stage": "energy", "step": config.energy.steps, **final})
+    refs = evaluator.references
+    return {
+        "dataset_digest": data.digest,
+        "env_id": evaluator.env_id,
+        "ref_min": refs.random if refs else None,
+        "ref_max": refs.expert if refs else None,
+        **final,
+        "num_episodes": headline["num_episodes"],
+        "steps": config.num_steps,
+        "seconds": round(seconds_before + time.monotonic() - begin, 3),
+        "evaluations": evaluations,
+        "curve": curve,
+    }
+
+
+def evaluation_seed(seed: int) -> int:
+    """Return the seed of a run's first evaluation episode; those of different runs do not overlap by design."""
+    return EVALUATION_SEED * (1 + seed) % (2**31 - 10_000)
+
+
+def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: int) -> dict[str, Any]:
+    """Return one entry of a result's `evaluations`: the policy rolled out as its `sampling` says."""
+    returns = evaluator.run(policy, num_episodes=num_episodes, seed=seed)
+    metrics = _eval_metrics(evaluator, returns)
+    return {
+        "method": "aepo" if policy.sampling.guidance_scale > 0 else "diffusion-bc",
+        "beta": policy.sampling.beta,
+        "guidance_scale": policy.sampling.guidance_scale,
+        "score": metrics.get("eval/score"),
+        "return_mean": metrics["eval/return_mean"],
+        "return_std": float(returns.std(ddof=1)) if len(returns) > 1 else 0.0,
+        "num_episodes": len(returns),
+        "episode_returns": returns.tolist(),
+    }
+
+
+def _eval_metrics(evaluator: Evaluator, returns: NDArray[np.float64]) -> dict[str, float]:
+    mean = float(returns.mean())
+    score = {"eval/score": evaluator.references.score(mean)} if evaluator.references else {}
+    return {"eval/return_mean": mean, **score}
+
+
+def _curve_points(config: RunConfig) -> set[int]:
+    """Return the steps of stage 3 at which a Progress with metrics is evaluated."""
+    log_interval = max(1, config.energy.steps // pipeline.NUM_LOGS)
+    count = config.evaluation.num_curve_points
+    return {round(config.energy.steps * i / (count + 1) / log_interval) * log_interval for i in range(1, count + 1)}
+
+
+def _check_match(evaluator: Evaluator, data: Transitions, config: RunConfig) -> None:
+    spec = evaluator.dataset.spec
+    if spec.total_steps != len(data):
+        raise DataError(f"{config.data.dataset}: {len(data)} transitions, its metadata state {spec.total_steps}")
+
+
+def _check_saved(saved: dict[str, Any] | None, config: RunConfig, data: Transitions) -> float:
+    """Return the seconds that a checkpoint's run has taken; refuse one of another run or of other data."""
+    if saved is None:
+        return 0.0
+    if saved.get("fingerprint") != config.fingerprint:
+        raise CheckpointError(
+            f"the checkpoint is of run {saved.get('fingerprint')}, wanted {config.fingerprint}: foreign"
+        )
+    if saved.get("dataset_digest") != data.digest:
+        raise CheckpointError(
+            f"{config.data.dataset} has changed since the checkpoint was written "
+            f"({saved.get('dataset_digest')} then, {data.digest} now); train into another folder"
+        )
+    return float(saved["seconds"])
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write JSON atomically."""
+    checkpoint.write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def commit() -> str | None:
+    """Return the git commit of this code, with `+dirty` if changed, None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() or None
+
+
+def set_threads(threads: int) -> None:
+    """Let torch use exactly this many cores in this process."""
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def select_device(name: str) -> torch.device:
+    """Return the device of `auto` (CUDA if there is one, else CPU) or of a torch device name.
+
+    Raises:
+        ResourceError: if it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ResourceError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,1 @@
+"""Operating machines: is this one fit to train and evaluate?"""

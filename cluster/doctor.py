@@ -1,0 +1,183 @@
+"""`aepo doctor`: what this machine can run, and what to do about the rest."""
+
+import dataclasses
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from aepo.console import emit_json, emit_table
+
+Status = Literal["pass", "warn", "fail"]
+PACKAGES = ["torch", "ray", "mlflow", "minari", "gymnasium", "gymnasium-robotics", "mujoco", "pandas"]
+ENVIRONMENTS = (
+    "PointMaze_UMaze-v3",
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "Walker2d-v5",
+    "AntMaze_UMaze-v4",
+    "AdroitHandPen-v1",
+    "FrankaKitchen-v1",
+)
+"""One of each suite."""
+FREE_DISK_GIB = 5.0
+FREE_MEMORY_GIB = 2.5
+"""A private Ray and one running trial."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One finding; `remedy` is empty where there is nothing to do."""
+
+    check: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Check this machine: packages, cores, memory, disk, GPU, environments, data sets.
+
+    Exits 6 if something that training needs fails.
+
+    For example:
+      aepo doctor
+      aepo doctor --json
+    """
+
+    json: bool = False
+    """Print one JSON document on standard output and nothing else."""
+
+    def run(self) -> int:
+        """Print one row per check; return 6 if one failed."""
+        checks = examine()
+        if self.json:
+            emit_json([dataclasses.asdict(check) for check in checks])
+        else:
+            emit_table("this machine", [dataclasses.asdict(check) for check in checks])
+        return 6 if any(check.status == "fail" for check in checks) else 0
+
+
+def examine() -> list[Check]:
+    """Return all findings."""
+    return [
+        _python(),
+        *map(_package, PACKAGES),
+        _cores(),
+        _memory(),
+        _disk(),
+        _gpu(),
+        *map(_environment, ENVIRONMENTS),
+        *_data(),
+    ]
+
+
+def _python() -> Check:
+    found = ".".join(map(str, sys.version_info[:3]))
+    return Check("python", "pass" if sys.version_info >= (3, 11) else "fail", found, "")
+
+
+def _package(name: str) -> Check:
+    try:
+        return Check(name, "pass", version(name))
+    except PackageNotFoundError:
+        return Check(name, "fail", "not installed", "install this project again: make install")
+
+
+def _cores() -> Check:
+    cores = len(os.sched_getaffinity(0))
+    load = os.getloadavg()[0]
+    found = f"{cores} cores, load {load:.1f}"
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is not None and threads.isdigit() and int(threads) > cores:
+        return Check("cores", "warn", f"{found}, OMP_NUM_THREADS={threads}", f"export OMP_NUM_THREADS={cores}")
+    if load > cores:
+        return Check("cores", "warn", found, "other programs hold the cores; a shared core costs more than half")
+    return Check("cores", "pass", found)
+
+
+def _memory() -> Check:
+    import psutil
+
+    free = psutil.virtual_memory().available / 2**30
+    enough = free >= FREE_MEMORY_GIB
+    remedy = "" if enough else f"a sweep wants {FREE_MEMORY_GIB:g} GiB, and 1.2 more for every further trial at once"
+    return Check("memory", "pass" if enough else "fail", f"{free:.1f} GiB free", remedy)
+
+
+def _disk() -> Check:
+    places = {str(Path.cwd()), tempfile.gettempdir()}
+    free = {place: shutil.disk_usage(place).free / 2**30 for place in sorted(places)}
+    found = ", ".join(f"{place} {gib:.0f} GiB free" for place, gib in free.items())
+    low = min(free.values()) < FREE_DISK_GIB
+    return Check("disk", "warn" if low else "pass", found, "Ray spills into the temporary folder" if low else "")
+
+
+def _gpu() -> Check:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("gpu", "pass", "none; everything runs on the CPU")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Check("gpu", "pass", ", ".join(names))
+
+
+def _environment(env_id: str) -> Check:
+    """Make the environment and take one step."""
+
+    def step() -> str:
+        gymnasium = importlib.import_module("gymnasium")
+        _register_robotics()
+        env = gymnasium.make(env_id)
+        try:
+            env.reset(seed=0)
+            env.step(env.action_space.sample())
+        finally:
+            env.close()
+        return "steps"
+
+    return _attempt(
+        env_id, step, "make install gives the versions that work together; FrankaKitchen wants mujoco < 3.12"
+    )
+
+
+def _attempt(name: str, action: Callable[[], str], remedy: str) -> Check:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Check(name, "pass", action())
+    except Exception as error:  # whatever a simulator raises is the finding
+        return Check(name, "warn", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}", remedy)
+
+
+def _register_robotics() -> None:
+    import gymnasium
+
+    from aepo.evaluate import quiet_robotics
+
+    quiet_robotics()
+    gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+
+
+def _data() -> Sequence[Check]:
+    """Say of every task whether its data are here."""
+    from aepo.errors import DataError
+    from aepo.tasks import table
+
+    checks = []
+    for row in table().values():
+        try:
+            dataset: Any = importlib.import_module("aepo.data.transitions").open_dataset(row.dataset)
+            found = f"{row.dataset}, {dataset.spec.total_steps:,} steps"
+            checks.append(Check(f"task {row.task}", "pass", found))
+        except DataError:
+            remedy = f"aepo data collect {row.task}"
+            checks.append(Check(f"task {row.task}", "warn", f"{row.dataset} is not here", remedy))
+    return checks

@@ -1,0 +1,398 @@
+"""The report of a sweep: numbers against ones computed here, every hole shown, what is unsound refused."""
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import aepo.cli
+from aepo.errors import ConfigError, DataError, IncompleteError
+from analysis import figures
+from analysis.figures import file_stem
+from analysis.load import SCHEMA, curves, evaluations, load_runs
+from analysis.report import write_report
+from analysis.scores import suite_averages, task_scores
+
+MEDIUM, LARGE = "maze2d-medium", "maze2d-large"
+
+
+def evaluation(method, score, return_mean, **values):
+    guided = method == "aepo"
+    return {
+        "method": method,
+        "beta": 3.0,
+        "guidance_scale": 3.0 if guided else 0.0,
+        "score": score,
+        "return_mean": return_mean,
+        "return_std": 0.0,
+        "num_episodes": 2,
+        "episode_returns": [return_mean, return_mean],
+    } | values
+
+
+def row(task=MEDIUM, seed=0, score=60.0, cloned=20.0, **values):
+    """One finished run; a return is twice the score plus 10, so references are 10 and 210."""
+
+    def point(step, value):
+        return {"stage": "energy", "step": step, "score": value, "return_mean": 2 * value + 10}
+
+    return {
+        "schema_version": 1,
+        "run": f"{task}-s{seed}-0123456789ab",
+        "task": task,
+        "suite": "maze2d",
+        "source": "collected",
+        "dataset": f"local/{task}-v0",
+        "dataset_digest": "sha256:0f1e",
+        "env_id": None,
+        "ref_min": 10.0,
+        "ref_max": 210.0,
+        "seed": seed,
+        "fingerprint": "0123456789ab",
+        "preset": "quick",
+        "status": "finished",
+        "error": None,
+        "score": score,
+        "return_mean": 2 * score + 10,
+        "num_episodes": 2,
+        "steps": 3000,
+        "seconds": 1.5,
+        "evaluations": [
+            evaluation("aepo", score, 2 * score + 10),
+            evaluation("diffusion-bc", cloned, 2 * cloned + 10),
+        ],
+        "curve": [point(500, score / 2), point(1000, score)],
+        "commit": "c3a614e",
+        "started_at": "2025-11-22T11:10:00Z",
+        "mlflow_run_id": None,
+    } | values
+
+
+def lost(task=MEDIUM, seed=1, status="failed", error="TrainingError: critic/loss is nan\nat step 7", **values):
+    nothing = dict.fromkeys(["score", "return_mean", "num_episodes", "dataset_digest", "ref_min", "ref_max"])
+    holes = nothing | {"evaluations": [], "curve": [], "steps": 0, "seconds": 0.0}
+    return row(task, seed) | holes | {"status": status, "error": error} | values
+
+
+def without_references(seed, mean):
+    plain = [evaluation(method, None, mean + gain) for method, gain in (("aepo", 0.0), ("diffusion-bc", -9.0))]
+    points = [{"stage": "energy", "step": 500, "score": None, "return_mean": mean}]
+    holes = dict.fromkeys(["ref_min", "ref_max", "score"])
+    return row("own/task-v0", seed, suite="user", source="user") | holes | {"evaluations": plain, "curve": points}
+
+
+def write(folder, *rows, schema=SCHEMA):
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), folder / "runs.parquet")
+    return folder
+
+
+def report(*words):
+    return aepo.cli.run(["report", *map(str, words)])
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_mean_and_deviation_are_those_of_the_seeds(tmp_path):
+    seeds = {0: 61.5, 3: 48.25, 7: 70.0}
+    sweep = write(tmp_path, *(row(seed=seed, score=score) for seed, score in reversed(seeds.items())))
+    guided, cloned = task_scores(load_runs(sweep))
+    assert (guided.method, cloned.method) == ("aepo", "diffusion-bc")
+    assert guided.score_mean == pytest.approx(statistics.mean(seeds.values()))
+    assert guided.score_std == pytest.approx(statistics.stdev(seeds.values()))
+    assert guided.return_mean == pytest.approx(statistics.mean(2 * score + 10 for score in seeds.values()))
+    assert (guided.seeds, guided.scores) == ((0, 3, 7), (61.5, 48.25, 70.0))
+    assert (guided.num_episodes, guided.num_failed) == (6, 0)
+    assert (cloned.score_mean, cloned.score_std) == (20.0, 0.0)
+
+
+def test_suite_average_weighs_every_task_equally(tmp_path):
+    sweep = write(tmp_path, row(MEDIUM, 0, 10.0), row(MEDIUM, 1, 20.0), row(MEDIUM, 2, 30.0), row(LARGE, 0, 80.0))
+    guided, cloned = suite_averages(task_scores(load_runs(sweep)))
+    assert (guided.score_mean, guided.hole) == (50.0, "")  # (20 + 80) / 2, not (10 + 20 + 30 + 80) / 4
+    assert cloned.score_mean == 20.0
+
+
+def test_command_prints_one_object_per_task_and_method(tmp_path, capsys):
+    sweep = write(tmp_path / "s", row(seed=0, score=60.0), row(seed=1, score=50.0), row(LARGE, 0, score=80.0))
+    assert report(sweep, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [(entry["task"], entry["method"]) for entry in printed] == [
+        (LARGE, "aepo"),
+        (LARGE, "diffusion-bc"),
+        (MEDIUM, "aepo"),
+        (MEDIUM, "diffusion-bc"),
+    ]
+    assert printed[2] == {
+        "task": MEDIUM,
+        "suite": "maze2d",
+        "method": "aepo",
+        "score_mean": 55.0,
+        "score_std": pytest.approx(50**0.5),
+        "scores": [60.0, 50.0],
+        "return_mean": 120.0,
+        "return_std": pytest.approx(200**0.5),
+        "seeds": [0, 1],
+        "num_episodes": 4,
+        "num_failed": 0,
+    }
+    assert printed[0]["score_std"] is None  # one seed
+
+
+def test_command_prints_the_table_and_writes_the_report_into_the_first_sweep(tmp_path, capsys):
+    first = write(tmp_path / "first", row(seed=0, score=60.0), row(seed=1, score=50.0))
+    second = write(tmp_path / "second", row(LARGE, 0, score=80.0))
+    assert report(first, second) == 0
+    printed = capsys.readouterr()
+    assert "55.0 ± 7.1 (2)" in printed.out
+    assert "80.0 ± - (1)" in printed.out
+    assert str(first / "report" / "report.md") in printed.err
+    assert not (second / "report").exists()
+    text = (first / "report" / "report.md").read_text()
+    for claim in ("Seeds: 0, 1", "2 episodes", "3,000 per run", "c3a614e", "collected", "sha256:0f1e", "210"):
+        assert claim in text
+    lines = [cells(line) for line in text.splitlines() if line.startswith("| maze2d")]
+    assert lines[:3] == [
+        ["maze2d", "maze2d-large", "80.0 ± - (1)", "20.0 ± - (1)", "1"],
+        ["maze2d", "maze2d-medium", "55.0 ± 7.1 (2)", "20.0 ± 0.0 (2)", "2"],
+        ["maze2d", "average of 2", "67.5", "20.0", ""],
+    ]
+    assert "Runs without a result" not in text
+    for task in (MEDIUM, LARGE):
+        assert f"(curves/{task}.png)" in text
+        assert (first / "report" / "curves" / f"{task}.png").read_bytes().startswith(b"\x89PNG")
+        assert (first / "report" / "curves" / f"{task}.svg").read_text().startswith("<?xml")
+
+
+def test_scores_csv_has_the_exact_numbers(tmp_path):
+    sweep = write(tmp_path / "s", row(seed=0, score=60.1), row(seed=1, score=50.0))
+    write_report([sweep], tmp_path / "out", allow_missing=False)
+    with (tmp_path / "out" / "scores.csv").open(newline="") as file:
+        guided, cloned = csv.DictReader(file)
+    assert [float(score) for score in guided["scores"].split()] == [60.1, 50.0]
+    assert float(guided["score_mean"]) == statistics.mean([60.1, 50.0])
+    assert (cloned["method"], cloned["seeds"], cloned["num_failed"]) == ("diffusion-bc", "0 1", "0")
+
+
+def test_incomplete_sweep_exits_3_names_each_run_and_writes_nothing(tmp_path, capsys):
+    sweep = write(tmp_path / "s", row(seed=0), lost(seed=1), lost(LARGE, 0, "missing", None))
+    assert report(sweep) == 3
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert (
+        f"failed: {MEDIUM} seed 1 ({MEDIUM}-s1-0123456789ab): "
+        "TrainingError: critic/loss is nan at step 7" in printed.err
+    )
+    assert f"missing: {LARGE} seed 0" in printed.err
+    assert "--allow-missing" in printed.err
+    assert not (sweep / "report").exists()
+
+
+def test_failed_run_is_shown_and_never_averaged_over(tmp_path, capsys):
+    sweep = write(
+        tmp_path / "s",
+        row(seed=0, score=60.0),
+        lost(seed=1, evaluations=[evaluation("aepo", 1000.0, 2010.0)], score=1000.0),  # died after evaluating
+        row(LARGE, 0, score=80.0),
+    )
+    assert report(sweep, "--allow-missing", "--json") == 0
+    printed = capsys.readouterr()
+    guided = next(entry for entry in json.loads(printed.out) if (entry["task"], entry["method"]) == (MEDIUM, "aepo"))
+    assert (guided["score_mean"], guided["scores"], guided["seeds"]) == (60.0, [60.0], [0])
+    assert (guided["num_failed"], guided["num_episodes"]) == (1, 2)
+    assert "critic/loss is nan" in printed.err
+    text = (sweep / "report" / "report.md").read_text()
+    assert r"| maze2d | maze2d-medium | 60.0 ± - (1)\* | 20.0 ± - (1)\* | 1 of 2 failed |" in text
+    assert "| maze2d | average of 2 | - | - |  |" in text  # no average over the tasks that went well
+    assert "maze2d has no average; not complete: maze2d-medium" in text
+    assert "critic/loss is nan at step 7" in text
+
+
+def test_task_of_which_nothing_finished_is_a_row_of_holes(tmp_path, capsys):
+    sweep = write(tmp_path / "s", lost(seed=0), lost(seed=1, status="missing", error=None), row(LARGE, 0))
+    assert report(sweep, "--allow-missing") == 0
+    assert "1 of 2 failed, 1 of 2 missing" in (sweep / "report" / "report.md").read_text()
+    guided = task_scores(load_runs(sweep))[2]
+    assert (guided.task, guided.scores, guided.num_failed) == (MEDIUM, (), 2)
+    assert guided.score_mean != guided.score_mean  # NaN
+
+
+def test_sweep_in_which_nothing_finished_can_be_reported(tmp_path):
+    sweep = write(tmp_path / "s", lost(seed=0), lost(seed=1, evaluations=None, curve=None))
+    result = write_report([sweep], tmp_path / "out", allow_missing=True)
+    assert [score.method for score in result.scores] == ["aepo"]
+    assert "No evaluation during stage 3" in (tmp_path / "out" / "report.md").read_text()
+    with pytest.raises(IncompleteError, match="2 of 2 planned runs"):
+        write_report([sweep], tmp_path / "out", allow_missing=False)
+
+
+def test_method_that_lacks_a_run_is_marked(tmp_path):
+    sweep = write(tmp_path / "s", row(seed=0), row(seed=1, evaluations=[evaluation("aepo", 60.0, 130.0)]))
+    result = write_report([sweep], tmp_path / "out", allow_missing=False)
+    assert [score.num_failed for score in result.scores] == [0, 1]
+    assert result.rows[0]["diffusion BC"] == "20.0 ± - (1)*"
+    assert "not every run was evaluated" in result.notes[0]
+
+
+def test_without_references_the_return_stands_in_and_says_so(tmp_path, capsys):
+    sweep = write(tmp_path / "s", without_references(0, 1500.0), without_references(1, 1600.0))
+    assert report(sweep) == 0
+    printed = capsys.readouterr().out
+    assert "1550.0 ± 70.7 (2)†" in printed
+    assert "no reference scores" in printed
+    assert report(sweep, "--json") == 0
+    guided = json.loads(capsys.readouterr().out)[0]
+    assert (guided["score_mean"], guided["scores"], guided["return_mean"]) == (None, [None, None], 1550.0)
+    text = (sweep / "report" / "report.md").read_text()
+    assert "user has no average; no reference scores: own/task-v0" in text
+    assert f"(curves/{file_stem('own/task-v0')}.png)" in text
+
+
+def test_equal_input_in_any_order_gives_equal_bytes(tmp_path):
+    rows = [row(seed=0), row(seed=1, score=40.0), lost(seed=2), row(LARGE, 0), without_references(0, 7.0)]
+    outs = []
+    for name, order in (("a", rows), ("b", rows[::-1])):
+        out = tmp_path / name / "out"
+        write_report([write(tmp_path / name, *order)], out, allow_missing=True)
+        outs.append({str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*.*")})
+    assert sorted({name.rpartition(".")[2] for name in outs[0]}) == ["csv", "md", "png", "svg"]
+    assert len(outs[0]) == 2 + 2 * 3
+    assert outs[0] == outs[1]
+
+
+def test_holes_stay_holes_and_a_step_written_twice_counts_once(tmp_path):
+    curve = [
+        {"stage": "energy", "step": step, "score": score, "return_mean": 1.0}
+        for step, score in ((500, 1.0), (1000, None), (500, 2.0))
+    ]
+    runs = load_runs(write(tmp_path, row(seed=0, curve=curve), lost(seed=1)))
+    assert list(runs["score"].isna()) == [False, True]
+    assert list(evaluations(runs)["method"]) == ["aepo", "diffusion-bc"]
+    points = curves(runs)
+    assert list(points["step"]) == [1000, 500]
+    assert points["score"].isna().to_list() == [True, False]
+    assert points["score"].to_list()[1] == 2.0
+
+
+def test_table_with_columns_of_nulls_and_other_widths_is_read(tmp_path):
+    table = pa.Table.from_pylist([lost(seed=0) | {"later_column": 1}])  # types as Arrow infers them
+    pq.write_table(table, tmp_path / "runs.parquet")
+    assert load_runs(tmp_path / "runs.parquet")["status"].to_list() == ["failed"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row(), row()], "stands twice"),
+        ([row(), row(run="other", fingerprint="other")], "two runs of seed 0"),
+        ([row(schema_version=2)], "schema version 2, wanted 1"),
+        ([row(status="running")], "status 'running'"),
+        ([row(), row(seed=1, source="user")], "differ in source: collected .* user"),
+        ([row(), row(seed=1, dataset_digest="sha256:beef")], "differ in dataset_digest"),
+        ([row(), row(seed=1, ref_max=500.0)], "differ in ref_max"),
+        ([row(), row(seed=1, preset="paper")], "differ in preset"),
+        (
+            [row(), row(seed=1, evaluations=[evaluation("aepo", 60.0, 130.0, beta=1.0)])],
+            f"{MEDIUM} aepo differ in beta: 3.0 .* 1.0",
+        ),
+        ([row(score=float("nan"))], "no finite number"),
+        ([row(cloned=float("inf"))], "evaluation of diffusion-bc has no finite number"),
+        ([row(evaluations=[evaluation("aepo", None, 130.0)])], "no finite number"),
+        ([row(evaluations=[evaluation("aepo", 60.0, None)])], "no finite number"),
+        ([row(evaluations=[evaluation("diffusion-bc", 20.0, 50.0)])], "without an evaluation of aepo"),
+        ([row(evaluations=[evaluation("aepo", 60.0, 130.0)] * 2)], "two evaluations of aepo"),
+        ([row() | {"score": 61.0}], "score 61.0, but its evaluation of aepo says 60.0"),
+        ([row() | {"score": None}], "has score nan, but"),
+        ([], "no runs in"),
+    ],
+)
+def test_unsound_runs_are_refused_by_name(tmp_path, rows, message):
+    with pytest.raises(DataError, match=message):
+        load_runs(write(tmp_path, *rows))
+
+
+def test_the_same_sweep_twice_is_refused(tmp_path, capsys):
+    sweep = write(tmp_path, row())
+    assert report(sweep, sweep / "runs.parquet") == 3
+    assert "stands twice" in capsys.readouterr().err
+
+
+def test_table_of_another_form_is_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match="no runs at "):
+        load_runs(tmp_path)
+    (tmp_path / "runs.parquet").write_bytes(b"torn")
+    with pytest.raises(DataError, match="not a readable Parquet table"):
+        load_runs(tmp_path)
+    without = SCHEMA.remove(SCHEMA.get_field_index("score"))
+    with pytest.raises(DataError, match="lacks score"):
+        load_runs(write(tmp_path, row(), schema=without))
+    texts = SCHEMA.set(SCHEMA.get_field_index("seed"), pa.field("seed", pa.string()))
+    with pytest.raises(DataError, match="does not follow schema 1"):
+        load_runs(write(tmp_path, row() | {"seed": "zero"}, schema=texts))
+    null = SCHEMA.set(SCHEMA.get_field_index("task"), pa.field("task", pa.string()))
+    with pytest.raises(DataError, match="does not follow schema 1"):
+        load_runs(write(tmp_path, row() | {"task": None}, schema=null))
+
+
+def test_wrong_command_lines_exit_2(tmp_path, capsys):
+    assert report() == 2
+    assert "no sweep given" in capsys.readouterr().err
+    sweep = write(tmp_path, row())
+    assert report(sweep, "--out", sweep / "runs.parquet") == 2
+    assert "cannot be a folder" in capsys.readouterr().err
+    with pytest.raises(ConfigError):
+        write_report([sweep], sweep / "runs.parquet" / "below", allow_missing=False)
+
+
+def test_file_names_are_safe_and_different():
+    assert file_stem("hopper-medium-v2") == "hopper-medium-v2"
+    names = [file_stem(task) for task in ("a/b", "a-b", "a b", "../../etc/passwd", "..", "ü")]
+    assert len(set(names)) == len(names)
+    assert all("/" not in name and not name.startswith((".", "-.")) for name in names)
+
+
+def test_the_help_loads_neither_pandas_nor_matplotlib():
+    script = (
+        "import sys, aepo.cli, analysis.report\n"
+        "print([name for name in ('pandas', 'matplotlib', 'torch', 'ray') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def curve(**scores):
+    return [
+        {"stage": "energy", "step": int(step[1:]), "score": score, "return_mean": score}
+        for step, score in scores.items()
+    ]
+
+
+def test_figure_shows_the_mean_where_all_finished_seeds_were_measured(tmp_path):
+    runs = load_runs(
+        write(
+            tmp_path,
+            row(seed=0, cloned=20.0, curve=curve(_100=10.0, _200=30.0, _300=50.0)),
+            row(seed=1, cloned=22.0, curve=curve(_100=20.0, _200=None, _300=70.0)),
+            lost(seed=2, curve=curve(_100=-90.0)),
+        )
+    )
+    axes = figures._draw(MEDIUM, runs, curves(runs)).axes[0]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert lines["AEPO, mean of 2 seeds"] == [[100, 15], [300, 60]]
+    assert [y for _, y in lines["diffusion BC, mean"]] == [21, 21]
+    assert lines["AEPO, run without a result"] == [[100, -90]]
+    assert axes.get_ylabel() == "normalized score"
+
+
+@pytest.mark.parametrize("points", [curve(_7=1.0), curve(_7=None), curve(_7=None, _8=2.0)])
+@pytest.mark.parametrize("make", [row, lost])
+def test_figure_of_few_points_is_drawn_without_a_warning(tmp_path, points, make):
+    runs = load_runs(write(tmp_path, make(seed=1, curve=points)))
+    assert figures.draw_curves(runs, tmp_path) == {MEDIUM: MEDIUM}

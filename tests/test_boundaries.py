@@ -1,0 +1,53 @@
+"""What may import what, what is loaded when, and who owns the names."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+PACKAGES = ("aepo", "tune", "cluster", "analysis")
+
+
+def loaded(statement):
+    """Top-level modules in a fresh interpreter after a statement."""
+    code = (
+        f"{statement}\nimport sys, json; print(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return set(json.loads(out.splitlines()[-1]))
+
+
+def test_importing_aepo_is_quick_and_loads_neither_scheduler_nor_tracker():
+    begin = time.monotonic()
+    modules = loaded("import aepo")
+    assert time.monotonic() - begin < 3
+    assert not modules & {"ray", "mlflow", "pandas", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "forbidden"),
+    [
+        ("import aepo.cli, aepo.commands, aepo.data.commands", {"torch", "ray", "mlflow", "mujoco"}),
+        ("import aepo.run, aepo.evaluate", {"ray", "mlflow", "pandas"}),
+        ("import analysis.report, analysis.load", {"torch", "ray", "mlflow"}),
+        ("import tune.commands, tune.quickstart", {"torch", "ray", "mlflow"}),
+        ("import cluster.doctor", {"torch", "ray"}),
+    ],
+)
+def test_heavy_libraries_are_loaded_only_where_they_are_used(statement, forbidden):
+    assert not loaded(statement) & forbidden
+
+
+def test_no_other_distribution_owns_our_names():
+    owners = importlib.metadata.packages_distributions()
+    for package in PACKAGES:
+        assert set(owners.get(package, ["aepo-platform"])) == {"aepo-platform"}
+
+
+def test_the_only_console_script_is_aepo():
+    scripts = importlib.metadata.entry_points(group="console_scripts")
+    ours = [script.name for script in scripts if script.value.partition(":")[0].split(".")[0] in PACKAGES]
+    assert ours == ["aepo"]

@@ -1,0 +1,175 @@
+"""The closed form [M11] against quadrature and the Gaussian's own answer; the two heads [M12]."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aepo.stages import behavior, critic, energy
+from aepo.stages.behavior import BehaviorState
+from aepo.stages.critic import CriticState
+from tests.conftest import random_transitions
+
+
+def linear(q, slope_A):
+    """Q(s, a) = q + slope.a."""
+    return lambda states_BS, actions_BA: q + actions_BA @ slope_A
+
+
+@given(
+    st.floats(-2, 2),
+    st.floats(-1.5, 1.5),
+    st.floats(0, 0.5),
+    st.floats(0.1, 3),
+    st.floats(-1, 1),
+    st.floats(-1, 1),
+)
+def test_target_is_exact_for_a_linear_q_wherever_it_is_expanded(q, g, v, beta, mean, point):
+    x, w = np.polynomial.hermite.hermgauss(60)
+    exact = np.log(w / np.sqrt(np.pi) @ np.exp(beta * (q + g * (mean + np.sqrt(2 * v) * x))))
+    f_1, f_2 = energy.targets(
+        linear(q, torch.tensor([g], dtype=torch.float64)),
+        torch.zeros(1, 1).double(),
+        torch.tensor([[point]], dtype=torch.float64),
+        torch.tensor([[mean]], dtype=torch.float64),
+        torch.tensor([v], dtype=torch.float64),
+    )
+    combined = energy.combine(torch.stack([f_1, f_2], dim=1), beta)
+    assert combined.item() == pytest.approx(exact, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("action_dim", [1, 3, 30])
+def test_guidance_of_a_gaussian_with_linear_q_is_exact(action_dim):
+    """grad_{a_t} E_t = beta g dm_t/da_t where m_t is the Gaussian's own posterior mean."""
+    beta, std, alpha, sigma = 2.0, 0.4, 0.7, np.sqrt(1 - 0.7**2)
+    slope = torch.randn(action_dim, generator=torch.Generator().manual_seed(0)).double()
+    shrink = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+    variance = torch.tensor([std**2 * sigma**2 / (alpha**2 * std**2 + sigma**2)]).double()
+    a_t = torch.randn(1, action_dim, generator=torch.Generator().manual_seed(1)).double()
+
+    def combined(a_t_BA):
+        f_1, f_2 = energy.targets(linear(0.3, slope), a_t_BA, shrink * a_t_BA, shrink * a_t_BA, variance)
+        return energy.combine(torch.stack([f_1, f_2], dim=1), beta)
+
+    step = 1e-4
+    numeric = torch.stack(
+        [(combined(a_t + step * e) - combined(a_t - step * e))[0] / (2 * step) for e in torch.eye(action_dim).double()]
+    )
+    exact = beta * shrink * slope
+    assert ((numeric - exact).norm() / exact.norm()).item() < 1e-4
+
+
+def test_targets_carry_no_gradient_and_leave_the_critic_alone():
+    net = torch.nn.Linear(2, 1)
+    f_1, f_2 = energy.targets(
+        lambda s, a: net(a).squeeze(-1),
+        torch.zeros(4, 1),
+        torch.randn(4, 2),
+        torch.randn(4, 2),
+        torch.ones(4),
+    )
+    assert not f_1.requires_grad
+    assert not f_2.requires_grad
+    assert net.weight.grad is None
+
+
+def test_two_heads_fit_what_one_head_would_at_every_beta():
+    """Least squares is linear in its target, so fitting f_1 and f_2 apart fits beta f_1 + beta^2 f_2."""
+    generator = torch.Generator().manual_seed(0)
+    features, f = torch.randn(200, 5, generator=generator), torch.randn(200, 2, generator=generator)
+    heads = features @ torch.linalg.lstsq(features, f).solution
+    for beta in (0.5, 1.0, 3.0):
+        one = features @ torch.linalg.lstsq(features, energy.combine(f, beta)[:, None]).solution
+        torch.testing.assert_close(energy.combine(heads, beta), one[:, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("expectile", [0.1, 0.5, 0.9])
+def test_the_minimiser_of_the_expectile_loss_is_the_empirical_expectile(expectile):
+    sample = np.random.default_rng(0).gamma(2.0, size=500)
+    low, high = sample.min(), sample.max()
+    for _ in range(100):  # bisection on the first-order condition
+        middle = (low + high) / 2
+        above = expectile * np.clip(sample - middle, 0, None).sum()
+        low, high = (
+            (middle, high) if above > (1 - expectile) * np.clip(middle - sample, 0, None).sum() else (low, middle)
+        )
+    v = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([v], line_search_fn="strong_wolfe", max_iter=100, tolerance_grad=1e-12)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = critic.expectile_loss(torch.tensor(sample) - v, expectile)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert v.item() == pytest.approx(low, abs=1e-5)
+
+
+def states(config, data):
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    return (
+        behavior.start(config.behavior, data, generators[0]),
+        critic.start(config.critic, data, generators[1]),
+        energy.start(config.energy, data, generators[2]),
+    )
+
+
+def test_measured_scale_is_the_standard_deviation_of_the_advantage(tiny_config):
+    data = random_transitions(1000)
+    _, trained, _ = states(tiny_config(), data)
+    batch = data.batch(data.rows_ND)
+    with torch.no_grad():
+        q_1, q_2 = trained.q(batch.states_BS, batch.actions_BA).numpy()
+        v = trained.v(batch.states_BS).numpy()
+    exact = np.std(np.minimum(q_1, q_2) - v, ddof=1)
+    assert critic.advantage_scale(trained, data).item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_scaling_q_and_shifting_it_by_a_function_of_the_state_leaves_the_energy_alone(tiny_config):
+    data = random_transitions(1000)
+    _, trained, stage = states(tiny_config(), data)
+    stage.q_scale = critic.advantage_scale(trained, data)
+    batch = data.batch(data.rows_ND[:50])
+    before = energy.scaled_value(trained, stage)(batch.states_BS, batch.actions_BA)
+    with torch.no_grad():  # Q <- 10 Q + 7, V <- 10 V + 7
+        for net in (trained.q.q_1, trained.q.q_2, trained.v.body):
+            net[-1].weight.mul_(10)
+            net[-1].bias.mul_(10).add_(7)
+    stage.q_scale = critic.advantage_scale(trained, data)
+    after = energy.scaled_value(trained, stage)(batch.states_BS, batch.actions_BA)
+    torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-4)
+
+
+def test_terminal_transitions_do_not_bootstrap_and_episode_ends_do(tiny_config):
+    config = tiny_config().critic
+    data = random_transitions(200)
+    state = critic.start(config, data, torch.Generator().manual_seed(0))
+    batch = data.batch(data.rows_ND)
+    with torch.no_grad():
+        v_next = state.v(batch.next_states_BS)
+        q = state.q(batch.states_BS, batch.actions_BA)
+        target = torch.minimum(*state.target(batch.states_BS, batch.actions_BA))
+        u = (target - state.v(batch.states_BS)).double().numpy()
+        backup = np.where(batch.terminals_B > 0, batch.rewards_B, batch.rewards_B + config.discount * v_next)
+    exact = sum(np.mean((backup - q_i.numpy()) ** 2) for q_i in q)
+    exact += np.mean(np.where(u < 0, 1 - config.expectile, config.expectile) * u**2)
+    assert 0 < batch.terminals_B.mean() < 1
+    assert critic.loss(state, config, batch)[0].item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_states_hold_nothing_but_what_a_checkpoint_can_hold():
+    from aepo import checkpoint
+
+    assert {field.name for field in dataclasses.fields(BehaviorState)} >= {
+        "net",
+        "ema",
+        "optimizer",
+        "generator",
+    }
+    assert {field.name for field in dataclasses.fields(CriticState)} >= {"q", "target", "v", "optimizer"}
+    with pytest.raises(TypeError, match="cannot hold a set"):
+        checkpoint.collect(dataclasses.make_dataclass("State", ["odd"])(odd={1, 2}))

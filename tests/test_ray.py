@@ -1,0 +1,152 @@
+"""Real sweeps on a private Ray: the happy path, a killed worker, a killed sweep."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from aepo import run
+from aepo.errors import ResourceError
+from tune.plan import run_folder
+from tune.sweep import Resources, run_sweep
+from tune.tracking import default_uri
+
+pytestmark = pytest.mark.ray
+
+
+def sweep_process(folder, dataset_id, *extra):
+    """Start `aepo sweep` of two seeds in a process of its own."""
+    argv = [
+        sys.executable, "-m", "aepo", "sweep", "--dataset", dataset_id, "--seeds", "0", "1", "--preset", "smoke",
+        "--out", str(folder), "--checkpoint-s", "0.5", "--json", "--set", *extra,
+    ]  # fmt: skip
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+LONG = [f"{stage}.{key}={value}" for stage in ("behavior", "critic", "energy") for key, value in
+        (("steps", 1500), ("batch_size", 16), ("hidden_size", 16))]  # fmt: skip
+
+
+def workers():
+    """Processes that train now: those that hold a run's log open."""
+    found = []
+    for process in psutil.process_iter(["name"]):
+        try:
+            if any(file.path.endswith("log.txt") and "/runs/" in file.path for file in process.open_files()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(condition, timeout_s=120.0):
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.2)
+    raise AssertionError("waited in vain")
+
+
+def policies(folder):
+    return {path.parent.name: path.read_bytes() for path in folder.glob(f"runs/*/{run.POLICY}")}
+
+
+def stages(folder):
+    rows = [row for path in folder.glob(f"runs/*/{run.METRICS}") for row in run.read_spool(path)]
+    return {row["stage"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An unbroken sweep, and the environment in which it ran."""
+    from tests.conftest import write_pendulum
+
+    home = tmp_path_factory.mktemp("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
+        patch.setenv("AEPO_CACHE", str(home / "cache"))
+        dataset_id = write_pendulum()
+        process = sweep_process(home / "whole", dataset_id, *LONG)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        yield home, dataset_id, json.loads(out)
+
+
+@pytest.fixture(autouse=True)
+def _same_environment(whole, monkeypatch, _own_folders):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(whole[0] / "minari"))
+    monkeypatch.setenv("AEPO_CACHE", str(whole[0] / "cache"))
+
+
+def test_a_sweep_ends_with_all_rows_in_the_table_and_in_mlflow(whole):
+    from mlflow import MlflowClient
+
+    home, _, rows = whole
+    folder = home / "whole"
+    assert [row["status"] for row in rows] == ["finished", "finished"]
+    table = pq.read_table(folder / "runs.parquet").to_pylist()
+    assert [row["run"] for row in table] == [row["run"] for row in rows]
+    client = MlflowClient(default_uri(folder))
+    for row in table:
+        entry = client.get_run(row["mlflow_run_id"])
+        assert entry.info.status == "FINISHED"
+        assert {"behavior/loss", "critic/loss", "energy/loss", "final/aepo/score"} <= set(entry.data.metrics)
+
+
+def test_the_same_command_again_recomputes_nothing(whole):
+    home, dataset_id, rows = whole
+    before = policies(home / "whole")
+    process = sweep_process(home / "whole", dataset_id, *LONG)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out) == rows
+    assert "2 ended, 0 to do" in err
+    assert policies(home / "whole") == before
+
+
+@pytest.mark.parametrize("stage", ["critic"])
+def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_unbroken_sweep(whole, stage):
+    home, dataset_id, rows = whole
+    folder = home / f"killed-{stage}"
+    process = sweep_process(folder, dataset_id, *LONG)
+    wait_for(lambda: stage in stages(folder))
+    victim = wait_for(workers)[0]
+    victim.send_signal(signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert policies(folder) == policies(home / "whole")
+    results = json.loads(out)
+    assert [row["evaluations"] for row in results] == [row["evaluations"] for row in rows]
+    logs = [(folder / "runs" / row["run"] / "log.txt").read_text() for row in results]
+    assert sorted(text.count(" starts ") for text in logs) == [1, 2], "one run was started twice"
+
+
+def test_a_killed_sweep_goes_on_with_the_same_command(whole):
+    home, dataset_id, _ = whole
+    folder = home / "killed-sweep"
+    process = sweep_process(folder, dataset_id, *LONG)
+    wait_for(lambda: "critic" in stages(folder))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_for(lambda: not workers())
+    process = sweep_process(folder, dataset_id, *LONG)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert policies(folder) == policies(home / "whole")
+
+
+def test_a_sweep_that_does_not_fit_is_refused_and_ray_is_gone_afterwards(whole, tiny_config, tmp_path):
+    import ray
+
+    config = tiny_config(whole[1])
+    with pytest.raises(ResourceError, match="one trial wants 999 CPU"):
+        run_sweep(tmp_path, [config], Resources(cpus=999), tracking_uri=default_uri(tmp_path))
+    assert not ray.is_initialized()
+    assert run.read_result(run_folder(tmp_path, config)) is None

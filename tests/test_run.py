@@ -1,0 +1,309 @@
+"""One run in its folder: result, spool, checkpoints, policy; broken off, torn, foreign."""
+
+import json
+import math
+import threading
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from aepo import checkpoint, run
+from aepo.errors import CheckpointError, DataError, ResourceError, TrainingError
+from aepo.evaluate import Evaluator, References
+from aepo.pipeline import Progress
+from aepo.policy import Policy
+
+CPU = torch.device("cpu")
+
+
+def execute(config, folder, **kwargs):
+    return run.execute(config, folder, run.FolderStore(folder), device=CPU, **kwargs)
+
+
+class Break(Exception):
+    """Stands for a kill."""
+
+
+def test_a_run_leaves_result_spool_config_and_policy(make_dataset, tiny_config, tmp_path):
+    config = tiny_config(make_dataset(), evaluation__num_curve_points=2, evaluation__num_curve_episodes=1)
+    result = execute(config, tmp_path / "run")
+    assert result == json.loads((tmp_path / "run" / run.RESULT).read_text())
+    assert result["status"] == "finished"
+    assert result["steps"] == 180
+    assert [row["method"] for row in result["evaluations"]] == ["aepo", "diffusion-bc"]
+    returns = result["evaluations"][0]["episode_returns"]
+    assert result["return_mean"] == pytest.approx(np.mean(returns))
+    assert result["score"] == pytest.approx(100 * (np.mean(returns) + 1200) / (1200 - 150))
+    assert [(point["stage"], point["step"]) for point in result["curve"]] == [("energy", s) for s in (20, 40, 60)]
+    rows = run.read_spool(tmp_path / "run" / run.METRICS)
+    assert [(r["stage"], r["step"]) for r in rows] == [
+        (stage, step) for stage in ("behavior", "critic", "energy") for step in range(1, 61)
+    ]
+    assert Policy.load(tmp_path / "run" / run.POLICY).config == config
+
+
+def test_a_finished_run_is_not_repeated(make_dataset, tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(make_dataset())
+    first = execute(config, tmp_path)
+    monkeypatch.setattr(run, "load_transitions", lambda *_, **__: pytest.fail("repeated"))
+    assert execute(config, tmp_path) == first
+
+
+@pytest.mark.parametrize("place", [("behavior", 50), ("critic", 50), ("energy", 50), ("energy", 60)])
+def test_a_broken_run_goes_on_and_ends_like_an_unbroken_one(place, make_dataset, tiny_config, tmp_path):
+    config = tiny_config(make_dataset(), evaluation__num_curve_points=2, evaluation__num_curve_episodes=1)
+
+    def stop(progress: Progress) -> None:
+        if (progress.stage, progress.step) == place:
+            raise Break
+
+    unbroken = execute(config, tmp_path / "whole")
+    with pytest.raises(Break):
+        execute(config, tmp_path / "broken", checkpoint_s=0.0, on_progress=stop)
+    with (tmp_path / "broken" / run.METRICS).open("ab") as spool:
+        spool.write(b'{"time": 12, "sta')  # the kill tore a line
+    broken = execute(config, tmp_path / "broken")
+    clock = {"seconds", "started_at", "folder"}
+    assert {k: v for k, v in broken.items() if k not in clock} == {k: v for k, v in unbroken.items() if k not in clock}
+    assert (tmp_path / "broken" / run.POLICY).read_bytes() == (tmp_path / "whole" / run.POLICY).read_bytes()
+    spools = [
+        [{**row, "time": 0} for row in run.read_spool(tmp_path / name / run.METRICS)] for name in ("whole", "broken")
+    ]
+    assert spools[0] == spools[1]
+
+
+def test_the_checkpoint_before_serves_when_the_newest_is_torn(tmp_path, capsys):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, {"step": step})
+    newest = tmp_path / checkpoint.FILE
+    for torn in (newest.read_bytes()[:-1], newest.read_bytes()[:-20] + bytes(20), b""):
+        newest.write_bytes(torn)
+        assert checkpoint.load(tmp_path) == {"step": 1}
+        assert "going on from the one before" in capsys.readouterr().err
+    newest.unlink()
+    assert checkpoint.load(tmp_path) == {"step": 1}
+    (tmp_path / checkpoint.PREVIOUS).write_bytes(b"PK nonsense")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        checkpoint.load(tmp_path)
+    assert checkpoint.load(tmp_path / "empty") is None
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, b"old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_of_another_run_or_of_other_data_is_refused(make_dataset, tiny_config, tmp_path):
+    dataset_id = make_dataset()
+    config = tiny_config(dataset_id)
+
+    def stop(_: Progress) -> None:
+        raise Break
+
+    for name in ("foreign", "changed"):
+        with pytest.raises(Break):
+            execute(config, tmp_path / name, checkpoint_s=0.0) if False else execute(
+                config,
+                tmp_path / name,
+                checkpoint_s=0.0,
+                on_progress=lambda p: stop(p) if p.step > 50 else None,
+            )
+    with pytest.raises(CheckpointError, match="foreign"):
+        execute(tiny_config(dataset_id, seed=1), tmp_path / "foreign")
+    import minari
+
+    minari.delete_dataset(dataset_id)
+    make_dataset(num_episodes=4)
+    with pytest.raises(CheckpointError, match="has changed since"):
+        execute(config, tmp_path / "changed")
+
+
+def test_a_failed_run_is_a_result(make_dataset, tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(make_dataset())
+    monkeypatch.setattr("aepo.stages.critic.expectile_loss", lambda u_B, _: torch.full((), math.nan) * u_B.sum())
+    with pytest.raises(TrainingError, match="critic/loss is nan"):
+        execute(config, tmp_path)
+    result = run.read_result(tmp_path)
+    assert result["status"] == "failed"
+    assert "critic/loss is nan" in result["error"]
+    assert result["score"] is None
+
+
+def test_running_out_of_memory_is_a_result(make_dataset, tiny_config, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError("no 3 GiB")
+
+    monkeypatch.setattr(run, "load_transitions", full)
+    with pytest.raises(ResourceError, match="out of memory: no 3 GiB"):
+        execute(tiny_config(make_dataset()), tmp_path)
+    assert run.read_result(tmp_path)["status"] == "failed"
+
+
+def test_a_file_that_is_no_result_is_not_taken_for_one(tmp_path):
+    (tmp_path / run.RESULT).write_text('{"status": "fini')
+    with pytest.raises(CheckpointError, match="not a result"):
+        run.read_result(tmp_path)
+
+
+def test_readers_of_the_spool_never_see_half_a_row(tmp_path):
+    spool, state = run.Spool(tmp_path / "s"), None
+    counts, stop = [], threading.Event()
+
+    def read():
+        while not stop.is_set():
+            counts.append(len(run.read_spool(tmp_path / "s")))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for step in range(1, 500):
+        spool.write(Progress(stage="critic", step=step, num_steps=500, metrics={}, state=state), {"critic/loss": 1.0})
+    stop.set()
+    thread.join()
+    spool.close()
+    assert counts == sorted(counts)
+    assert len(run.read_spool(tmp_path / "s")) == 499
+
+
+# -- policy ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(make_dataset, tiny_config, tmp_path):
+    execute(tiny_config(make_dataset()), tmp_path / "run")
+    return tmp_path / "run" / run.POLICY
+
+
+def test_a_policy_read_back_acts_the_same_and_within_bounds(trained):
+    observations = 10 * np.random.default_rng(0).standard_normal((64, 3))
+    first, second = (Policy.load(trained).act(observations, torch.Generator().manual_seed(0)) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert first.shape == (64, 1)
+    assert np.abs(first).max() <= 2.0
+    assert first.std() > 0
+
+
+def test_of_several_candidates_the_one_with_the_largest_q_is_taken(trained):
+    import dataclasses
+
+    policy = Policy.load(trained)
+    states = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
+
+    def value(num):
+        several = policy.with_sampling(dataclasses.replace(policy.sampling, num_candidates=num))
+        actions = several.sample(states, torch.Generator().manual_seed(1))
+        return policy.q(states, actions).amin(0)
+
+    one = value(1)
+    assert value(16).mean() > one.mean() + 0.5 * one.std() * 0
+    repeated = states.repeat_interleave(16, 0)
+    several = policy.with_sampling(dataclasses.replace(policy.sampling, num_candidates=16))
+    drawn = policy.sample(repeated, torch.Generator().manual_seed(1))
+    best = policy.q(repeated, drawn).amin(0).view(32, 16).amax(1)
+    taken = several.sample(states, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(policy.q(states, taken).amin(0), best)
+
+
+def test_guidance_scale_zero_ignores_the_energy(trained):
+    import dataclasses
+
+    policy = Policy.load(trained)
+    cloning = policy.with_sampling(dataclasses.replace(policy.sampling, guidance_scale=0.0))
+    states = torch.randn(16, 3)
+    before = cloning.sample(states, torch.Generator().manual_seed(0))
+    guided = policy.sample(states, torch.Generator().manual_seed(0))
+    for parameter in policy.energy.parameters():
+        parameter.data.mul_(-3)
+    assert torch.equal(before, cloning.sample(states, torch.Generator().manual_seed(0)))
+    assert not torch.equal(guided, policy.sample(states, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "missing"])
+def test_a_damaged_policy_file_is_refused(damage, trained):
+    data = bytearray(trained.read_bytes())
+    if damage == "truncated":
+        trained.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        data[-10] ^= 1
+        trained.write_bytes(data)
+    elif damage == "foreign":
+        from safetensors.torch import save
+
+        trained.write_bytes(save({"weight": torch.zeros(3)}))
+    else:
+        trained.unlink()
+    with pytest.raises(CheckpointError, match=str(trained)):
+        Policy.load(trained)
+
+
+# -- evaluation --------------------------------------------------------------------------------------------
+
+
+class Constant:
+    """A policy that always pushes the same way."""
+
+    def __init__(self, trained):
+        self.spaces = Policy.load(trained).spaces
+
+    def act(self, observations_NS, generator):
+        return np.full((len(observations_NS), 1), 0.7, dtype=np.float32)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 50])
+def test_returns_are_those_of_a_plain_loop_whatever_the_number_of_environments(slots, trained, monkeypatch):
+    monkeypatch.setattr("aepo.evaluate.MAX_ENVS", slots)
+    evaluator = Evaluator("tests/pendulum/random-v0")
+    returns = evaluator.run(Constant(trained), num_episodes=7, seed=5)
+    evaluator.close()
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=40)
+    exact = []
+    for episode in range(7):
+        env.reset(seed=5 + episode)
+        exact.append(sum(env.step(np.array([0.7], dtype=np.float32))[1] for _ in range(40)))
+    env.close()
+    np.testing.assert_allclose(returns, exact)
+
+
+def test_a_horizon_shortens_the_episodes(trained):
+    evaluator = Evaluator("tests/pendulum/random-v0", horizon=5)
+    short = evaluator.run(Constant(trained), num_episodes=2, seed=0)
+    evaluator.close()
+    env = gymnasium.make("Pendulum-v1")
+    env.reset(seed=0)
+    assert short[0] == pytest.approx(sum(env.step(np.array([0.7], dtype=np.float32))[1] for _ in range(5)))
+    env.close()
+
+
+def test_scores_are_zero_for_random_and_a_hundred_for_expert():
+    references = References(random=-20.0, expert=3000.0)
+    assert references.score(-20.0) == 0
+    assert references.score(3000.0) == 100
+
+
+def test_a_data_set_without_references_gives_returns_and_no_score(make_dataset, tiny_config, tmp_path):
+    result = execute(tiny_config(make_dataset("tests/pendulum/bare-v0", references=False)), tmp_path)
+    assert result["score"] is None
+    assert math.isfinite(result["return_mean"])
+
+
+def test_an_environment_that_crashes_ends_the_run_by_name(trained, monkeypatch):
+    evaluator = Evaluator("tests/pendulum/random-v0")
+
+    class Broken(Constant):
+        def act(self, observations_NS, generator):
+            raise ZeroDivisionError("in the simulator")
+
+    with pytest.raises(TrainingError, match="Pendulum-v1 failed: ZeroDivisionError"):
+        evaluator.run(Broken(trained), num_episodes=1, seed=0)
+    evaluator.close()
+
+
+def test_a_data_set_that_is_not_there_cannot_be_evaluated():
+    with pytest.raises(DataError, match="cannot be read"):
+        Evaluator("no/such-v0")

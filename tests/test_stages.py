@@ -1,0 +1,157 @@
+"""The examination that every stage passes: trains, resumes bit for bit, refuses what is foreign, heeds its config."""
+
+import copy
+import dataclasses
+import io
+
+import pytest
+import torch
+
+from aepo import checkpoint, pipeline
+from aepo import config as configs
+from aepo.errors import CheckpointError, ConfigError, TrainingError
+from tests.conftest import random_transitions
+
+CPU = torch.device("cpu")
+
+
+def weights(state):
+    """All tensors of a state as one dict of copies."""
+    flat = {}
+
+    def walk(prefix, value):
+        if isinstance(value, torch.Tensor):
+            flat[prefix] = value.clone()
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}", item)
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                walk(f"{prefix}.{i}", item)
+        else:
+            flat[prefix] = value
+
+    walk("", checkpoint.collect(state))
+    return flat
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) if isinstance(first[key], torch.Tensor) else first[key] == second[key]
+        for key in first
+    )
+
+
+def finish(config, data, resume=None):
+    *_, last = pipeline.train(config, data, device=CPU, resume=resume)
+    return weights(last.state)
+
+
+@pytest.mark.parametrize("stage", pipeline.STAGES)
+@pytest.mark.parametrize("step", [50, 60])
+def test_a_run_broken_in_any_stage_ends_bit_for_bit_like_an_unbroken_one(stage, step, tiny_config, transitions):
+    config = tiny_config()
+    unbroken = finish(config, transitions)
+    for progress in pipeline.train(config, transitions, device=CPU):
+        if (progress.stage, progress.step) == (stage, step):
+            file = io.BytesIO()
+            torch.save(checkpoint.collect(progress.state), file)
+            break
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    if (stage, step) == ("energy", 60):
+        state = pipeline.start(config, transitions, CPU)
+        checkpoint.restore(state, saved)
+        assert same(weights(state), unbroken)
+    else:
+        assert same(finish(config, transitions, saved), unbroken)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(tiny_config, transitions):
+    assert same(finish(tiny_config(seed=3), transitions), finish(tiny_config(seed=3), transitions))
+    assert not same(finish(tiny_config(seed=3), transitions), finish(tiny_config(seed=4), transitions))
+
+
+@pytest.mark.parametrize("stage", pipeline.STAGES)
+def test_every_stage_lowers_its_loss(stage, tiny_config, transitions):
+    overrides = {f"{stage}__steps": 400, f"{stage}__learning_rate": 1e-3, f"{stage}__batch_size": 64}
+    rows = [
+        progress.metrics[f"{stage}/loss"]
+        for progress in pipeline.train(tiny_config(**overrides), transitions, device=CPU)
+        if progress.stage == stage and progress.metrics
+    ]
+    assert sum(rows[-20:]) < 0.9 * sum(rows[:20])
+
+
+def test_progress_runs_through_the_stages_in_order_and_to_their_last_step(tiny_config, transitions):
+    seen = [(p.stage, p.step) for p in pipeline.train(tiny_config(), transitions, device=CPU)]
+    assert list(dict.fromkeys(stage for stage, _ in seen)) == list(pipeline.STAGES)
+    for stage in pipeline.STAGES:
+        steps = [step for name, step in seen if name == stage]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == 60
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tiny_config, transitions):
+    *_, last = pipeline.train(tiny_config(), transitions, device=CPU)
+    saved = checkpoint.collect(last.state)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        finish(tiny_config(critic__hidden_size=17), transitions, saved)
+    with pytest.raises(CheckpointError, match="another version"):
+        finish(tiny_config(), transitions, {key: saved[key] for key in ("behavior", "critic")})
+
+
+OTHER = {
+    "behavior": {"steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4, "ema_decay": 0.5},
+    "critic": {
+        "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
+        "expectile": 0.95, "discount": 0.5, "target_rate": 0.5,
+    },
+    "energy": {
+        "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
+        "ema_decay": 0.5, "expansion": "data_action",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", pipeline.STAGES)
+def test_every_setting_of_a_stage_is_heeded(stage, tiny_config, transitions):
+    base = tiny_config()
+    fields = {field.name for field in dataclasses.fields(getattr(base, stage))}
+    assert set(OTHER[stage]) == fields, "a new setting wants a line here"
+    before = finish(base, transitions)
+    for name, value in OTHER[stage].items():
+        changed = configs.with_overrides(base, {f"{stage}.{name}": value})
+        assert not same(finish(changed, transitions), before), name
+        assert changed.fingerprint != base.fingerprint
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_place(tiny_config):
+    data = random_transitions()
+    rows = data.rows_ND.clone()
+    rows[:, 5] = float("inf")  # rewards
+    with pytest.raises(TrainingError, match=r"critic/loss is (inf|nan) at step 1 of 60; lower critic.learning_rate"):
+        finish(tiny_config(), dataclasses.replace(data, rows_ND=rows))
+
+
+def test_training_leaves_the_data_alone(tiny_config, transitions):
+    before = copy.deepcopy(transitions.rows_ND)
+    finish(tiny_config(), transitions)
+    assert torch.equal(before, transitions.rows_ND)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"critic__expectile": 1.0}, r"expectile must be in \(0, 1\), got 1.0"),
+        ({"critic__expectile": float("nan")}, "expectile"),
+        ({"behavior__steps": 0}, "steps"),
+        ({"sampling__beta": 0}, "beta"),
+        ({"sampling__guidance_scale": 0}, "evaluated at 0"),
+        ({"energy__expansion": "nowhere"}, "expansion"),
+        ({"critic__expectil": 0.5}, "did you mean critic.expectile"),
+        ({"behavior__steps": "many"}, "behavior.steps"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(override, message, tiny_config):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(**override)

@@ -1,0 +1,213 @@
+"""Plan, record, tracking and board without Ray; the contract with analysis."""
+
+import json
+
+import pytest
+import torch
+
+from aepo import run
+from aepo.errors import CheckpointError, ConfigError, IncompleteError, ResourceError
+from tune import plan as plans
+from tune.commands import check_complete
+from tune.plan import make_plan, pending, read_manifest, run_folder, write_manifest
+from tune.record import collect_rows, write_rows
+from tune.sweep import Board, Resources, _slots
+from tune.tracking import TAG, Tracker, flatten
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def sweep(make_dataset, tiny_config, tmp_path):
+    """A sweep folder with three planned runs, two of them finished and one failed halfway."""
+    dataset_id = make_dataset()
+    plan = [tiny_config(dataset_id, seed=seed) for seed in range(3)]
+    folder = tmp_path / "sweep"
+    write_manifest(folder, plan)
+    for config in plan[:2]:
+        place = run_folder(folder, config)
+        run.execute(config, place, run.FolderStore(place), device=CPU)
+    return folder, plan
+
+
+def test_the_plan_is_tasks_times_seeds_and_survives_the_manifest(tmp_path):
+    plan = make_plan(
+        ("maze2d-umaze", "maze2d-medium"),
+        ("x/y-v0",),
+        (0, 1),
+        preset="quick",
+        overrides={"sampling.beta": "2"},
+    )
+    assert [(c.task, c.seed) for c in plan] == [
+        (t, s) for t in ("maze2d-umaze", "maze2d-medium", "x/y-v0") for s in (0, 1)
+    ]
+    assert {c.sampling.beta for c in plan} == {2.0}
+    write_manifest(tmp_path, plan)
+    assert read_manifest(tmp_path) == plan
+    assert json.loads((tmp_path / plans.MANIFEST).read_text())["versions"]["torch"] == torch.__version__
+
+
+def test_names_of_runs_are_safe_folders():
+    (config,) = make_plan((), ("../../etc/passwd-v0",), (0,), preset="smoke", overrides={})
+    assert config.name == f"etc-passwd-v0-s0-{config.fingerprint}"
+
+
+def test_runs_planned_twice_and_foreign_manifests_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="planned twice"):
+        make_plan(("maze2d-umaze",), (), (1, 1), preset="quick", overrides={})
+    with pytest.raises(CheckpointError, match="not a sweep"):
+        read_manifest(tmp_path)
+    (tmp_path / plans.MANIFEST).write_text('{"format": 99, "runs": {}}')
+    with pytest.raises(CheckpointError, match="not a manifest of this version"):
+        read_manifest(tmp_path)
+
+
+def test_only_what_has_not_ended_is_pending(sweep):
+    folder, plan = sweep
+    assert pending(folder, plan, retry_failed=False) == [plan[2]]
+    place = run_folder(folder, plan[0])
+    run.write_json(place / run.RESULT, {**run.read_result(place), "status": "failed"})
+    assert pending(folder, plan, retry_failed=False) == [plan[2]]
+    assert pending(folder, plan, retry_failed=True) == [plan[0], plan[2]]
+
+
+def test_a_run_without_a_result_is_a_row_with_its_reason(sweep):
+    folder, plan = sweep
+    rows = collect_rows(folder, plan, errors={plan[2].name: "ActorDiedError: killed"})
+    assert [row["status"] for row in rows] == ["finished", "finished", "failed"]
+    with pytest.raises(IncompleteError, match=f"1 of 3 runs have no result: {plan[2].name}: ActorDiedError"):
+        check_complete(rows)
+    check_complete(rows[:2])
+
+
+def test_analysis_reads_what_tune_writes(sweep, capsys):
+    from analysis.load import load_runs
+
+    folder, plan = sweep
+    rows = collect_rows(folder, plan, errors={plan[2].name: "killed"})
+    write_rows(folder, rows)
+    table = load_runs(folder)
+    assert list(table["run"]) == [config.name for config in plan]
+    assert list(table["score"])[:2] == [row["score"] for row in rows[:2]]
+
+    from aepo import cli
+
+    assert cli.run(["report", str(folder), "--json"]) == 3
+    capsys.readouterr()
+    assert cli.run(["report", str(folder), "--json", "--allow-missing"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(row["method"], row["num_failed"]) for row in report] == [("aepo", 1), ("diffusion-bc", 1)]
+    assert report[0]["scores"] == pytest.approx([row["score"] for row in rows[:2]])
+
+
+# -- tracking ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uri(tmp_path):
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_every_row_of_the_spool_arrives_once_however_often_it_is_sent(sweep, uri, tmp_path):
+    from mlflow import MlflowClient
+
+    folder, plan = sweep
+    config, place = plan[0], run_folder(folder, plan[0])
+    tracker = Tracker(folder, plan, uri=uri)
+    assert tracker.ship()
+    (place / "mlflow.json").unlink()  # the offset was lost in a crash
+    for _ in range(2):
+        again = Tracker(folder, plan, uri=uri)
+        assert again.ship()
+    client = MlflowClient(uri)
+    (experiment,) = (e for e in client.search_experiments() if e.name.startswith("aepo/"))
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(r.data.tags[TAG] for r in runs) == sorted(c.name for c in plan[:2])
+    entry = next(r for r in runs if r.data.tags[TAG] == config.name)
+    assert entry.info.status == "FINISHED"
+    spool = run.read_spool(place / run.METRICS)
+    for stage in ("behavior", "critic", "energy"):
+        history = client.get_metric_history(entry.info.run_id, f"{stage}/loss")
+        expected = [(r["step"], r["metrics"][f"{stage}/loss"]) for r in spool if r["stage"] == stage]
+        assert sorted((m.step, m.value) for m in history) == expected
+    assert entry.data.params["critic.expectile"] == "0.7"
+    assert {a.path for a in client.list_artifacts(entry.info.run_id)} >= {run.POLICY, run.CONFIG, run.RESULT}
+    (dataset,) = entry.inputs.dataset_inputs
+    result = run.read_result(place)
+    assert (dataset.dataset.name, dataset.dataset.digest) == (config.data.dataset, result["dataset_digest"])
+    assert entry.data.metrics["final/aepo/score"] == pytest.approx(result["score"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_a_server_that_is_away_costs_a_warning_and_its_rows_come_later(sweep, uri, capsys, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    folder, plan = sweep
+    tracker = Tracker(folder, plan, uri=uri)
+
+    def away(*_, **__):
+        raise MlflowException("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", away)
+        assert not tracker.ship()
+    assert "metrics wait on disk" in capsys.readouterr().err
+    assert tracker.ship()
+    assert set(tracker.run_ids) == {config.name for config in plan[:2]}
+
+
+def test_flatten_gives_dotted_keys():
+    assert flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}
+
+
+# -- scheduling --------------------------------------------------------------------------------------------
+
+
+def node(cpus, gpus=0.0, gib=64.0, alive=True):
+    return {"Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus, "memory": gib * 2**30}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "resources", "slots"),
+    [
+        ([node(2)], Resources(), 2),
+        ([node(2), node(3, alive=False)], Resources(), 2),
+        ([node(3), node(3)], Resources(cpus=2), 2),
+        ([node(2)], Resources(cpus=0.25), 8),
+        ([node(16, gpus=2)], Resources(cpus=1, gpus=0.5), 4),
+        ([node(64, gib=6.5)], Resources(), 5),
+    ],
+)
+def test_as_many_trials_run_at_once_as_fit_on_single_nodes(nodes, resources, slots):
+    assert _slots(nodes, resources) == slots
+
+
+def test_a_cluster_without_room_for_one_trial_is_refused_instead_of_waiting_forever():
+    with pytest.raises(ResourceError, match="one trial wants 1 CPU, 1 GPU"):
+        _slots([node(8)], Resources(gpus=1))
+
+
+def test_the_board_shows_stage_step_rate_time_left_and_score(sweep):
+    folder, plan = sweep
+    board = Board(folder, plan)
+    board.refresh()
+    assert [line.split()[1] for line in board.lines()] == ["finished", "finished"]
+    spool = run_folder(folder, plan[2]) / run.METRICS
+    spool.parent.mkdir(parents=True)
+    rows = [
+        {
+            "time": 100.0 + t,
+            "stage": "critic",
+            "step": 10 * t,
+            "num_steps": 60,
+            "metrics": {"critic/loss": 1.0},
+        }
+        for t in range(1, 4)
+    ]
+    spool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    board.refresh()
+    (line,) = board.lines()
+    assert "critic 30/60  10 steps/s" in line
+    assert board.lines() == [], "what has not moved is not repeated"

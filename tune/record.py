@@ -1,0 +1,96 @@
+"""Rows of runs.parquet: one per planned run, whether it finished, failed or is missing."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aepo import run
+from aepo.config import RunConfig
+from tune.plan import run_folder
+
+RUNS = "runs.parquet"
+SCHEMA_VERSION = 1
+EVALUATION = pa.struct(
+    [
+        ("method", pa.string()),
+        ("beta", pa.float64()),
+        ("guidance_scale", pa.float64()),
+        ("score", pa.float64()),
+        ("return_mean", pa.float64()),
+        ("return_std", pa.float64()),
+        ("num_episodes", pa.int64()),
+        ("episode_returns", pa.list_(pa.float64())),
+    ]
+)
+POINT = pa.struct(
+    [("stage", pa.string()), ("step", pa.int64()), ("score", pa.float64()), ("return_mean", pa.float64())]
+)
+SCHEMA = pa.schema(
+    [
+        ("schema_version", pa.int64()),
+        *[
+            (name, pa.string())
+            for name in [
+                "run",
+                "task",
+                "suite",
+                "source",
+                "dataset",
+                "dataset_digest",
+                "env_id",
+                "fingerprint",
+                "preset",
+            ]
+        ],
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("seed", pa.int64()),
+        *[(name, pa.float64()) for name in ["ref_min", "ref_max", "score", "return_mean", "seconds"]],
+        *[(name, pa.int64()) for name in ["num_episodes", "steps"]],
+        ("evaluations", pa.list_(EVALUATION)),
+        ("curve", pa.list_(POINT)),
+        *[(name, pa.string()) for name in ["commit", "version", "machine", "started_at", "mlflow_run_id", "folder"]],
+    ]
+)
+
+
+def collect_rows(
+    sweep: Path,
+    plan: Sequence[RunConfig],
+    *,
+    errors: Mapping[str, str] | None = None,
+    mlflow_run_ids: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Return one row per planned run.
+
+    Args:
+        sweep: folder of the sweep.
+        plan: what ought to exist.
+        errors: run name -> why a run without a result has none.
+        mlflow_run_ids: run name -> id.
+    """
+    rows = []
+    for config in plan:
+        folder = run_folder(sweep, config)
+        result = run.read_result(folder)
+        row = run.describe(config, folder) if result is None else result
+        if result is None and errors and config.name in errors:
+            row |= {"status": "failed", "error": errors[config.name]}
+        row["mlflow_run_id"] = (mlflow_run_ids or {}).get(config.name)
+        row["folder"] = str(folder.relative_to(sweep))
+        rows.append({"schema_version": SCHEMA_VERSION, **row})
+    return rows
+
+
+def write_rows(sweep: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write runs.parquet atomically and return its path."""
+    path = sweep / RUNS
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    pq.write_table(table, temporary)
+    temporary.replace(path)
+    return path
