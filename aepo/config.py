@@ -105,7 +105,7 @@ class EnergyConfig:
     """Adam, decayed to 0 by a cosine over `steps`."""
     ema_decay: float = 0.995
     """Per step, of the weights that guide."""
-    expansion: Expansion = "posterior_mean"
+    expansion: Expansion = "data_action"
     """The point c of [M11] at which Q is expanded."""
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class SamplingConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    beta: float = 3.0
+    beta: float = 1.0
     """Inverse temperature of exp(beta Q) [M1], Q in units of the standard deviation of Q - V on the data."""
     guidance_scale: float = 3.0
     """w of [M4]; 0 = diffusion behaviour cloning."""
@@ -250,7 +250,14 @@ def paper(task: Task, seed: int) -> RunConfig:
         seed,
         "paper",
         behavior=BehaviorConfig(steps=600_000, batch_size=4096, learning_rate=1e-4, ema_decay=0.999, **net),
-        critic=(1_000_000, 256, {"hidden_size": 256, "num_layers": 3}),
+        critic=CriticConfig(
+            steps=1_000_000,
+            batch_size=256,
+            hidden_size=256,
+            num_layers=3,
+            expectile=task.expectile,
+            discount=task.discount,
+        ),
         energy=EnergyConfig(steps=500_000, batch_size=1024, ema_decay=0.999, expansion=task.expansion, **net),
         evaluation=EvaluationConfig(num_episodes=100, num_curve_points=9, num_curve_episodes=20, horizon=task.horizon),
     )
@@ -263,9 +270,18 @@ def quick(task: Task, seed: int) -> RunConfig:
         task,
         seed,
         "quick",
-        behavior=BehaviorConfig(steps=10_000, batch_size=256, learning_rate=1e-3, **net),
-        critic=(20_000, 256, net),
-        energy=EnergyConfig(steps=10_000, batch_size=256, learning_rate=1e-3, expansion=task.expansion, **net),
+        behavior=BehaviorConfig(steps=5000, batch_size=256, learning_rate=1e-3, **net),
+        critic=CriticConfig(
+            steps=6000,
+            batch_size=256,
+            hidden_size=256,
+            num_layers=2,
+            learning_rate=1e-3,
+            target_rate=0.02,  # values must travel through the data in 6,000 steps
+            expectile=task.expectile,
+            discount=task.discount,
+        ),
+        energy=EnergyConfig(steps=4000, batch_size=256, learning_rate=1e-3, expansion=task.expansion, **net),
         evaluation=EvaluationConfig(num_episodes=50, num_curve_points=3, num_curve_episodes=10, horizon=task.horizon),
     )
 
@@ -278,7 +294,9 @@ def smoke(task: Task, seed: int) -> RunConfig:
         seed,
         "smoke",
         behavior=BehaviorConfig(steps=300, batch_size=128, learning_rate=1e-3, **net),
-        critic=(300, 128, net),
+        critic=CriticConfig(
+            steps=300, batch_size=128, learning_rate=1e-3, expectile=task.expectile, discount=task.discount, **net
+        ),
         energy=EnergyConfig(steps=300, batch_size=128, learning_rate=1e-3, expansion=task.expansion, **net),
         evaluation=EvaluationConfig(num_episodes=2, horizon=task.horizon),
         num_sampling_steps=5,
@@ -305,12 +323,11 @@ def _config(
     name: str,
     *,
     behavior: BehaviorConfig,
-    critic: tuple[int, int, dict[str, int]],
+    critic: CriticConfig,
     energy: EnergyConfig,
     evaluation: EvaluationConfig,
     num_sampling_steps: int = 15,
 ) -> RunConfig:
-    steps, batch_size, net = critic
     return RunConfig(
         task=task.task,
         suite=task.suite,
@@ -323,9 +340,7 @@ def _config(
             reward_rule=task.reward_rule,
         ),
         behavior=behavior,
-        critic=CriticConfig(
-            steps=steps, batch_size=batch_size, expectile=task.expectile, discount=task.discount, **net
-        ),
+        critic=critic,
         energy=energy,
         sampling=SamplingConfig(beta=task.beta, guidance_scale=task.guidance_scale, num_steps=num_sampling_steps),
         evaluation=evaluation,

@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import importlib
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gymnasium
@@ -123,7 +124,7 @@ class Evaluator:
     def _make(self) -> gymnasium.Env[Any, Any]:
         kwargs = {"max_episode_steps": self._horizon} if self._horizon else {}
         quiet_robotics()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _own_temporary_folder():
             warnings.filterwarnings("ignore", message=".*is out of date.*")
             warnings.filterwarnings("ignore", message=".*rewards are currently not .*")
             try:
@@ -138,6 +139,18 @@ class Evaluator:
                     f"({type(error).__name__}: {' '.join(str(error).split())}); "
                     f"it asks for {self.dataset.storage.metadata.get('requirements') or 'unknown packages'}"
                 ) from error
+
+
+@contextlib.contextmanager
+def _own_temporary_folder() -> Iterator[None]:
+    """Let what a maze environment leaves in the temporary folder when it is made (its XML) vanish at once."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="aepo-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def _stack(observations: Sequence[Any]) -> Any:

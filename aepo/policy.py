@@ -119,12 +119,9 @@ class Policy(nn.Module):
     def save(self, path: Path) -> None:
         """Write the policy as one safetensors file, atomically."""
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
-        metadata = {
-            "format": FORMAT,
-            "config": json.dumps(dataclasses.asdict(self.config)),
-            "digest": _digest(tensors),
-        }
-        write_atomically(path, to_safetensors(tensors, metadata))
+        facts = {"config": dataclasses.asdict(self.config), "digest": _digest(tensors)}
+        # one entry, because safetensors writes several in no fixed order
+        write_atomically(path, to_safetensors(tensors, {FORMAT: json.dumps(facts)}))
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> "Policy":
@@ -139,12 +136,13 @@ class Policy(nn.Module):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read as a policy: {error}") from error
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is of format {metadata.get('format')!r}, wanted {FORMAT!r}")
-        if metadata.get("digest") != _digest(tensors):
+        if FORMAT not in metadata:
+            raise CheckpointError(f"{path} is no {FORMAT}: its metadata hold {sorted(metadata) or 'nothing'}")
+        facts = json.loads(metadata[FORMAT])
+        if facts["digest"] != _digest(tensors):
             raise CheckpointError(f"{path} has been changed since it was written: its digest differs")
         try:
-            config = configs.from_dict(json.loads(metadata["config"]))
+            config = configs.from_dict(facts["config"])
             spaces = Spaces(**{field.name: tensors[field.name] for field in dataclasses.fields(Spaces)})
             policy = cls(config, spaces)
             policy.load_state_dict(tensors)

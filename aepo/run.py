@@ -102,12 +102,16 @@ class Spool:
         self._file.close()
 
 
-def read_spool(path: Path) -> list[dict[str, Any]]:
-    """Return all whole rows of a metrics file; [] if there is none."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()
-    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+def read_spool(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Return the whole rows of a metrics file after a byte offset, and the offset behind them."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            text = file.read()
+    except FileNotFoundError:
+        return [], offset
+    whole = text.rfind(b"\n") + 1
+    return [json.loads(line) for line in text[:whole].splitlines()], offset + whole
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -286,7 +290,7 @@ def _train_and_evaluate(
             "score": row["metrics"].get("eval/score"),
             "return_mean": row["metrics"]["eval/return_mean"],
         }
-        for row in read_spool(folder / METRICS)
+        for row in read_spool(folder / METRICS)[0]
         if "eval/return_mean" in row["metrics"]
     ]
     final = {key: headline[key] for key in ("score", "return_mean")}

@@ -33,9 +33,9 @@ class Task:
     reward_rule: RewardRule = "return_range"
     horizon: int = 0
     """Steps of an evaluation episode; 0 = the limit of the data set's environment."""
-    beta: float = 3.0
+    beta: float = 1.0
     guidance_scale: float = 3.0
-    expansion: Expansion = "posterior_mean"
+    expansion: Expansion = "data_action"
     expectile: float = 0.7
     discount: float = 0.99
 

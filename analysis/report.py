@@ -32,7 +32,11 @@ class Report:
     """Turn the runs of one or more sweeps into tables and figures.
 
     Prints the scores and writes report.md, scores.csv and learning curves. If planned runs failed or are
-    missing it names each, writes nothing and exits 3. Example: aepo report sweeps/first --json
+    missing it names each, writes nothing and exits 3.
+
+    For example:
+      aepo report sweeps/mazes
+      aepo report sweeps/mazes sweeps/others --json
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SWEEP...", help_behavior_hint="")]

@@ -64,6 +64,7 @@ def write_pendulum(
         dataset_id,
         buffers,
         env=env,
+        eval_env=env.spec,
         algorithm_name="random",
         author="tests",
         author_email="t@example.org",

@@ -59,7 +59,7 @@ def policies(folder):
 
 
 def stages(folder):
-    rows = [row for path in folder.glob(f"runs/*/{run.METRICS}") for row in run.read_spool(path)]
+    rows = [row for path in folder.glob(f"runs/*/{run.METRICS}") for row in run.read_spool(path)[0]]
     return {row["stage"] for row in rows}
 
 

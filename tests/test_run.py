@@ -37,7 +37,7 @@ def test_a_run_leaves_result_spool_config_and_policy(make_dataset, tiny_config, 
     assert result["return_mean"] == pytest.approx(np.mean(returns))
     assert result["score"] == pytest.approx(100 * (np.mean(returns) + 1200) / (1200 - 150))
     assert [(point["stage"], point["step"]) for point in result["curve"]] == [("energy", s) for s in (20, 40, 60)]
-    rows = run.read_spool(tmp_path / "run" / run.METRICS)
+    rows = run.read_spool(tmp_path / "run" / run.METRICS)[0]
     assert [(r["stage"], r["step"]) for r in rows] == [
         (stage, step) for stage in ("behavior", "critic", "energy") for step in range(1, 61)
     ]
@@ -69,7 +69,7 @@ def test_a_broken_run_goes_on_and_ends_like_an_unbroken_one(place, make_dataset,
     assert {k: v for k, v in broken.items() if k not in clock} == {k: v for k, v in unbroken.items() if k not in clock}
     assert (tmp_path / "broken" / run.POLICY).read_bytes() == (tmp_path / "whole" / run.POLICY).read_bytes()
     spools = [
-        [{**row, "time": 0} for row in run.read_spool(tmp_path / name / run.METRICS)] for name in ("whole", "broken")
+        [{**row, "time": 0} for row in run.read_spool(tmp_path / name / run.METRICS)[0]] for name in ("whole", "broken")
     ]
     assert spools[0] == spools[1]
 
@@ -104,17 +104,13 @@ def test_a_checkpoint_of_another_run_or_of_other_data_is_refused(make_dataset, t
     dataset_id = make_dataset()
     config = tiny_config(dataset_id)
 
-    def stop(_: Progress) -> None:
-        raise Break
+    def stop(progress: Progress) -> None:
+        if progress.step > 50:
+            raise Break
 
     for name in ("foreign", "changed"):
         with pytest.raises(Break):
-            execute(config, tmp_path / name, checkpoint_s=0.0) if False else execute(
-                config,
-                tmp_path / name,
-                checkpoint_s=0.0,
-                on_progress=lambda p: stop(p) if p.step > 50 else None,
-            )
+            execute(config, tmp_path / name, checkpoint_s=0.0, on_progress=stop)
     with pytest.raises(CheckpointError, match="foreign"):
         execute(tiny_config(dataset_id, seed=1), tmp_path / "foreign")
     import minari
@@ -158,7 +154,7 @@ def test_readers_of_the_spool_never_see_half_a_row(tmp_path):
 
     def read():
         while not stop.is_set():
-            counts.append(len(run.read_spool(tmp_path / "s")))
+            counts.append(len(run.read_spool(tmp_path / "s")[0]))
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -168,7 +164,7 @@ def test_readers_of_the_spool_never_see_half_a_row(tmp_path):
     thread.join()
     spool.close()
     assert counts == sorted(counts)
-    assert len(run.read_spool(tmp_path / "s")) == 499
+    assert len(run.read_spool(tmp_path / "s")[0]) == 499
 
 
 # -- policy ------------------------------------------------------------------------------------------------
@@ -200,8 +196,7 @@ def test_of_several_candidates_the_one_with_the_largest_q_is_taken(trained):
         actions = several.sample(states, torch.Generator().manual_seed(1))
         return policy.q(states, actions).amin(0)
 
-    one = value(1)
-    assert value(16).mean() > one.mean() + 0.5 * one.std() * 0
+    assert value(16).mean() > value(1).mean()
     repeated = states.repeat_interleave(16, 0)
     several = policy.with_sampling(dataclasses.replace(policy.sampling, num_candidates=16))
     drawn = policy.sample(repeated, torch.Generator().manual_seed(1))

@@ -101,7 +101,9 @@ def test_a_checkpoint_of_other_networks_is_refused(tiny_config, transitions):
 
 
 OTHER = {
-    "behavior": {"steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4, "ema_decay": 0.5},
+    "behavior": {
+        "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4, "ema_decay": 0.5,
+    },
     "critic": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
         "expectile": 0.95, "discount": 0.5, "target_rate": 0.5,

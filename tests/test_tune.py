@@ -126,7 +126,7 @@ def test_every_row_of_the_spool_arrives_once_however_often_it_is_sent(sweep, uri
     assert sorted(r.data.tags[TAG] for r in runs) == sorted(c.name for c in plan[:2])
     entry = next(r for r in runs if r.data.tags[TAG] == config.name)
     assert entry.info.status == "FINISHED"
-    spool = run.read_spool(place / run.METRICS)
+    spool = run.read_spool(place / run.METRICS)[0]
     for stage in ("behavior", "critic", "energy"):
         history = client.get_metric_history(entry.info.run_id, f"{stage}/loss")
         expected = [(r["step"], r["metrics"][f"{stage}/loss"]) for r in spool if r["stage"] == stage]

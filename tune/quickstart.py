@@ -9,7 +9,7 @@ from pathlib import Path
 from aepo import tasks
 from aepo.console import err
 
-TASKS = ("maze2d-umaze", "maze2d-medium")
+TASKS = ("maze2d-umaze", "maze2d-open")
 SEEDS = (0, 1)
 NUM_STEPS = 200_000
 """Environment steps per data set."""

@@ -8,8 +8,10 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from tune.plan import pending, run_folder, write_manifest
 from tune.record import collect_rows, write_rows
 from tune.tracking import Tracker
 
+COLUMNS = ("stage", "step", "steps/s", "left", "score")
 SHIP_INTERVAL_S = 5.0
 LINE_INTERVAL_S = 30.0
 """Between two status lines where standard error is no terminal."""
@@ -201,11 +204,7 @@ def _watch(
     def watch() -> None:
         next_ship, next_line = 0.0, time.monotonic() + LINE_INTERVAL_S
         backoff = SHIP_INTERVAL_S
-        with (
-            Live(board.table(), console=err, auto_refresh=False, transient=False)
-            if err.is_terminal
-            else _quiet() as live
-        ):
+        with Live(board.table(), console=err, auto_refresh=False) if err.is_terminal else nullcontext() as live:
             while True:
                 last = stop.wait(1.0)
                 board.refresh()
@@ -222,7 +221,7 @@ def _watch(
                     next_ship = time.monotonic() + backoff
                     write_rows(sweep, collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids))
 
-    thread = threading.Thread(target=_reporting(watch), name="watch", daemon=True)
+    thread = threading.Thread(target=_reporting, args=(watch,), name="watch", daemon=True)
     thread.start()
     try:
         yield
@@ -231,118 +230,113 @@ def _watch(
         thread.join(timeout=60)
 
 
-def _reporting(watch: Any) -> Any:
-    def wrapped() -> None:
-        try:
-            watch()
-        except Exception as error:  # the sweep outlives its display; the last shipment repeats what this missed
-            err.print(f"[yellow]warning:[/] the display stopped: {type(error).__name__}: {error}", soft_wrap=True)
-
-    return wrapped
+def _reporting(watch: Callable[[], None]) -> None:
+    try:
+        watch()
+    except Exception as error:  # the sweep outlives its display; the last shipment sends what this one missed
+        err.print(f"[yellow]warning:[/] the display stopped: {type(error).__name__}: {error}", soft_wrap=True)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    yield None
+@dataclasses.dataclass
+class _Seen:
+    """What the board has read of one run."""
+
+    offset: int = 0
+    last: dict[str, Any] | None = None
+    """The newest row of the spool."""
+    first: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """stage -> its first row."""
+    recent: deque[tuple[float, int]] = dataclasses.field(default_factory=lambda: deque(maxlen=20))
+    """(time, step) of the newest rows of the current stage."""
+    score: float | None = None
+    result: dict[str, Any] | None = None
 
 
 class Board:
-    """Where each run stands, read from the spools."""
+    """Where each run stands, read from the run folders, each byte once."""
 
     def __init__(self, sweep: Path, plan: Sequence[RunConfig]):
         """Nothing is read before `refresh`."""
-        self._folders = {config.name: run_folder(sweep, config) for config in plan}
-        self._plan = {config.name: config for config in plan}
-        self._rows: dict[str, dict[str, str]] = {}
-        self._seconds_per_stage: dict[str, float] = {}
+        self._plan = {config.name: (config, run_folder(sweep, config)) for config in plan}
+        self._seen = {name: _Seen() for name in self._plan}
+        self._seconds_per_step: dict[str, float] = {}
         self._lines: dict[str, str] = {}
 
     def refresh(self) -> None:
-        """Read what the runs have written."""
-        for name, folder in self._folders.items():
-            self._rows[name] = self._row(name, folder)
+        """Read what the runs have written since the last call."""
+        for name, (_, folder) in self._plan.items():
+            seen = self._seen[name]
+            if seen.result is not None:
+                continue
+            rows, seen.offset = run.read_spool(folder / run.METRICS, seen.offset)
+            for row in rows:
+                if seen.last is not None and row["stage"] != seen.last["stage"]:
+                    self._learn(seen.first[seen.last["stage"]], seen.last)
+                    seen.recent.clear()
+                seen.first.setdefault(row["stage"], row)
+                seen.recent.append((row["time"], row["step"]))
+                seen.score = row["metrics"].get("eval/score", seen.score)
+                seen.last = row
+            with suppress(AEPOError):  # an unreadable result is said when the rows are collected
+                seen.result = run.read_result(folder)
+
+    def rows(self) -> dict[str, dict[str, str]]:
+        """Return run name -> stage, step, rate, time left and last score, as text, of the runs that have started."""
+        return {
+            name: self._row(config, self._seen[name])
+            for name, (config, folder) in self._plan.items()
+            if folder.exists()
+        }
 
     def table(self) -> Table:
-        """Return the runs that have started and a count of the others."""
-        table = Table(title=f"{self._count('finished')} of {len(self._plan)} runs finished", title_justify="left")
-        for column in ("run", "stage", "step", "steps/s", "left", "score"):
+        """Return the rows as a table, the newest 40."""
+        rows = self.rows()
+        ended = sum(seen.result is not None for seen in self._seen.values())
+        table = Table(title=f"{ended} of {len(self._plan)} runs ended", title_justify="left")
+        for column in ("run", *COLUMNS):
             table.add_column(column, justify="left" if column in ("run", "stage") else "right")
-        shown = [name for name, row in self._rows.items() if row["stage"] not in ("waiting",)]
-        for name in shown[-40:]:
-            row = self._rows[name]
-            table.add_row(name, *(row[key] for key in ("stage", "step", "rate", "left", "score")))
+        for name in list(rows)[-40:]:
+            table.add_row(name, *(rows[name][column] for column in COLUMNS))
         return table
 
     def lines(self) -> list[str]:
         """Return one line per run that has moved since the last call."""
         lines = []
-        for name, row in self._rows.items():
+        for name, row in self.rows().items():
             text = f"{name}  {row['stage']} {row['step']}"
-            if row["rate"]:
-                text += f"  {row['rate']} steps/s, {row['left']} left"
-            if row["score"]:
-                text += f"  score {row['score']}"
-            if row["stage"] != "waiting" and self._lines.get(name) != text:
+            text += f"  {row['steps/s']} steps/s, {row['left']} left" if row["steps/s"] else ""
+            text += f"  score {row['score']}" if row["score"] else ""
+            if self._lines.get(name) != text:
                 self._lines[name] = text
                 lines.append(text)
         return lines
 
-    def _count(self, stage: str) -> int:
-        return sum(row["stage"] == stage for row in self._rows.values())
+    def _row(self, config: RunConfig, seen: _Seen) -> dict[str, str]:
+        score = seen.score if seen.result is None else seen.result["score"]
+        row = dict.fromkeys(COLUMNS, "") | {"score": "" if score is None else f"{score:.1f}"}
+        if seen.result is not None:
+            return row | {"stage": seen.result["status"], "step": f"{seen.result['steps']:,}"}
+        if seen.last is None:
+            return row | {"stage": "starting"}
+        step, num_steps = seen.last["step"], seen.last["num_steps"]
+        row |= {"stage": seen.last["stage"], "step": f"{step:,}/{num_steps:,}"}
+        if seen.last["stage"] == pipeline.STAGES[-1] and step == num_steps:
+            return row | {"stage": "evaluating"}
+        (time_0, step_0), (time_1, step_1) = seen.recent[0], seen.recent[-1]
+        if time_1 <= time_0:
+            return row
+        rate = (step_1 - step_0) / (time_1 - time_0)
+        seconds = (num_steps - step) / rate
+        for stage in pipeline.STAGES[pipeline.STAGES.index(seen.last["stage"]) + 1 :]:
+            # later stages at another run's rate, or as long as none has been through them at this one's
+            seconds += getattr(config, stage).steps * self._seconds_per_step.get(stage, 1.0 / rate)
+        return row | {"steps/s": f"{rate:,.0f}", "left": str(timedelta(seconds=round(seconds)))}
 
-    def _row(self, name: str, folder: Path) -> dict[str, str]:
-        blank = {"stage": "waiting", "step": "", "rate": "", "left": "", "score": ""}
-        if (known := self._rows.get(name)) and known["stage"] in ("finished", "failed"):
-            return known
-        try:
-            result = run.read_result(folder)
-        except AEPOError:
-            return {**blank, "stage": "failed"}
-        spool = run.read_spool(folder / run.METRICS)
-        scores = [row["metrics"]["eval/score"] for row in spool if "eval/score" in row["metrics"]]
-        if result is not None:
-            if result["status"] == "finished":
-                self._learn(spool)
-            score = result["score"]
-            return {
-                **blank,
-                "stage": result["status"],
-                "step": f"{result['steps']:,}",
-                "score": "" if score is None else f"{score:.1f}",
-            }
-        if not spool:
-            return {**blank, "stage": "starting"} if folder.exists() else blank
-        here = spool[-1]
-        stage = [row for row in spool if row["stage"] == here["stage"]][-20:]
-        seconds, steps = stage[-1]["time"] - stage[0]["time"], stage[-1]["step"] - stage[0]["step"]
-        rate = steps / seconds if seconds > 0 else 0.0
-        evaluating = here["stage"] == pipeline.STAGES[-1] and here["step"] == here["num_steps"]
-        return {
-            "stage": "evaluating" if evaluating else here["stage"],
-            "step": f"{here['step']:,}/{here['num_steps']:,}",
-            "rate": f"{rate:,.0f}" if rate and not evaluating else "",
-            "left": "" if evaluating else self._left(self._plan[name], here, rate),
-            "score": f"{scores[-1]:.1f}" if scores else "",
-        }
-
-    def _learn(self, spool: Sequence[dict[str, Any]]) -> None:
-        """Take seconds per step of each stage from a finished run."""
-        for stage in pipeline.STAGES:
-            rows = [row for row in spool if row["stage"] == stage]
-            if len(rows) > 1 and rows[-1]["step"] > rows[0]["step"]:
-                steps = rows[-1]["step"] - rows[0]["step"]
-                self._seconds_per_stage[stage] = (rows[-1]["time"] - rows[0]["time"]) / steps
-
-    def _left(self, config: RunConfig, here: dict[str, Any], rate: float) -> str:
-        """Return the time left: this stage at its own rate, later ones at a finished run's or else at this one's."""
-        if not rate:
-            return ""
-        seconds = (here["num_steps"] - here["step"]) / rate
-        for stage in pipeline.STAGES[pipeline.STAGES.index(here["stage"]) + 1 :]:
-            seconds += getattr(config, stage).steps * self._seconds_per_stage.get(stage, 1.0 / rate)
-        minutes, rest = divmod(int(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{rest:02}"
+    def _learn(self, first: dict[str, Any], last: dict[str, Any]) -> None:
+        """Take the seconds per step of a stage that a run has ended."""
+        if last["step"] > first["step"]:
+            seconds = (last["time"] - first["time"]) / (last["step"] - first["step"])
+            self._seconds_per_step[last["stage"]] = seconds
 
 
 def _last_line(error: BaseException) -> str:

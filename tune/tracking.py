@@ -136,20 +136,15 @@ class Tracker:
         """Send the spool's whole lines after `offset`; return the new offset."""
         from mlflow.entities import Metric
 
-        if not path.exists():
-            return offset
-        with path.open("rb") as file:
-            file.seek(offset)
-            text = file.read()
-        whole = text.rfind(b"\n") + 1
+        rows, end = run.read_spool(path, offset)
         metrics = [
             Metric(key, value, int(row["time"] * 1000), row["step"])
-            for row in map(json.loads, text[:whole].splitlines())
+            for row in rows
             for key, value in row["metrics"].items()
         ]
         for start in range(0, len(metrics), BATCH):
             self._client.log_batch(run_id, metrics=metrics[start : start + BATCH])
-        return offset + whole
+        return end
 
     def _close(self, run_id: str, folder: Path, result: dict[str, Any]) -> None:
         from mlflow.entities import Dataset as DatasetEntity

@@ -249,11 +249,14 @@ PROTOCOLS = {
 _UMAZE = Maze(env_id="PointMaze_UMaze-v3", goal_cell=(1, 1))
 _MEDIUM = Maze(env_id="PointMaze_Medium-v3", goal_cell=(6, 6))
 _LARGE = Maze(env_id="PointMaze_Large-v3", goal_cell=(7, 9))
+_OPEN = Maze(env_id="PointMaze_Open-v3", goal_cell=(2, 3))
 
 MAZES = {
+    "maze2d-open": _OPEN,
     "maze2d-umaze": _UMAZE,
     "maze2d-medium": _MEDIUM,
     "maze2d-large": _LARGE,
+    "pointmaze-open": _OPEN,
     "pointmaze-umaze": _UMAZE,
     "pointmaze-medium": _MEDIUM,
     "pointmaze-large": _LARGE,

@@ -5,6 +5,7 @@ that a batch is one gather. Rows are stored as recorded; normalisation is one af
 the decoded rows are one memory-mapped file that all trials of a machine share.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -291,7 +292,8 @@ def _write_cache(path: Path, rows_ND: Tensor, facts: dict[str, str]) -> None:
         save_file({"rows": rows_ND}, temporary, metadata=facts)
         temporary.replace(path)
     except OSError as error:  # a full or read-only disk costs time, not the run
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         err.print(f"[yellow]warning:[/] no cache of decoded data in {path.parent}: {_one_line(error)}")
 
 

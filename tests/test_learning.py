@@ -1,0 +1,64 @@
+"""Learning to a known optimum: one-step tasks whose best action is a formula."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from aepo import config as configs
+from aepo import pipeline, tasks
+from aepo.data.transitions import Spaces, Transitions
+from aepo.policy import Policy
+
+
+def best_action(states_NS):
+    """A smooth function of the state, away from the middle and the edge of the action range."""
+    return torch.stack([0.6 * torch.sin(2 * states_NS[:, 0]), 0.5 * torch.cos(states_NS[:, 1])], dim=1)
+
+
+def bandit(num=20_000):
+    """Uniform actions, reward 1 - |a - a*(s)|^2, every step terminal."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(num, 2, generator=generator)
+    actions = 2 * torch.rand(num, 2, generator=generator) - 1
+    rewards = 1 - (actions - best_action(states)).square().sum(1, keepdim=True)
+    rows = torch.cat([states, actions, rewards, torch.ones(num, 1), states], dim=1)
+    spaces = Spaces(
+        state_mean_S=torch.zeros(2),
+        state_scale_S=torch.ones(2),
+        action_low_A=-torch.ones(2),
+        action_high_A=torch.ones(2),
+    )
+    width = rows.shape[1]
+    return Transitions(
+        rows_ND=rows,
+        shift_D=torch.zeros(width),
+        scale_D=torch.ones(width),
+        spaces=spaces,
+        digest="bandit",
+        num_episodes=num,
+    )
+
+
+@pytest.mark.parametrize("expansion", ["posterior_mean", "data_action"])
+def test_guidance_finds_the_best_action_and_cloning_does_not(expansion):
+    size = {"steps": 1500, "batch_size": 256, "hidden_size": 64, "num_layers": 2, "learning_rate": 2e-3}
+    overrides = {f"{stage}.{key}": value for stage in pipeline.STAGES for key, value in size.items()}
+    config = configs.with_overrides(
+        configs.smoke(tasks.for_dataset("bandit"), 0),
+        {**overrides, "energy.expansion": expansion, "critic.expectile": 0.5},
+    )
+    data = bandit()
+    *_, last = pipeline.train(config, data, device=torch.device("cpu"))
+    policy = Policy.from_state(config, last.state, data.spaces)
+    states = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1))
+
+    def mean_reward(guidance_scale):
+        sampling = dataclasses.replace(config.sampling, beta=1.0, guidance_scale=guidance_scale, num_steps=15)
+        actions = policy.with_sampling(sampling).act(states, torch.Generator().manual_seed(2))
+        return float(1 - np.square(actions - best_action(states).numpy()).sum(1).mean())
+
+    uniform = float(1 - 2 / 3 - best_action(states).square().sum(1).mean())  # exact for uniform actions
+    assert mean_reward(0.0) == pytest.approx(uniform, abs=0.1)
+    assert mean_reward(10.0) > 1 - (1 - uniform) / 3, "two thirds of the way to the optimum, which is 1"
