@@ -10,7 +10,7 @@ import tyro
 from rich.markup import escape
 
 from aepo import __version__
-from aepo.console import err
+from aepo.console import err, results_only
 from aepo.errors import AEPOError
 
 COMMANDS = {
@@ -61,7 +61,8 @@ def run(argv: list[str]) -> int:
             args=rest,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-        return int(command.run())
+        with results_only():
+            return int(command.run())
     except AEPOError as error:
         if debug:
             raise

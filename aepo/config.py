@@ -277,11 +277,11 @@ def quick(task: Task, seed: int) -> RunConfig:
             hidden_size=256,
             num_layers=2,
             learning_rate=1e-3,
-            target_rate=0.02,  # values must travel through the data in 6,000 steps
+            target_rate=0.05,  # values must travel through the data in 6,000 steps
             expectile=task.expectile,
             discount=task.discount,
         ),
-        energy=EnergyConfig(steps=4000, batch_size=256, learning_rate=1e-3, expansion=task.expansion, **net),
+        energy=EnergyConfig(steps=4000, batch_size=256, learning_rate=2e-3, expansion=task.expansion, **net),
         evaluation=EvaluationConfig(num_episodes=50, num_curve_points=3, num_curve_episodes=10, horizon=task.horizon),
     )
 

@@ -3,10 +3,12 @@
 With `--json` standard output holds one JSON document and nothing else.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,9 +18,25 @@ err = Console(stderr=True, highlight=False)
 """Progress, hints and messages."""
 
 
+_results: TextIO | None = None
+"""Standard output while `results_only` holds it."""
+
+
+@contextlib.contextmanager
+def results_only() -> Iterator[None]:
+    """Keep standard output for `emit_json` and `emit_table`; what libraries print goes to standard error."""
+    global _results
+    _results = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = None
+
+
 def emit_json(document: Any) -> None:
     """Print one JSON document on standard output; NaN and infinity become null, as JSON has neither."""
-    print(json.dumps(_finite(document), indent=2, allow_nan=False), flush=True)
+    print(json.dumps(_finite(document), indent=2, allow_nan=False), file=_results, flush=True)
 
 
 def emit_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
@@ -30,7 +48,7 @@ def emit_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(_cell(row[column])) for column in columns))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(file=_results, highlight=False, soft_wrap=True)
     console.width = console.width if console.is_terminal else 200
     console.print(table)
 

@@ -22,7 +22,7 @@ def mlp(sizes: list[int], *, norm: bool = False) -> nn.Sequential:
 
 
 class TimeNet(nn.Module):
-    """A function of (a_t, s, t): the noise net (A outputs) [M5], or the energy's two heads f_1, f_2 [M12]."""
+    """A function of (a_t, s, t); the noise net and the energy net are made of it."""
 
     frequencies_F: Tensor
 

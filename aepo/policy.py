@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from aepo import config as configs
 from aepo.checkpoint import write_atomically
-from aepo.config import RunConfig, SamplingConfig
+from aepo.config import BehaviorConfig, CriticConfig, EnergyConfig, RunConfig, SamplingConfig
 from aepo.data.transitions import Spaces
 from aepo.diffusion import sampler
 from aepo.errors import CheckpointError, ConfigError
-from aepo.networks import TimeNet, TwinQ
+from aepo.networks import TwinQ
 from aepo.pipeline import PipelineState
-from aepo.stages.energy import combine
+from aepo.stages.behavior import NoiseNet
+from aepo.stages.energy import EnergyNet, combine
 
 FORMAT = "aepo-policy-1"
 
@@ -43,17 +44,12 @@ class Policy(nn.Module):
         self.sampling = sampling or config.sampling
         for name, tensor in _fields(spaces).items():
             self.register_buffer(name, tensor)
-        state_dim, action_dim = len(spaces.state_mean_S), len(spaces.action_low_A)
-        for name, out_dim, part in (("noise", action_dim, config.behavior), ("energy", 2, config.energy)):
-            net = TimeNet(state_dim, action_dim, out_dim, hidden_size=part.hidden_size, num_layers=part.num_layers)
-            self.add_module(name, net)
-        size = {"hidden_size": config.critic.hidden_size, "num_layers": config.critic.num_layers}
-        self.q = TwinQ(state_dim, action_dim, **size)
+        dims = len(spaces.state_mean_S), len(spaces.action_low_A)
+        self.noise = NoiseNet(*dims, **_size(config.behavior))
+        self.energy = EnergyNet(*dims, **_size(config.energy))
+        self.q = TwinQ(*dims, **_size(config.critic))
         self.requires_grad_(False)
         self._grid: tuple[int, sampler.Grid] | None = None
-
-    noise: TimeNet
-    energy: TimeNet
 
     @classmethod
     def from_state(cls, config: RunConfig, state: PipelineState, spaces: Spaces) -> "Policy":
@@ -149,6 +145,10 @@ class Policy(nn.Module):
         except (ConfigError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path} does not hold the policy that it names: {error}") from error
         return policy.to(device)
+
+
+def _size(stage: BehaviorConfig | CriticConfig | EnergyConfig) -> dict[str, int]:
+    return {"hidden_size": stage.hidden_size, "num_layers": stage.num_layers}
 
 
 def _fields(spaces: Spaces) -> dict[str, Tensor]:

@@ -17,10 +17,17 @@ FILE = Path(__file__).parent / "golden" / "losses.json"
 
 
 def losses():
-    """Every metric of every step."""
+    """Every metric of every step; every setting is given here, so that presets can change."""
     torch.set_num_threads(1)
-    size = {"steps": 20, "batch_size": 32, "hidden_size": 32, "num_layers": 2}
-    overrides = {f"{stage}.{key}": value for stage in pipeline.STAGES for key, value in size.items()}
+    every = {"steps": 20, "batch_size": 32, "hidden_size": 32, "num_layers": 2, "learning_rate": 1e-3}
+    overrides = {f"{stage}.{key}": value for stage in pipeline.STAGES for key, value in every.items()} | {
+        "behavior.ema_decay": 0.995,
+        "critic.expectile": 0.7,
+        "critic.discount": 0.99,
+        "critic.target_rate": 0.005,
+        "energy.ema_decay": 0.995,
+        "energy.expansion": "posterior_mean",
+    }
     config = configs.with_overrides(configs.smoke(tasks.for_dataset("golden"), 0), overrides)
     rows = pipeline.train(config, random_transitions(), device=torch.device("cpu"))
     return [{"stage": p.stage, "step": p.step, **p.metrics} for p in rows]

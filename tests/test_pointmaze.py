@@ -197,8 +197,8 @@ def test_both_environments_can_be_rebuilt_and_show_what_the_data_show(task):
 
 @pytest.mark.parametrize("task", MAZES)
 def test_evaluation_starts_anywhere_else_and_lasts_the_horizon_with_one_goal(task):
-    # D4RL's maze_model.py, U_MAZE, MEDIUM_MAZE, LARGE_MAZE: row and column of G
-    row, column = {"umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}[task.split("-")[1]]
+    # D4RL's maze_model.py, OPEN, U_MAZE, MEDIUM_MAZE, LARGE_MAZE: row and column of G
+    row, column = {"open": (2, 3), "umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}[task.split("-")[1]]
     env = minari.load_dataset(collect_little(task).dataset).recover_environment(eval_env=True)
     maze = env.unwrapped.maze
     centre = maze.cell_rowcol_to_xy(np.array([row, column]))

@@ -45,6 +45,13 @@ def workers():
     return found
 
 
+def net_connections(process):
+    try:
+        return process.net_connections("inet")
+    except psutil.Error:
+        return []
+
+
 def wait_for(condition, timeout_s=120.0):
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
@@ -117,6 +124,10 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_unbroken_s
     folder = home / f"killed-{stage}"
     process = sweep_process(folder, dataset_id, *LONG)
     wait_for(lambda: stage in stages(folder))
+    family = psutil.Process(process.pid).children(recursive=True)
+    listening = [c.laddr.ip for p in family for c in net_connections(p) if c.status == psutil.CONN_LISTEN]
+    assert listening, "Ray's servers"
+    assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     victim = wait_for(workers)[0]
     victim.send_signal(signal.SIGKILL)
     out, err = process.communicate(timeout=300)

@@ -110,7 +110,7 @@ OTHER = {
     },
     "energy": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
-        "ema_decay": 0.5, "expansion": "data_action",
+        "ema_decay": 0.5, "expansion": "posterior_mean",
     },
 }  # fmt: skip
 

@@ -102,8 +102,12 @@ def _check_data(plan: Sequence[RunConfig]) -> None:
 
 def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) -> dict[str, str]:
     """Run the trials; return run name -> error of those that Ray gave up."""
+    private = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # in spite of its name: all of Ray listens on 127.0.0.1
+    }
     for name, value in {
-        "RAY_AUTH_MODE": "token",  # a private Ray; a cluster's own setting goes before
+        **({} if resources.address else private),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -128,7 +132,6 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
         )
     try:
         slots = _slots(ray.nodes(), resources)  # type: ignore[no-untyped-call]

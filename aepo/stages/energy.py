@@ -16,7 +16,7 @@ from torch import Tensor
 from aepo.config import EnergyConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.diffusion import posterior
-from aepo.diffusion.schedule import add_noise, draw_times
+from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
 from aepo.networks import TimeNet
 from aepo.stages.behavior import BehaviorState
 from aepo.stages.critic import CriticState, advantage_scale
@@ -29,11 +29,28 @@ Value = Callable[[Tensor, Tensor], Tensor]
 """(states [B, S], actions [B, A]) -> scaled Q [B], differentiable in the actions."""
 
 
+class EnergyNet(TimeNet):
+    """The two heads f_1 and f_2 [M12], as functions of (alpha_t a_t, s, t).
+
+    E_t forgets a_t as alpha_t falls, and the sampler divides grad E_t by alpha_t [M13]: with this input the
+    gradient has the factor alpha_t by construction, and no error of the network is blown up at high noise.
+    """
+
+    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int):
+        """Two outputs."""
+        super().__init__(state_dim, action_dim, 2, hidden_size=hidden_size, num_layers=num_layers)
+
+    def forward(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor) -> Tensor:
+        """Return f_1 and f_2, [B, 2]."""
+        alpha_B, _ = alpha_sigma(t_B)
+        return super().forward(alpha_B[:, None] * a_t_BA, states_BS, t_B)
+
+
 @dataclasses.dataclass
 class EnergyState:
     """Everything of stage 3 that a checkpoint holds."""
 
-    net: TimeNet
+    net: EnergyNet
     ema: Ema
     optimizer: Adam
     generator: torch.Generator
@@ -46,9 +63,8 @@ class EnergyState:
 
 def start(config: EnergyConfig, data: Transitions, generator: torch.Generator) -> EnergyState:
     """Return stage 3 before its first step; weights are drawn from torch's global generator."""
-    net = TimeNet(data.state_dim, data.action_dim, 2, hidden_size=config.hidden_size, num_layers=config.num_layers).to(
-        generator.device
-    )
+    size = {"hidden_size": config.hidden_size, "num_layers": config.num_layers}
+    net = EnergyNet(data.state_dim, data.action_dim, **size).to(generator.device)
     return EnergyState(
         net=net,
         ema=Ema(net, config.ema_decay),
