@@ -24,7 +24,7 @@ _results: TextIO | None = None
 
 @contextlib.contextmanager
 def results_only() -> Iterator[None]:
-    """Keep standard output for `emit_json` and `emit_table`; what libraries print goes to standard error."""
+    """Keep standard output for the `emit` functions; what libraries print goes to standard error."""
     global _results
     _results = sys.stdout
     try:
@@ -51,6 +51,11 @@ def emit_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[
     console = Console(file=_results, highlight=False, soft_wrap=True)
     console.width = console.width if console.is_terminal else 200
     console.print(table)
+
+
+def emit_text(text: str) -> None:
+    """Print plain text on standard output."""
+    print(text, file=_results, flush=True)
 
 
 def _cell(value: Any) -> str:

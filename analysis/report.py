@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from aepo.console import emit_json, emit_table, err
+from aepo.console import emit_json, emit_table, emit_text, err
 from aepo.errors import ConfigError, IncompleteError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Report:
             emit_json([dataclasses.asdict(score) for score in result.scores])
         else:
             emit_table(TITLE, result.rows)
-            print(*result.notes, sep="\n")
+            emit_text("\n".join(result.notes))
         err.print(f"report: {out / 'report.md'}", markup=False, soft_wrap=True)
         return 0
 

@@ -97,13 +97,14 @@ def tiny_config() -> Callable[..., object]:
 
 
 def random_transitions(num: int = 500, state_dim: int = 3, action_dim: int = 2, seed: int = 0):
-    """Transitions of unit scale with random contents, made without a data set."""
+    """Transitions of unit scale, made without a data set: random states, actions and rewards that depend on them."""
     from aepo.data.transitions import Spaces, Transitions
 
     generator = torch.Generator().manual_seed(seed)
     width = 2 * state_dim + action_dim + 2
     rows = torch.randn(num, width, generator=generator)
-    rows[:, state_dim : state_dim + action_dim].clamp_(-1, 1)
+    actions = rows[:, state_dim : state_dim + action_dim]
+    actions.mul_(0.2).add_(rows[:, :1].tanh()).clamp_(-1, 1)  # a behaviour to learn
     rows[:, state_dim + action_dim] = rows[:, 0] + 2 * rows[:, state_dim]  # reward: learnable
     rows[:, state_dim + action_dim + 1] = (rows[:, state_dim + action_dim + 1] > 1.5).float()
     spaces = Spaces(

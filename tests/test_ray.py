@@ -13,8 +13,6 @@ import pytest
 
 from aepo import run
 from aepo.errors import ResourceError
-from tune.plan import run_folder
-from tune.sweep import Resources, run_sweep
 from tune.tracking import default_uri
 
 pytestmark = pytest.mark.ray
@@ -153,11 +151,10 @@ def test_a_killed_sweep_goes_on_with_the_same_command(whole):
     assert policies(folder) == policies(home / "whole")
 
 
-def test_a_sweep_that_does_not_fit_is_refused_and_ray_is_gone_afterwards(whole, tiny_config, tmp_path):
-    import ray
-
-    config = tiny_config(whole[1])
-    with pytest.raises(ResourceError, match="one trial wants 999 CPU"):
-        run_sweep(tmp_path, [config], Resources(cpus=999), tracking_uri=default_uri(tmp_path))
-    assert not ray.is_initialized()
-    assert run.read_result(run_folder(tmp_path, config)) is None
+def test_a_sweep_that_does_not_fit_is_refused(whole, tmp_path):
+    process = sweep_process(tmp_path, whole[1], *LONG, "--cpus", "999")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == ResourceError.exit_status
+    assert out == ""
+    assert "one trial wants 999 CPU" in err
+    assert not list(tmp_path.glob(f"runs/*/{run.RESULT}"))

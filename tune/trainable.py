@@ -102,7 +102,7 @@ def train_worker(values: dict[str, Any]) -> None:
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        print(f"worker {os.getpid()} starts {config.name}")
+        log.write(f"worker {os.getpid()} starts {config.name}\n")  # Train doubles what is printed
         try:
             run.execute(
                 config,
@@ -112,4 +112,4 @@ def train_worker(values: dict[str, Any]) -> None:
                 checkpoint_s=values["checkpoint_s"],
             )
         except AEPOError as error:  # stands in result.json; a repetition would meet it again
-            print(f"failed: {error}")
+            log.write(f"failed: {error}\n")
