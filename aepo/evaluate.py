@@ -122,7 +122,8 @@ class Evaluator:
         return states_NS
 
     def _make(self) -> gymnasium.Env[Any, Any]:
-        kwargs = {"max_episode_steps": self._horizon} if self._horizon else {}
+        kwargs: dict[str, Any] = {"disable_env_checker": True}  # it warns of what does not concern us
+        kwargs |= {"max_episode_steps": self._horizon} if self._horizon else {}
         quiet_robotics()
         with warnings.catch_warnings(), _own_temporary_folder():
             warnings.filterwarnings("ignore", message=".*is out of date.*")

@@ -1,6 +1,8 @@
 """`aepo sweep`: tasks x seeds on Ray, from flags."""
 
 import dataclasses
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,4 +110,5 @@ def check_complete(rows: list[dict[str, Any]]) -> None:
 
 def page_command(uri: str) -> str:
     """Return the command that shows an MLflow store as a page on this machine only, or the server's address."""
-    return uri if uri.startswith("http") else f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
+    program = "mlflow" if shutil.which("mlflow") else Path(sys.executable).with_name("mlflow")
+    return uri if uri.startswith("http") else f"{program} ui --host 127.0.0.1 --backend-store-uri {uri}"

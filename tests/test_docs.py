@@ -1,0 +1,61 @@
+"""Every command that the README gives to users runs, made small."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aepo import cli
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--preset", "smoke", "--set", *(f"{stage}.steps=20" for stage in ("behavior", "critic", "energy"))]
+APPENDED = {
+    "train": SMALL,
+    "sweep": SMALL,
+    "evaluate": ["--num-episodes", "2"],
+    "data": [],
+    "report": [],
+    "doctor": [],
+}
+REPLACED = {"1000000": "3000"}
+
+
+def blocks():
+    """The lines of the README's code blocks, without comments."""
+    inside, found = False, []
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        elif inside:
+            found.append(line.partition("#")[0].strip())
+    return found
+
+
+COMMANDS = [line for line in blocks() if line.startswith("aepo ")]
+
+
+def test_the_readme_names_every_command():
+    assert {line.split()[1] for line in COMMANDS} == set(cli.COMMANDS) - {"quickstart"}
+    make = [line.split()[1] for line in blocks() if line.startswith("make ")]
+    assert make == ["quickstart", "test"]
+    assert all(f"\n{target}: " in (ROOT / "Makefile").read_text() for target in make)
+
+
+def aepo(*words):
+    ended = subprocess.run([sys.executable, "-m", "aepo", *words], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, (words, ended.stderr)
+
+
+@pytest.mark.ray
+def test_every_command_of_the_readme_runs(make_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = make_dataset()
+    for name in ("maze2d-umaze", "maze2d-open"):
+        aepo("data", "collect", name, "--steps", "3000")
+    for line in COMMANDS:
+        words = [REPLACED.get(word, word) for word in shlex.split(line)[1:]]
+        words = [other if word.endswith("-v0") else word for word in words]
+        words = [str(next(Path("runs").iterdir())) if word == "runs/RUN" else word for word in words]
+        aepo(*words, *APPENDED[words[0]])
