@@ -10,12 +10,18 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from aepo.errors import ConfigError
 from aepo.tasks import Expansion, RewardRule, Task
+
+EnergyTarget = Literal["analytic", "analytic_second_order", "monte_carlo", "mse", "log_expectation", "contrastive"]
+"""What the energy network learns; aepo/stages/targets.py says how they differ."""
+POLYNOMIAL_TARGETS = ("analytic", "mse")
+"""Polynomials in beta: two heads, any beta after training. The others take beta, within the range trained."""
+VarianceEstimate = Literal["time", "learned"]
 
 
 def _check(config: object, **ranges: str) -> None:
@@ -27,6 +33,20 @@ def _check(config: object, **ranges: str) -> None:
         below = value <= high if interval[-1] == "]" else value < high
         if not (above and below) or not math.isfinite(value):
             raise ConfigError(f"{type(config).__name__}: {name} must be in {interval}, got {value}")
+
+
+def _check_choice(config: object, **choices: Any) -> None:
+    """Raise a ConfigError for the first field that is not one of its Literal's values."""
+    for name, choice in choices.items():
+        if getattr(config, name) not in get_args(choice):
+            raise ConfigError(
+                f"{type(config).__name__}: {name} must be one of {', '.join(get_args(choice))}, "
+                f"got {getattr(config, name)!r}"
+            )
+
+
+def _default(config_class: type, name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(config_class) if field.name == name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,10 +79,13 @@ class BehaviorConfig:
     """Adam, decayed to 0 by a cosine over `steps`."""
     ema_decay: float = 0.995
     """Per step, of the weights that sample."""
+    variance: VarianceEstimate = "time"
+    """Of the posterior [M10]: one table over t, or `learned`, a network of (a_t, s, t) per action dimension."""
 
     def __post_init__(self) -> None:
         _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
         _check(self, learning_rate="(0, 1]", ema_decay="[0, 1)")
+        _check_choice(self, variance=VarianceEstimate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,14 +128,52 @@ class EnergyConfig:
     """Adam, decayed to 0 by a cosine over `steps`."""
     ema_decay: float = 0.995
     """Per step, of the weights that guide."""
+    target: EnergyTarget = "analytic"
+    """What the network learns; see aepo/stages/targets.py."""
     expansion: Expansion = "data_action"
-    """The point c of [M11] at which Q is expanded."""
+    """The point c of [M11] at which Q is expanded; analytic targets only."""
+    num_samples: int = 16
+    """monte_carlo: draws from the posterior per sample; contrastive: support actions per state."""
+    num_support_states: int = 20_000
+    """contrastive: states for which support actions are sampled once, at most."""
+    beta_min: float = 0.1
+    """Smallest inverse temperature trained; targets that are no polynomial in beta only."""
+    beta_max: float = 10.0
+    """Largest one."""
 
     def __post_init__(self) -> None:
         _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
         _check(self, learning_rate="(0, 1]", ema_decay="[0, 1)")
-        if self.expansion not in get_args(Expansion):
-            raise ConfigError(f"EnergyConfig: expansion must be one of {get_args(Expansion)}")
+        _check(self, num_samples="[2, 1000]", num_support_states="[1, inf)", beta_min="(0, inf)", beta_max="(0, inf)")
+        _check_choice(self, target=EnergyTarget, expansion=Expansion)
+        if self.beta_min >= self.beta_max:
+            raise ConfigError(f"EnergyConfig: beta_min must be below beta_max, got {self.beta_min} and {self.beta_max}")
+        for name in _unused_settings(self.target):
+            if getattr(self, name) != _default(EnergyConfig, name):
+                raise ConfigError(f"EnergyConfig: target {self.target} has no {name}; leave that setting out")
+
+
+def _unused_settings(target: str) -> list[str]:
+    """Return the settings of stage 3 that a target does not have."""
+    unused = []
+    if not target.startswith("analytic"):
+        unused += ["expansion"]
+    if target not in ("monte_carlo", "contrastive"):
+        unused += ["num_samples"]
+    if target != "contrastive":
+        unused += ["num_support_states"]
+    if target in POLYNOMIAL_TARGETS:
+        unused += ["beta_min", "beta_max"]
+    return unused
+
+
+def check_beta(energy: EnergyConfig, beta: float) -> None:
+    """Raise a ConfigError if an energy network trained like this knows nothing of `beta`."""
+    if energy.target not in POLYNOMIAL_TARGETS and not energy.beta_min <= beta <= energy.beta_max:
+        raise ConfigError(
+            f"beta {beta:g} is outside what target {energy.target} is trained for, "
+            f"energy.beta_min {energy.beta_min:g} to energy.beta_max {energy.beta_max:g}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,6 +237,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check(self, seed="[0, 2147483647]")
+        check_beta(self.energy, self.sampling.beta)
         if self.sampling.guidance_scale == 0:
             raise ConfigError("sampling.guidance_scale must be > 0: every run is evaluated at 0 (diffusion-bc) as well")
 
@@ -227,6 +289,10 @@ def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig
             raise ConfigError(f"unknown setting {key!r}; did you mean {' or '.join(near)}?")
         group, _, field = key.partition(".")
         values[group][field] = value
+    if "energy.target" in overrides:  # a preset's setting that the new target does not have is no contradiction
+        for name in _unused_settings(overrides["energy.target"]):
+            if f"energy.{name}" not in overrides:
+                values["energy"][name] = _default(EnergyConfig, name)
     return from_dict(values)
 
 
@@ -244,12 +310,13 @@ def _dotted(values: Mapping[str, Any]) -> list[str]:
 
 def paper(task: Task, seed: int) -> RunConfig:
     """The published budgets of the closest method (QGPO, IQL): a GPU and hours."""
-    net = {"hidden_size": 512, "num_layers": 4}
     return _config(
         task,
         seed,
         "paper",
-        behavior=BehaviorConfig(steps=600_000, batch_size=4096, learning_rate=1e-4, ema_decay=0.999, **net),
+        behavior=BehaviorConfig(
+            steps=600_000, batch_size=4096, learning_rate=1e-4, ema_decay=0.999, hidden_size=512, num_layers=4
+        ),
         critic=CriticConfig(
             steps=1_000_000,
             batch_size=256,
@@ -258,19 +325,20 @@ def paper(task: Task, seed: int) -> RunConfig:
             expectile=task.expectile,
             discount=task.discount,
         ),
-        energy=EnergyConfig(steps=500_000, batch_size=1024, ema_decay=0.999, expansion=task.expansion, **net),
+        energy=EnergyConfig(
+            steps=500_000, batch_size=1024, ema_decay=0.999, expansion=task.expansion, hidden_size=512, num_layers=4
+        ),
         evaluation=EvaluationConfig(num_episodes=100, num_curve_points=9, num_curve_episodes=20, horizon=task.horizon),
     )
 
 
 def quick(task: Task, seed: int) -> RunConfig:
     """Minutes on one core: enough to see the method work on small tasks."""
-    net = {"hidden_size": 256, "num_layers": 3}
     return _config(
         task,
         seed,
         "quick",
-        behavior=BehaviorConfig(steps=5000, batch_size=256, learning_rate=1e-3, **net),
+        behavior=BehaviorConfig(steps=5000, batch_size=256, learning_rate=1e-3, hidden_size=256, num_layers=3),
         critic=CriticConfig(
             steps=6000,
             batch_size=256,
@@ -281,23 +349,32 @@ def quick(task: Task, seed: int) -> RunConfig:
             expectile=task.expectile,
             discount=task.discount,
         ),
-        energy=EnergyConfig(steps=4000, batch_size=256, learning_rate=2e-3, expansion=task.expansion, **net),
+        energy=EnergyConfig(
+            steps=4000, batch_size=256, learning_rate=2e-3, expansion=task.expansion, hidden_size=256, num_layers=3
+        ),
         evaluation=EvaluationConfig(num_episodes=50, num_curve_points=3, num_curve_episodes=10, horizon=task.horizon),
     )
 
 
 def smoke(task: Task, seed: int) -> RunConfig:
     """Seconds: shows that a data set loads, trains and evaluates; its scores mean nothing."""
-    net = {"hidden_size": 64, "num_layers": 2}
     return _config(
         task,
         seed,
         "smoke",
-        behavior=BehaviorConfig(steps=300, batch_size=128, learning_rate=1e-3, **net),
+        behavior=BehaviorConfig(steps=300, batch_size=128, learning_rate=1e-3, hidden_size=64, num_layers=2),
         critic=CriticConfig(
-            steps=300, batch_size=128, learning_rate=1e-3, expectile=task.expectile, discount=task.discount, **net
+            steps=300,
+            batch_size=128,
+            learning_rate=1e-3,
+            expectile=task.expectile,
+            discount=task.discount,
+            hidden_size=64,
+            num_layers=2,
         ),
-        energy=EnergyConfig(steps=300, batch_size=128, learning_rate=1e-3, expansion=task.expansion, **net),
+        energy=EnergyConfig(
+            steps=300, batch_size=128, learning_rate=1e-3, expansion=task.expansion, hidden_size=64, num_layers=2
+        ),
         evaluation=EvaluationConfig(num_episodes=2, horizon=task.horizon),
         num_sampling_steps=5,
     )

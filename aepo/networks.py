@@ -29,6 +29,7 @@ class TimeNet(nn.Module):
     def __init__(self, state_dim: int, action_dim: int, out_dim: int, *, hidden_size: int, num_layers: int):
         """Time enters as 16 sines and 16 cosines of geometric frequencies, pi/2 to 16 pi."""
         super().__init__()
+        self.action_dim = action_dim
         self.register_buffer("frequencies_F", torch.logspace(-1, 4, 16, base=2.0) * math.pi, persistent=False)
         self.body = mlp([state_dim + action_dim + 32] + [hidden_size] * num_layers + [out_dim])
 

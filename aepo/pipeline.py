@@ -88,7 +88,7 @@ def train(
 
     def energy_step() -> dict[str, Tensor]:
         if state.energy.step == 0:
-            energy.measure(state.energy, data, state.behavior, state.critic)
+            energy.measure(state.energy, config.energy, data, state.behavior, state.critic)
         return energy.train_step(state.energy, config.energy, data, state.behavior, value)
 
     yield from _stage("behavior", behavior_step, state.behavior, config.behavior.steps, state)

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from aepo import config as configs
 from aepo.checkpoint import write_atomically
-from aepo.config import BehaviorConfig, CriticConfig, EnergyConfig, RunConfig, SamplingConfig
+from aepo.config import BehaviorConfig, CriticConfig, RunConfig, SamplingConfig
 from aepo.data.transitions import Spaces
 from aepo.diffusion import sampler
 from aepo.errors import CheckpointError, ConfigError
 from aepo.networks import TwinQ
 from aepo.pipeline import PipelineState
+from aepo.stages import energy
 from aepo.stages.behavior import NoiseNet
-from aepo.stages.energy import EnergyNet, combine
 
 FORMAT = "aepo-policy-1"
 
@@ -46,7 +46,7 @@ class Policy(nn.Module):
             self.register_buffer(name, tensor)
         dims = len(spaces.state_mean_S), len(spaces.action_low_A)
         self.noise = NoiseNet(*dims, **_size(config.behavior))
-        self.energy = EnergyNet(*dims, **_size(config.energy))
+        self.energy = energy.make_net(config.energy, *dims)
         self.q = TwinQ(*dims, **_size(config.critic))
         self.requires_grad_(False)
         self._grid: tuple[int, sampler.Grid] | None = None
@@ -61,7 +61,12 @@ class Policy(nn.Module):
         return policy.to(spaces.state_mean_S.device)
 
     def with_sampling(self, sampling: SamplingConfig) -> "Policy":
-        """Return this policy, the networks shared, sampling in another way."""
+        """Return this policy, the networks shared, sampling in another way.
+
+        Raises:
+            ConfigError: for a beta that the energy's target was not trained for.
+        """
+        configs.check_beta(self.config.energy, sampling.beta)
         twin = Policy(self.config, self.spaces, sampling)
         twin.noise, twin.energy, twin.q = self.noise, self.energy, self.q
         return twin
@@ -87,6 +92,7 @@ class Policy(nn.Module):
         """Return one action in [-1, 1]^A per normalised state, [B, A]."""
         num_candidates = self.sampling.num_candidates
         repeated = states_BS.repeat_interleave(num_candidates, dim=0)
+        beta_B = torch.full((len(repeated),), self.sampling.beta, device=states_BS.device)
         start = torch.randn(len(repeated), len(self.spaces.action_low_A), generator=generator, device=states_BS.device)
 
         def noise(a_t_BA: Tensor, t_B: Tensor) -> Tensor:
@@ -95,7 +101,7 @@ class Policy(nn.Module):
         def guide(a_t_BA: Tensor, t_B: Tensor) -> Tensor:
             with torch.enable_grad():
                 a_t_BA = a_t_BA.detach().requires_grad_()
-                energy_B = combine(self.energy(a_t_BA, repeated, t_B), self.sampling.beta)
+                energy_B = self.energy(a_t_BA, repeated, t_B, beta_B)
                 (slope_BA,) = torch.autograd.grad(energy_B.sum(), a_t_BA)
             return self.sampling.guidance_scale * slope_BA
 
@@ -147,7 +153,7 @@ class Policy(nn.Module):
         return policy.to(device)
 
 
-def _size(stage: BehaviorConfig | CriticConfig | EnergyConfig) -> dict[str, int]:
+def _size(stage: BehaviorConfig | CriticConfig) -> dict[str, int]:
     return {"hidden_size": stage.hidden_size, "num_layers": stage.num_layers}
 
 

@@ -1,4 +1,4 @@
-"""The closed form [M11] against quadrature and the Gaussian's own answer; the two heads [M12]."""
+"""Every energy target against quadrature, the Gaussian's own answer or its known minimiser; the two heads [M12]."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aepo.stages import behavior, critic, energy
+from aepo.stages import behavior, critic, energy, targets
 from aepo.stages.behavior import BehaviorState
 from aepo.stages.critic import CriticState
 from tests.conftest import random_transitions
@@ -30,15 +30,143 @@ def linear(q, slope_A):
 def test_target_is_exact_for_a_linear_q_wherever_it_is_expanded(q, g, v, beta, mean, point):
     x, w = np.polynomial.hermite.hermgauss(60)
     exact = np.log(w / np.sqrt(np.pi) @ np.exp(beta * (q + g * (mean + np.sqrt(2 * v) * x))))
-    f_1, f_2 = energy.targets(
-        linear(q, torch.tensor([g], dtype=torch.float64)),
-        torch.zeros(1, 1).double(),
-        torch.tensor([[point]], dtype=torch.float64),
-        torch.tensor([[mean]], dtype=torch.float64),
-        torch.tensor([v], dtype=torch.float64),
+    where = [torch.tensor([[x]], dtype=torch.float64) for x in (0.0, point, mean, v)]
+    value = linear(q, torch.tensor([g], dtype=torch.float64))
+    heads = torch.stack(targets.first_order(value, *where), dim=1)
+    beta_B = torch.tensor([beta], dtype=torch.float64)
+    assert targets.combine(heads, beta_B).item() == pytest.approx(exact, rel=1e-5, abs=1e-5)
+    second, used = targets.second_order(value, *where, beta_B)
+    assert used.all()
+    assert second.item() == pytest.approx(exact, rel=1e-5, abs=1e-5)
+
+
+def quadratic(q, slope_A, hessian_AA):
+    """Q(s, a) = q + slope.a + a'Ha/2."""
+    return lambda states_BS, actions_BA: (
+        q + actions_BA @ slope_A + 0.5 * torch.einsum("bi,ij,bj->b", actions_BA, hessian_AA, actions_BA)
     )
-    combined = energy.combine(torch.stack([f_1, f_2], dim=1), beta)
-    assert combined.item() == pytest.approx(exact, rel=1e-5, abs=1e-5)
+
+
+@given(
+    st.floats(-2, 2), st.floats(-3, 1.5), st.floats(0.01, 0.5), st.floats(0.1, 1), st.floats(-1, 1), st.floats(-1, 1)
+)
+def test_second_order_is_exact_for_a_quadratic_q_wherever_it_is_expanded(g, h, v, beta, mean, point):
+    x, w = np.polynomial.hermite.hermgauss(120)
+    a = mean + np.sqrt(2 * v) * x
+    exact = np.log(w / np.sqrt(np.pi) @ np.exp(beta * (0.3 + g * a + 0.5 * h * a**2)))
+    value = quadratic(0.3, torch.tensor([g]).double(), torch.tensor([[h]]).double())
+    where = [torch.tensor([[x]], dtype=torch.float64) for x in (0.0, point, mean, v)]
+    got, used = targets.second_order(value, *where, torch.tensor([beta], dtype=torch.float64))
+    assert used.item() == (1 - beta * v * h >= targets.MIN_PIVOT)
+    if used.item():
+        assert got.item() == pytest.approx(exact, rel=1e-6, abs=1e-6)
+
+
+def test_second_order_in_many_dimensions_agrees_with_the_gaussian_integral():
+    """Log N-integral of exp(linear + quadratic) by completing the square with dense matrices."""
+    generator = torch.Generator().manual_seed(0)
+    dim, beta = 6, 0.7
+    bend = torch.randn(dim, dim, generator=generator).double()
+    hessian = 0.3 * (bend + bend.T)
+    slope, mean, point = (torch.randn(dim, generator=generator).double() for _ in range(3))
+    variance = 0.2 * torch.rand(dim, generator=generator).double() + 0.05
+    got, used = targets.second_order(
+        quadratic(0.0, slope, hessian),
+        torch.zeros(1, 1).double(),
+        point[None],
+        mean[None],
+        variance[None],
+        torch.tensor([beta], dtype=torch.float64),
+    )
+    precision = torch.diag(1 / variance) - beta * hessian
+    push = mean / variance + beta * slope
+    exact = 0.5 * (push @ torch.linalg.solve(precision, push) - (mean**2 / variance).sum())
+    exact -= 0.5 * (torch.logdet(precision) + variance.log().sum())
+    assert used.all()
+    assert got.item() == pytest.approx(exact.item(), rel=1e-8)
+
+
+def test_where_the_integral_does_not_exist_first_order_stands_in():
+    value = quadratic(0.0, torch.tensor([1.0]), torch.tensor([[4.0]]))
+    x = torch.tensor([[0.5], [0.5]])
+    variance_BA, beta_B = torch.tensor([[1.0], [0.01]]), torch.tensor([1.0, 1.0])
+    got, used = targets.second_order(value, torch.zeros(2, 1), x, x, variance_BA, beta_B)
+    assert used.tolist() == [False, True]
+    heads = torch.stack(targets.first_order(value, torch.zeros(2, 1), x, x, variance_BA), dim=1)
+    assert got[0] == targets.combine(heads, beta_B)[0]
+
+
+class Table:
+    """Stands for a network: E is a free number per sample."""
+
+    def __init__(self, *shape):
+        self.energy = torch.zeros(*shape, dtype=torch.float64, requires_grad=True)
+
+    def __call__(self, a_t, states, t, beta):
+        return self.energy.flatten().expand(len(a_t)) if self.energy.numel() == 1 else self.energy.flatten()
+
+    def minimise(self, loss):
+        optimizer = torch.optim.LBFGS([self.energy], line_search_fn="strong_wolfe", max_iter=200, tolerance_grad=1e-12)
+
+        def closure():
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        return self.energy.detach()
+
+
+def noised(actions_BA, beta, *, variance=0.1):
+    zeros = torch.zeros_like(actions_BA)
+    t_B = torch.full((len(actions_BA),), 0.5, dtype=actions_BA.dtype)
+    beta_B = torch.full_like(t_B, beta)
+    return targets.Noised(zeros, actions_BA, t_B, zeros, zeros + 0.2, zeros + variance, actions_BA, beta_B)
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_the_minimiser_of_log_expectation_is_the_log_expectation(beta):
+    """One a_t for all samples, so that E is one number: log mean exp(beta Q) of the data actions [M14]."""
+    actions_BA = torch.rand(50, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q_B = actions_BA[:, 0].square()
+    net = Table(1)
+    got = net.minimise(lambda: targets.log_expectation(net, lambda s, a: a[:, 0].square(), noised(actions_BA, beta))[0])
+    assert got.item() == pytest.approx((torch.logsumexp(beta * q_B, 0) - np.log(50)).item(), abs=1e-4)
+
+
+def test_an_outlier_moves_log_expectation_along_a_line():
+    net = Table(1)
+    losses = [
+        targets.log_expectation(net, lambda s, a, q=q: 0 * a[:, 0] + q, noised(torch.zeros(1, 1).double(), 1.0))[
+            0
+        ].item()
+        for q in (100.0, 101.0, 102.0)
+    ]
+    slope = np.exp(targets.MAX_EXPONENT)
+    assert np.diff(losses) == pytest.approx([slope, slope])
+
+
+def test_the_minimiser_of_the_contrastive_loss_is_beta_q_up_to_a_constant():
+    """Without noise the posterior is a point, so E = beta Q."""
+    q_BK = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    net, beta_B = Table(15), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    a_t_BKA = torch.zeros(3, 5, 2, dtype=torch.float64)
+    args = (net, q_BK, torch.zeros(3, 1).double(), a_t_BKA, torch.zeros(3).double(), beta_B)
+    got = net.minimise(lambda: targets.contrastive(*args)[0]).view(3, 5)
+    difference = got - beta_B[:, None] * q_BK
+    torch.testing.assert_close(
+        difference - difference.mean(1, keepdim=True), torch.zeros_like(difference), atol=1e-3, rtol=0
+    )
+
+
+def test_monte_carlo_tends_to_the_gaussian_integral():
+    actions_BA = torch.zeros(1, 1, dtype=torch.float64)
+    draws = torch.randn(200_000, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    net, beta = Table(1), 2.0
+    x = noised(actions_BA, beta, variance=0.01)  # six deviations inside [-1, 1]: clipping does nothing
+    got = net.minimise(lambda: targets.monte_carlo(net, linear(0.3, torch.tensor([0.8]).double()), x, draws)[0])
+    assert got.item() == pytest.approx(beta * (0.3 + 0.8 * 0.2) + 0.5 * beta**2 * 0.01 * 0.8**2, abs=1e-3)
 
 
 @pytest.mark.parametrize("action_dim", [1, 3, 30])
@@ -47,12 +175,12 @@ def test_guidance_of_a_gaussian_with_linear_q_is_exact(action_dim):
     beta, std, alpha, sigma = 2.0, 0.4, 0.7, np.sqrt(1 - 0.7**2)
     slope = torch.randn(action_dim, generator=torch.Generator().manual_seed(0)).double()
     shrink = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
-    variance = torch.tensor([std**2 * sigma**2 / (alpha**2 * std**2 + sigma**2)]).double()
+    variance = torch.full((1, action_dim), std**2 * sigma**2 / (alpha**2 * std**2 + sigma**2)).double()
     a_t = torch.randn(1, action_dim, generator=torch.Generator().manual_seed(1)).double()
 
     def combined(a_t_BA):
-        f_1, f_2 = energy.targets(linear(0.3, slope), a_t_BA, shrink * a_t_BA, shrink * a_t_BA, variance)
-        return energy.combine(torch.stack([f_1, f_2], dim=1), beta)
+        f_1, f_2 = targets.first_order(linear(0.3, slope), a_t_BA, shrink * a_t_BA, shrink * a_t_BA, variance)
+        return targets.combine(torch.stack([f_1, f_2], dim=1), torch.tensor([beta]).double())
 
     step = 1e-4
     numeric = torch.stack(
@@ -64,12 +192,12 @@ def test_guidance_of_a_gaussian_with_linear_q_is_exact(action_dim):
 
 def test_targets_carry_no_gradient_and_leave_the_critic_alone():
     net = torch.nn.Linear(2, 1)
-    f_1, f_2 = energy.targets(
+    f_1, f_2 = targets.first_order(
         lambda s, a: net(a).squeeze(-1),
         torch.zeros(4, 1),
         torch.randn(4, 2),
         torch.randn(4, 2),
-        torch.ones(4),
+        torch.ones(4, 2),
     )
     assert not f_1.requires_grad
     assert not f_2.requires_grad
@@ -82,8 +210,9 @@ def test_two_heads_fit_what_one_head_would_at_every_beta():
     features, f = torch.randn(200, 5, generator=generator), torch.randn(200, 2, generator=generator)
     heads = features @ torch.linalg.lstsq(features, f).solution
     for beta in (0.5, 1.0, 3.0):
-        one = features @ torch.linalg.lstsq(features, energy.combine(f, beta)[:, None]).solution
-        torch.testing.assert_close(energy.combine(heads, beta), one[:, 0], rtol=1e-4, atol=1e-4)
+        beta_B = torch.full((200,), beta)
+        one = features @ torch.linalg.lstsq(features, targets.combine(f, beta_B)[:, None]).solution
+        torch.testing.assert_close(targets.combine(heads, beta_B), one[:, 0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("expectile", [0.1, 0.5, 0.9])

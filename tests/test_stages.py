@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from aepo import checkpoint, pipeline
 from aepo import config as configs
 from aepo.errors import CheckpointError, ConfigError, TrainingError
+from aepo.policy import Policy
 from tests.conftest import random_transitions
 
 CPU = torch.device("cpu")
@@ -103,6 +105,7 @@ def test_a_checkpoint_of_other_networks_is_refused(tiny_config, transitions):
 OTHER = {
     "behavior": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4, "ema_decay": 0.5,
+        "variance": "learned",
     },
     "critic": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
@@ -110,7 +113,8 @@ OTHER = {
     },
     "energy": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
-        "ema_decay": 0.5, "expansion": "posterior_mean",
+        "ema_decay": 0.5, "target": "mse", "expansion": "posterior_mean",
+        "num_samples": 5, "num_support_states": 33, "beta_min": 0.2, "beta_max": 5.0,
     },
 }  # fmt: skip
 
@@ -121,10 +125,62 @@ def test_every_setting_of_a_stage_is_heeded(stage, tiny_config, transitions):
     fields = {field.name for field in dataclasses.fields(getattr(base, stage))}
     assert set(OTHER[stage]) == fields, "a new setting wants a line here"
     before = finish(base, transitions)
+    contrastive = configs.with_overrides(base, {"energy.target": "contrastive"})
+    before_contrastive = finish(contrastive, transitions)
     for name, value in OTHER[stage].items():
-        changed = configs.with_overrides(base, {f"{stage}.{name}": value})
-        assert not same(finish(changed, transitions), before), name
-        assert changed.fingerprint != base.fingerprint
+        only_contrastive = name in ("num_samples", "num_support_states", "beta_min", "beta_max")
+        reference = contrastive if only_contrastive else base
+        changed = configs.with_overrides(reference, {f"{stage}.{name}": value})
+        assert not same(finish(changed, transitions), before_contrastive if only_contrastive else before), name
+        assert changed.fingerprint != reference.fingerprint
+
+
+TARGETS = get_args(configs.EnergyTarget)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variance", ["time", "learned"])
+def test_every_target_trains_resumes_bit_for_bit_and_guides(target, variance, tiny_config, transitions):
+    config = tiny_config(energy__target=target, behavior__variance=variance)
+    *_, last = pipeline.train(config, transitions, device=CPU)
+    unbroken = weights(last.state)
+    for progress in pipeline.train(config, transitions, device=CPU):
+        if (progress.stage, progress.step) == ("energy", 30):
+            saved = copy.deepcopy(checkpoint.collect(progress.state))
+            break
+    assert same(finish(config, transitions, saved), unbroken)
+    policy = Policy.from_state(config, last.state, transitions.spaces)
+    states = torch.randn(64, transitions.state_dim, generator=torch.Generator().manual_seed(0))
+    drawn = [
+        policy.with_sampling(dataclasses.replace(config.sampling, guidance_scale=w, beta=beta)).sample(
+            states, torch.Generator().manual_seed(1)
+        )
+        for w, beta in ((0.0, 1.0), (1.0, 1.0), (1.0, 3.0))
+    ]
+    assert all(actions.abs().max() <= 1 for actions in drawn)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+
+
+@pytest.mark.parametrize("target", sorted(set(TARGETS) - set(configs.POLYNOMIAL_TARGETS)))
+def test_a_beta_that_was_not_trained_is_refused(target, tiny_config, transitions):
+    with pytest.raises(ConfigError, match="beta 11 is outside what target"):
+        tiny_config(energy__target=target, sampling__beta=11)
+    config = tiny_config(energy__target=target)
+    *_, last = pipeline.train(config, transitions, device=CPU)
+    policy = Policy.from_state(config, last.state, transitions.spaces)
+    with pytest.raises(ConfigError, match=r"beta 0\.01 is outside"):
+        policy.with_sampling(dataclasses.replace(config.sampling, beta=0.01))
+
+
+def test_a_setting_that_the_target_lacks_is_refused_but_a_presets_gives_way(tiny_config):
+    base = tiny_config(energy__expansion="posterior_mean")
+    changed = configs.with_overrides(base, {"energy.target": "mse"})
+    assert changed.energy.expansion == "data_action"
+    with pytest.raises(ConfigError, match="target mse has no expansion"):
+        configs.with_overrides(base, {"energy.target": "mse", "energy.expansion": "posterior_mean"})
+    with pytest.raises(ConfigError, match="target analytic has no num_samples"):
+        configs.with_overrides(base, {"energy.num_samples": 5})
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_place(tiny_config):
@@ -150,6 +206,9 @@ def test_training_leaves_the_data_alone(tiny_config, transitions):
         ({"sampling__beta": 0}, "beta"),
         ({"sampling__guidance_scale": 0}, "evaluated at 0"),
         ({"energy__expansion": "nowhere"}, "expansion"),
+        ({"energy__target": "guess"}, "target"),
+        ({"energy__target": "contrastive", "energy__beta_min": 20}, "beta_min must be below beta_max"),
+        ({"behavior__variance": "guess"}, "variance"),
         ({"critic__expectil": 0.5}, "did you mean critic.expectile"),
         ({"behavior__steps": "many"}, "behavior.steps"),
     ],

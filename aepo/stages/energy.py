@@ -1,49 +1,63 @@
-"""Stage 3: the intermediate energy in closed form, and a network trained on it.
+"""Stage 3: the intermediate energy, and a network trained on it.
 
-    E_t(s, a_t) = log E[exp(beta Q(s, a_0))],   a_0 ~ q(a_0 | a_t, s) ~= N(m_t, v_t I)        [M3, M9, M10]
-                ~= beta (Q(s, c) + g.(m_t - c)) + beta^2 v_t |g|^2 / 2,   g = grad_a Q(s, c)   [M11]
-                 = beta f_1(s, a_t, t) + beta^2 f_2(s, a_t, t)                                 [M12]
+    E_t(s, a_t) = log E[exp(beta Q(s, a_0))],   a_0 ~ q(a_0 | a_t, s) ~= N(m_t, diag(v_t))      [M3, M9, M10]
+                ~= beta (Q(s, c) + g.(m_t - c)) + beta^2 g' diag(v_t) g / 2,   g = grad_a Q(s, c)   [M11]
+                 = beta f_1(s, a_t, t) + beta^2 f_2(s, a_t, t)                                      [M12]
 
-The network has the two heads f_1 and f_2, so beta is chosen after training. Q here is (Q - V) / scale.
+So beta is chosen after training. This is the paper's target; it and the others are in targets.py. Q here is
+(Q - V) / scale.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from aepo.config import EnergyConfig
+from aepo.config import POLYNOMIAL_TARGETS, EnergyConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.diffusion import posterior
 from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
 from aepo.networks import TimeNet
-from aepo.stages.behavior import BehaviorState
+from aepo.stages import targets
+from aepo.stages.behavior import BehaviorState, sample_support
 from aepo.stages.critic import CriticState, advantage_scale
 from aepo.stages.optim import Adam, Ema
+from aepo.stages.targets import Noised, Value
 
 NUM_VARIANCE_TIMES = 64
 NUM_VARIANCE_SAMPLES = 4096
 
-Value = Callable[[Tensor, Tensor], Tensor]
-"""(states [B, S], actions [B, A]) -> scaled Q [B], differentiable in the actions."""
-
 
 class EnergyNet(TimeNet):
-    """The two heads f_1 and f_2 [M12], as functions of (alpha_t a_t, s, t).
+    """E_t as beta f_1 + beta^2 f_2 [M12], or, with `takes_beta`, as beta f(s, a_t, t, log beta).
 
-    E_t forgets a_t as alpha_t falls, and the sampler divides grad E_t by alpha_t [M13]: with this input the
-    gradient has the factor alpha_t by construction, and no error of the network is blown up at high noise.
+    The network sees alpha_t a_t: E_t forgets a_t as alpha_t falls, and the sampler divides grad E_t by alpha_t
+    [M13]. So the gradient has the factor alpha_t by construction, and no error of the network is blown up at
+    high noise.
     """
 
-    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int):
-        """Two outputs."""
-        super().__init__(state_dim, action_dim, 2, hidden_size=hidden_size, num_layers=num_layers)
+    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int, takes_beta: bool):
+        """Two outputs, or one and one more input."""
+        super().__init__(
+            state_dim + int(takes_beta),
+            action_dim,
+            1 if takes_beta else 2,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+        )
+        self.takes_beta = takes_beta
 
-    def forward(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor) -> Tensor:
-        """Return f_1 and f_2, [B, 2]."""
+    def heads(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor) -> Tensor:
+        """Return the network's outputs, [B, 2] or [B, 1]."""
         alpha_B, _ = alpha_sigma(t_B)
         return super().forward(alpha_B[:, None] * a_t_BA, states_BS, t_B)
+
+    def forward(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor, beta_B: Tensor) -> Tensor:  # type: ignore[override]
+        """Return E_t(s, a_t) at inverse temperature beta, [B]."""
+        if self.takes_beta:
+            with_beta = torch.cat([states_BS, beta_B.log()[:, None]], dim=-1)
+            return beta_B * self.heads(a_t_BA, with_beta, t_B)[:, 0]
+        return targets.combine(self.heads(a_t_BA, states_BS, t_B), beta_B)
 
 
 @dataclasses.dataclass
@@ -57,37 +71,66 @@ class EnergyState:
     q_scale: Tensor
     """Standard deviation of Q - V over the data; Q is divided by it."""
     variance_K: Tensor
-    """v_t over `posterior.time_grid(K)`  [M10]."""
+    """v_t over `posterior.time_grid(K)`  [M10]; unused where stage 1 has learned v_t(s, a_t)."""
+    support_index_M: Tensor
+    """Transitions whose states have support actions; none but for the contrastive target."""
+    support_MKA: Tensor
+    """Actions of the behaviour policy in these states."""
     step: int = 0
+
+
+def make_net(config: EnergyConfig, state_dim: int, action_dim: int) -> EnergyNet:
+    """Return the untrained network that the config's target wants."""
+    return EnergyNet(
+        state_dim,
+        action_dim,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        takes_beta=config.target not in POLYNOMIAL_TARGETS,
+    )
 
 
 def start(config: EnergyConfig, data: Transitions, generator: torch.Generator) -> EnergyState:
     """Return stage 3 before its first step; weights are drawn from torch's global generator."""
-    size = {"hidden_size": config.hidden_size, "num_layers": config.num_layers}
-    net = EnergyNet(data.state_dim, data.action_dim, **size).to(generator.device)
+    device = generator.device
+    net = make_net(config, data.state_dim, data.action_dim).to(device)
+    num_support = min(len(data), config.num_support_states) if config.target == "contrastive" else 0
     return EnergyState(
         net=net,
         ema=Ema(net, config.ema_decay),
         optimizer=Adam(net.parameters(), lr=config.learning_rate, num_steps=config.steps),
         generator=generator,
-        q_scale=torch.ones((), device=generator.device),
-        variance_K=torch.zeros(NUM_VARIANCE_TIMES, device=generator.device),
+        q_scale=torch.ones((), device=device),
+        variance_K=torch.zeros(NUM_VARIANCE_TIMES, device=device),
+        support_index_M=torch.zeros(num_support, dtype=torch.long, device=device),
+        support_MKA=torch.zeros(num_support, config.num_samples, data.action_dim, device=device),
     )
 
 
-def measure(state: EnergyState, data: Transitions, behavior: BehaviorState, critic: CriticState) -> None:
-    """Measure what stage 3 takes from the trained stages before its first step: Q's scale and v_t."""
+def measure(
+    state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, critic: CriticState
+) -> None:
+    """Measure what stage 3 takes from the trained stages before its first step: Q's scale, v_t, support actions."""
     state.q_scale = advantage_scale(critic, data)
-    state.variance_K = measure_variance(behavior, data, state.generator)
+    if not behavior.has_variance:
+        state.variance_K = measure_variance(behavior, data, state.generator)
+    if config.target == "contrastive":
+        num, device = len(state.support_index_M), state.generator.device
+        state.support_index_M = torch.randperm(len(data), generator=state.generator, device=device)[:num]
+        states_MS = data.batch(data.rows_ND.index_select(0, state.support_index_M)).states_BS
+        state.support_MKA = sample_support(behavior, states_MS, config.num_samples, state.generator)
 
 
 @torch.no_grad()
 def measure_variance(behavior: BehaviorState, data: Transitions, generator: torch.Generator) -> Tensor:
     """Return the table of v_t over K equidistant times, measured on noised data actions, [K]  [M10]."""
     batch = data.draw(NUM_VARIANCE_SAMPLES, generator)
-    t_K = posterior.time_grid(NUM_VARIANCE_TIMES, generator.device)
-    mean_KNA = torch.stack([_noised_mean(behavior, batch, t.expand(len(batch.actions_BA)), generator)[1] for t in t_K])
-    return posterior.residual_variance(mean_KNA, batch.actions_BA)
+    means = []
+    for t in posterior.time_grid(NUM_VARIANCE_TIMES, generator.device):
+        t_B = t.expand(len(batch.actions_BA))
+        a_t_BA = _add_noise(batch.actions_BA, t_B, generator)
+        means.append(posterior.posterior_mean(a_t_BA, behavior.ema(a_t_BA, batch.states_BS, t_B), t_B))
+    return posterior.residual_variance(torch.stack(means), batch.actions_BA)
 
 
 def scaled_value(critic: CriticState, energy: EnergyState) -> Value:
@@ -102,65 +145,79 @@ def scaled_value(critic: CriticState, energy: EnergyState) -> Value:
     return value
 
 
-def targets(
-    value: Value, states_BS: Tensor, point_BA: Tensor, mean_BA: Tensor, variance_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the targets of both heads, f_1 and f_2, each [B], without gradient  [M11, M12].
-
-    Exact where Q is linear in the action and the posterior Gaussian.
-
-    Args:
-        value: scaled Q.
-        states_BS: states.
-        point_BA: c, where Q is expanded.
-        mean_BA: posterior mean m_t.
-        variance_B: posterior variance v_t of each action component, >= 0.
-    """
-    with torch.enable_grad():
-        point_BA = point_BA.detach().requires_grad_()
-        q_B = value(states_BS, point_BA)
-        (slope_BA,) = torch.autograd.grad(q_B.sum(), point_BA)
-    first_B = q_B.detach() + (slope_BA * (mean_BA - point_BA.detach())).sum(dim=-1)
-    return first_B, 0.5 * variance_B * slope_BA.square().sum(dim=-1)
-
-
-def combine(heads_B2: Tensor, beta: float) -> Tensor:
-    """Return E = beta f_1 + beta^2 f_2, [B]  [M12]."""
-    return beta * heads_B2[:, 0] + beta**2 * heads_B2[:, 1]
-
-
 def loss(
-    state: EnergyState, config: EnergyConfig, behavior: BehaviorState, value: Value, batch: Batch
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the squared error of both heads, a scalar, and metrics  [M12]."""
-    t_B = draw_times(len(batch.actions_BA), state.generator)
-    with torch.no_grad():
-        a_t_BA, mean_BA = _noised_mean(behavior, batch, t_B, state.generator)
-    point_BA = {"posterior_mean": mean_BA, "data_action": batch.actions_BA}[config.expansion]
-    variance_B = posterior.interpolate_variance(state.variance_K, t_B)
-    first_B, second_B = targets(value, batch.states_BS, point_BA, mean_BA, variance_B)
-    heads_B2 = state.net(a_t_BA, batch.states_BS, t_B)
-    first = (heads_B2[:, 0] - first_B).square().mean()
-    second = (heads_B2[:, 1] - second_B).square().mean()
-    metrics = {"loss": (first + second).detach(), "f_1": first_B.mean(), "f_2": second_B.mean()}
-    return first + second, metrics
+    state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, value: Value
+) -> targets.Outcome:
+    """Return the loss of the config's target on a new batch, a scalar, and metrics."""
+    if config.target == "contrastive":
+        return _contrastive(state, config, data, value)
+    x = _noised(state, config, data.draw(config.batch_size, state.generator), behavior)
+    if config.target == "monte_carlo":
+        shape = (config.num_samples, *x.mean_BA.shape)
+        draws_KBA = torch.randn(shape, generator=state.generator, device=x.t_B.device)
+        return targets.monte_carlo(state.net, value, x, draws_KBA)
+    target = {
+        "analytic": targets.analytic,
+        "analytic_second_order": targets.analytic_second_order,
+        "mse": targets.mse,
+        "log_expectation": targets.log_expectation,
+    }[config.target]
+    return target(state.net, value, x)
 
 
 def train_step(
     state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, value: Value
 ) -> dict[str, Tensor]:
     """Take one gradient step and return its metrics, still on the device."""
-    value_of_loss, metrics = loss(state, config, behavior, value, data.draw(config.batch_size, state.generator))
+    value_of_loss, metrics = loss(state, config, data, behavior, value)
     state.optimizer.step_on(value_of_loss)
     state.ema.update(state.net)
     state.step += 1
-    return metrics
+    return {"loss": value_of_loss.detach(), **metrics}
 
 
-def _noised_mean(
-    behavior: BehaviorState, batch: Batch, t_B: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return noised data actions a_t and their posterior means m_t, each [B, A]."""
-    eps_BA = torch.randn(batch.actions_BA.shape, generator=generator, device=t_B.device)
-    a_t_BA = add_noise(batch.actions_BA, t_B, eps_BA)
-    return a_t_BA, posterior.posterior_mean(a_t_BA, behavior.ema(a_t_BA, batch.states_BS, t_B), t_B)
+def _noised(state: EnergyState, config: EnergyConfig, batch: Batch, behavior: BehaviorState) -> Noised:
+    generator = state.generator
+    t_B = draw_times(len(batch.actions_BA), generator)
+    a_t_BA = _add_noise(batch.actions_BA, t_B, generator)
+    with torch.no_grad():
+        mean_BA = posterior.posterior_mean(a_t_BA, behavior.ema(a_t_BA, batch.states_BS, t_B), t_B)
+        if behavior.has_variance:
+            variance_BA = behavior.variance(a_t_BA, batch.states_BS, t_B)
+        else:
+            variance_BA = posterior.interpolate_variance(state.variance_K, t_B)[:, None].expand_as(mean_BA)
+    return Noised(
+        states_BS=batch.states_BS,
+        actions_BA=batch.actions_BA,
+        t_B=t_B,
+        a_t_BA=a_t_BA,
+        mean_BA=mean_BA,
+        variance_BA=variance_BA,
+        point_BA={"posterior_mean": mean_BA, "data_action": batch.actions_BA}[config.expansion],
+        beta_B=torch.ones_like(t_B) if not state.net.takes_beta else _draw_betas(config, len(t_B), generator),
+    )
+
+
+def _contrastive(state: EnergyState, config: EnergyConfig, data: Transitions, value: Value) -> targets.Outcome:
+    generator, num = state.generator, config.num_samples
+    num_states = max(1, config.batch_size // num)
+    pick_B = torch.randint(len(state.support_index_M), (num_states,), generator=generator, device=generator.device)
+    states_BS = data.batch(data.rows_ND.index_select(0, state.support_index_M[pick_B])).states_BS
+    actions_BKA = state.support_MKA[pick_B]
+    with torch.no_grad():
+        q_BK = value(states_BS.repeat_interleave(num, dim=0), actions_BKA.flatten(0, 1)).view(-1, num)
+    t_B = draw_times(num_states, generator)
+    a_t = _add_noise(actions_BKA.flatten(0, 1), t_B.repeat_interleave(num), generator)
+    beta_B = _draw_betas(config, num_states, generator)
+    return targets.contrastive(state.net, q_BK, states_BS, a_t.view_as(actions_BKA), t_B, beta_B)
+
+
+def _draw_betas(config: EnergyConfig, num: int, generator: torch.Generator) -> Tensor:
+    """Return inverse temperatures, log-uniform over the config's range, [num]."""
+    u_B = torch.rand(num, generator=generator, device=generator.device)
+    return config.beta_min * (config.beta_max / config.beta_min) ** u_B
+
+
+def _add_noise(actions_BA: Tensor, t_B: Tensor, generator: torch.Generator) -> Tensor:
+    eps_BA = torch.randn(actions_BA.shape, generator=generator, device=t_B.device)
+    return add_noise(actions_BA, t_B, eps_BA)

@@ -1,0 +1,219 @@
+"""What the energy network learns: six ways to E_t(s, a_t) = log E[exp(beta Q(s, a_0)) | a_t, s]  [M3].
+
+    analytic               [M11], [M12]   the paper's: first order in Q, Gaussian posterior; exact for a linear Q
+    analytic_second_order                 the same with Q's Hessian; exact for a quadratic Q
+    monte_carlo                           log-mean-exp over draws from the Gaussian posterior
+    mse                                   E[beta Q(s, a_0)]: QGPO's ablation (arXiv 2304.12824); below [M3] by Jensen
+    log_expectation        [M14]          exact in the limit, data actions only
+    contrastive                           QGPO's CEP: exact in the limit up to a constant per (s, t), support actions
+
+Each is a function of one noised batch and the network that returns (loss, metrics). Those that are polynomials
+in beta train two heads, the others a network that takes beta, drawn anew for every sample.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from aepo.stages.energy import EnergyNet
+
+Value = Callable[[Tensor, Tensor], Tensor]
+"""(states [B, S], actions [B, A]) -> scaled Q [B], differentiable in the actions."""
+Outcome = tuple[Tensor, dict[str, Tensor]]
+"""A scalar loss and metrics."""
+
+MAX_EXPONENT = 5.0
+"""Of [M14]: above it exp is continued by its tangent, so that one outlier does not own the step."""
+MIN_PIVOT = 0.1
+"""Second order is used where every eigenvalue of I - beta Sigma H is at least this."""
+
+
+class Noised(NamedTuple):
+    """Data actions, noised, and what the behaviour model says of where each came from."""
+
+    states_BS: Tensor
+    actions_BA: Tensor
+    """a_0."""
+    t_B: Tensor
+    a_t_BA: Tensor
+    mean_BA: Tensor
+    """m_t  [M9]."""
+    variance_BA: Tensor
+    """Diagonal of the posterior's covariance  [M10]."""
+    point_BA: Tensor
+    """c of [M11]."""
+    beta_B: Tensor
+    """Inverse temperature at which the network is trained on this sample; unused by polynomials in beta."""
+
+
+def analytic(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
+    """Return the squared error of both heads  [M12]."""
+    return _fit_heads(net, x, *first_order(value, x.states_BS, x.point_BA, x.mean_BA, x.variance_BA))
+
+
+def mse(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
+    """Return the squared error of f_1 to Q(s, a_0) and of f_2 to 0."""
+    with torch.no_grad():
+        q_B = value(x.states_BS, x.actions_BA)
+    return _fit_heads(net, x, q_B, torch.zeros_like(q_B))
+
+
+def analytic_second_order(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
+    """Return the squared error of E / beta to the second-order closed form, and how often it was refused."""
+    target_B, used_B = second_order(value, x.states_BS, x.point_BA, x.mean_BA, x.variance_BA, x.beta_B)
+    loss, metrics = _fit_energy(net, x, target_B)
+    return loss, metrics | {"first_order_share": 1.0 - used_B.float().mean()}
+
+
+def monte_carlo(net: "EnergyNet", value: Value, x: Noised, draws_KBA: Tensor) -> Outcome:
+    """Return the squared error of E / beta to log-mean-exp of beta Q over draws from N(m_t, v_t), clipped to [-1, 1].
+
+    Args:
+        net: the energy network.
+        value: scaled Q.
+        x: the batch.
+        draws_KBA: standard normal draws.
+    """
+    actions_KBA = (x.mean_BA + x.variance_BA.sqrt() * draws_KBA).clamp(-1.0, 1.0)
+    states_KBS = x.states_BS.expand(len(draws_KBA), -1, -1)
+    with torch.no_grad():
+        q_KB = value(states_KBS.flatten(0, 1), actions_KBA.flatten(0, 1)).view(len(draws_KBA), -1)
+        target_B = torch.logsumexp(x.beta_B * q_KB, dim=0) - math.log(len(draws_KBA))
+    return _fit_energy(net, x, target_B)
+
+
+def log_expectation(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
+    """Return E[exp(beta Q(s, a_0) - E) + E], least where E is [M3] exactly  [M14]."""
+    with torch.no_grad():
+        q_B = value(x.states_BS, x.actions_BA)
+    energy_B = net(x.a_t_BA, x.states_BS, x.t_B, x.beta_B)
+    gap_B = x.beta_B * q_B - energy_B
+    tangent_B = math.exp(MAX_EXPONENT) * (1.0 + gap_B - MAX_EXPONENT)
+    exp_B = torch.where(gap_B < MAX_EXPONENT, gap_B.clamp(max=MAX_EXPONENT).exp(), tangent_B)
+    loss = (exp_B + energy_B).mean()
+    return loss, {"energy": energy_B.detach().mean(), "clamped_share": (gap_B.detach() > MAX_EXPONENT).float().mean()}
+
+
+def contrastive(
+    net: "EnergyNet", q_BK: Tensor, states_BS: Tensor, a_t_BKA: Tensor, t_B: Tensor, beta_B: Tensor
+) -> Outcome:
+    """Return the cross-entropy between softmax(beta Q(s, a_i)) and softmax(E_t(s, a_{i,t})) over K support actions.
+
+    Args:
+        net: the energy network.
+        q_BK: scaled Q of K actions of the behaviour policy in each state.
+        states_BS: states.
+        a_t_BKA: the same actions, noised, all of a state at one t.
+        t_B: that t.
+        beta_B: inverse temperatures.
+    """
+    num_support = q_BK.shape[1]
+
+    def repeat(value_B: Tensor) -> Tensor:
+        return value_B.repeat_interleave(num_support, dim=0)
+
+    energy = net(a_t_BKA.flatten(0, 1), repeat(states_BS), repeat(t_B), repeat(beta_B)).view_as(q_BK)
+    weight_BK = (beta_B[:, None] * q_BK).softmax(dim=1)
+    loss = -(weight_BK * energy.log_softmax(dim=1)).sum(dim=1).mean()
+    effective = 1.0 / weight_BK.square().sum(dim=1)
+    return loss, {"effective_support": effective.mean()}
+
+
+def first_order(
+    value: Value, states_BS: Tensor, point_BA: Tensor, mean_BA: Tensor, variance_BA: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return f_1 and f_2 with E = beta f_1 + beta^2 f_2, each [B], without gradient  [M11, M12].
+
+    Exact where Q is linear in the action and the posterior Gaussian.
+
+    Args:
+        value: scaled Q.
+        states_BS: states.
+        point_BA: c, where Q is expanded.
+        mean_BA: posterior mean m_t.
+        variance_BA: posterior variance of each action component, >= 0.
+    """
+    q_B, slope_BA, _ = _expand(value, states_BS, point_BA, hessian=False)
+    first_B = q_B + (slope_BA * (mean_BA - point_BA)).sum(dim=-1)
+    return first_B, 0.5 * (variance_BA * slope_BA.square()).sum(dim=-1)
+
+
+def second_order(
+    value: Value, states_BS: Tensor, point_BA: Tensor, mean_BA: Tensor, variance_BA: Tensor, beta_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return log E[exp(beta q(a))], a ~ N(m_t, Sigma), q the expansion of Q at c to second order; and where it holds.
+
+    With q_m, g_m the value and slope of q at m_t and I - beta Sigma^1/2 H Sigma^1/2 = U diag(p) U':
+
+        E = beta q_m + beta^2 / 2 |p^-1/2 U' Sigma^1/2 g_m|^2 - 1/2 log det diag(p)
+
+    The integral exists only for p > 0; below MIN_PIVOT the first order stands in, sample by sample.
+
+    Args:
+        value: scaled Q, twice differentiable in the actions.
+        states_BS: states.
+        point_BA: c, where Q is expanded.
+        mean_BA: posterior mean m_t.
+        variance_BA: diagonal of Sigma.
+        beta_B: inverse temperatures.
+
+    Returns:
+        E [B] and a mask [B]: True where second order was used; both without gradient.
+    """
+    q_B, slope_BA, hessian_BAA = _expand(value, states_BS, point_BA, hessian=True)
+    delta_BA = mean_BA - point_BA
+    first_B = q_B + (slope_BA * delta_BA).sum(dim=-1)
+    plain_B = beta_B * first_B + 0.5 * beta_B.square() * (variance_BA * slope_BA.square()).sum(dim=-1)
+
+    bent_BA = torch.einsum("bij,bj->bi", hessian_BAA, delta_BA)
+    root_BA = variance_BA.sqrt()
+    eigenvalues_BA, vectors_BAA = torch.linalg.eigh(root_BA[:, :, None] * hessian_BAA * root_BA[:, None, :])
+    pivot_BA = 1.0 - beta_B[:, None] * eigenvalues_BA
+    used_B = (pivot_BA >= MIN_PIVOT).all(dim=-1)
+    pivot_BA = pivot_BA.clamp(min=MIN_PIVOT)
+    along_BA = torch.einsum("bij,bi->bj", vectors_BAA, root_BA * (slope_BA + bent_BA))
+    curved_B = (
+        beta_B * (first_B + 0.5 * (bent_BA * delta_BA).sum(dim=-1))
+        + 0.5 * beta_B.square() * (along_BA.square() / pivot_BA).sum(dim=-1)
+        - 0.5 * pivot_BA.log().sum(dim=-1)
+    )
+    return torch.where(used_B, curved_B, plain_B), used_B
+
+
+def combine(heads_B2: Tensor, beta_B: Tensor) -> Tensor:
+    """Return E = beta f_1 + beta^2 f_2, [B]  [M12]."""
+    return beta_B * heads_B2[:, 0] + beta_B.square() * heads_B2[:, 1]
+
+
+def _expand(value: Value, states_BS: Tensor, point_BA: Tensor, *, hessian: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q, its gradient and (or an empty tensor) its symmetrised Hessian at c, detached."""
+    with torch.enable_grad():
+        point_BA = point_BA.detach().requires_grad_()
+        q_B = value(states_BS, point_BA)
+        (slope_BA,) = torch.autograd.grad(q_B.sum(), point_BA)
+    if not hessian:
+        return q_B.detach(), slope_BA, slope_BA.new_empty(0)
+
+    def of_one(state_S: Tensor, action_A: Tensor) -> Tensor:
+        return value(state_S[None], action_A[None])[0]
+
+    hessian_BAA = torch.func.vmap(torch.func.jacrev(torch.func.grad(of_one, argnums=1), argnums=1))(
+        states_BS, point_BA.detach()
+    )
+    return q_B.detach(), slope_BA, (0.5 * (hessian_BAA + hessian_BAA.transpose(1, 2))).detach()
+
+
+def _fit_heads(net: "EnergyNet", x: Noised, first_B: Tensor, second_B: Tensor) -> Outcome:
+    heads_B2 = net.heads(x.a_t_BA, x.states_BS, x.t_B)
+    loss = (heads_B2[:, 0] - first_B).square().mean() + (heads_B2[:, 1] - second_B).square().mean()
+    return loss, {"f_1": first_B.mean(), "f_2": second_B.mean()}
+
+
+def _fit_energy(net: "EnergyNet", x: Noised, target_B: Tensor) -> Outcome:
+    """Errors of E / beta, so that no beta of the range owns the loss."""
+    energy_B = net(x.a_t_BA, x.states_BS, x.t_B, x.beta_B)
+    return ((energy_B - target_B) / x.beta_B).square().mean(), {"energy": target_B.mean()}
