@@ -22,6 +22,7 @@ COMMANDS = {
     "sweep": ("tune.commands:Sweep", "train tasks x seeds on Ray, track in MLflow, resume when repeated"),
     "evaluate": ("aepo.commands:Evaluate", "roll out a trained policy again, with other settings if wanted"),
     "report": ("analysis.report:Report", "turn a sweep's runs into tables and figures"),
+    "toy": ("aepo.commands:Toy", "compare all energy targets with the exact answer on two-dimensional sets"),
     "data": ("aepo.data.commands:DATA", "list, show and collect data sets"),
     "doctor": ("cluster.doctor:Doctor", "say what this machine can run, and what is missing"),
 }

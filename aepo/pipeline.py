@@ -88,7 +88,8 @@ def train(
 
     def energy_step() -> dict[str, Tensor]:
         if state.energy.step == 0:
-            energy.measure(state.energy, config.energy, data, state.behavior, state.critic)
+            state.energy.q_scale = critic.advantage_scale(state.critic, data)
+            energy.measure(state.energy, config.energy, data, state.behavior)
         return energy.train_step(state.energy, config.energy, data, state.behavior, value)
 
     yield from _stage("behavior", behavior_step, state.behavior, config.behavior.steps, state)

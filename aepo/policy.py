@@ -99,11 +99,7 @@ class Policy(nn.Module):
             return self.noise(a_t_BA, repeated, t_B)  # type: ignore[no-any-return]
 
         def guide(a_t_BA: Tensor, t_B: Tensor) -> Tensor:
-            with torch.enable_grad():
-                a_t_BA = a_t_BA.detach().requires_grad_()
-                energy_B = self.energy(a_t_BA, repeated, t_B, beta_B)
-                (slope_BA,) = torch.autograd.grad(energy_B.sum(), a_t_BA)
-            return self.sampling.guidance_scale * slope_BA
+            return self.sampling.guidance_scale * energy.slope(self.energy, a_t_BA, repeated, t_B, beta_B)
 
         guided = self.sampling.guidance_scale > 0
         actions = sampler.sample(noise, guide if guided else None, start, self._grid_on(states_BS.device))

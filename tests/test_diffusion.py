@@ -167,7 +167,7 @@ def test_error_falls_with_the_order_of_the_solver():
     assert error(50, 2) < 0.3 * error(50, 1)
 
 
-@pytest.mark.parametrize("action_dim", [1, 2, 7])
+@pytest.mark.parametrize("action_dim", [1, 2, 7, 30])
 def test_guided_samples_of_a_gaussian_with_linear_q_have_the_exact_mean_and_covariance(action_dim):
     """Mu = N(m, s^2 I), Q = g.a: pi* = N(m + beta s^2 g, s^2 I), E_t's gradient = beta g dm_t/da_t  [oracle]."""
     beta, s, num = 2.0, 0.5, 20_000

@@ -15,6 +15,7 @@ APPENDED = {
     "train": SMALL,
     "sweep": SMALL,
     "evaluate": ["--num-episodes", "2"],
+    "toy": ["--targets", "mse", "--betas", "1", "--steps", "20"],
     "data": [],
     "report": [],
     "doctor": [],

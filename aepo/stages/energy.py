@@ -20,7 +20,7 @@ from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
 from aepo.networks import TimeNet
 from aepo.stages import targets
 from aepo.stages.behavior import BehaviorState, sample_support
-from aepo.stages.critic import CriticState, advantage_scale
+from aepo.stages.critic import CriticState
 from aepo.stages.optim import Adam, Ema
 from aepo.stages.targets import Noised, Value
 
@@ -107,11 +107,8 @@ def start(config: EnergyConfig, data: Transitions, generator: torch.Generator) -
     )
 
 
-def measure(
-    state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, critic: CriticState
-) -> None:
-    """Measure what stage 3 takes from the trained stages before its first step: Q's scale, v_t, support actions."""
-    state.q_scale = advantage_scale(critic, data)
+def measure(state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState) -> None:
+    """Measure what stage 3 takes from the trained stage 1 before its first step: v_t, support actions."""
     if not behavior.has_variance:
         state.variance_K = measure_variance(behavior, data, state.generator)
     if config.target == "contrastive":
@@ -131,6 +128,15 @@ def measure_variance(behavior: BehaviorState, data: Transitions, generator: torc
         a_t_BA = _add_noise(batch.actions_BA, t_B, generator)
         means.append(posterior.posterior_mean(a_t_BA, behavior.ema(a_t_BA, batch.states_BS, t_B), t_B))
     return posterior.residual_variance(torch.stack(means), batch.actions_BA)
+
+
+def slope(net: EnergyNet, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor, beta_B: Tensor) -> Tensor:
+    """Return grad E_t(s, a_t) by a_t, [B, A], without a graph beyond it  [M4]."""
+    with torch.enable_grad():
+        a_t_BA = a_t_BA.detach().requires_grad_()
+        energy_B = net(a_t_BA, states_BS, t_B, beta_B)
+        (slope_BA,) = torch.autograd.grad(energy_B.sum(), a_t_BA)
+    return slope_BA
 
 
 def scaled_value(critic: CriticState, energy: EnergyState) -> Value:
