@@ -87,14 +87,18 @@ def monte_carlo(net: "EnergyNet", value: Value, x: Noised, draws_KBA: Tensor) ->
 
 
 def log_expectation(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
-    """Return E[exp(beta Q(s, a_0) - E) + E], least where E is [M3] exactly  [M14]."""
+    """Return E[(exp(beta Q(s, a_0) - E) + E) / beta^2], least where E is [M3] exactly  [M14].
+
+    Near its least value the loss is half the squared error of E / beta: as in the other targets, no beta of the
+    range owns it.
+    """
     with torch.no_grad():
         q_B = value(x.states_BS, x.actions_BA)
     energy_B = net(x.a_t_BA, x.states_BS, x.t_B, x.beta_B)
     gap_B = x.beta_B * q_B - energy_B
     tangent_B = math.exp(MAX_EXPONENT) * (1.0 + gap_B - MAX_EXPONENT)
     exp_B = torch.where(gap_B < MAX_EXPONENT, gap_B.clamp(max=MAX_EXPONENT).exp(), tangent_B)
-    loss = (exp_B + energy_B).mean()
+    loss = ((exp_B + energy_B) / x.beta_B.square()).mean()
     return loss, {"energy": energy_B.detach().mean(), "clamped_share": (gap_B.detach() > MAX_EXPONENT).float().mean()}
 
 
