@@ -22,6 +22,8 @@ EnergyTarget = Literal["analytic", "analytic_second_order", "monte_carlo", "mse"
 POLYNOMIAL_TARGETS = ("analytic", "mse")
 """Polynomials in beta: two heads, any beta after training. The others take beta, within the range trained."""
 VarianceEstimate = Literal["time", "learned"]
+CriticLearner = Literal["expectile", "softmax_in_support"]
+"""How stage 2 values the next state: IQL's expectile regression [M6], or QGPO's backup over cloned actions [M8]."""
 
 
 def _check(config: object, **ranges: str) -> None:
@@ -43,6 +45,18 @@ def _check_choice(config: object, **choices: Any) -> None:
                 f"{type(config).__name__}: {name} must be one of {', '.join(get_args(choice))}, "
                 f"got {getattr(config, name)!r}"
             )
+
+
+def _check_unused(config: object, choice: str, unused: Sequence[str]) -> None:
+    """Raise a ConfigError for the first setting that this choice does not have and that is not at its default."""
+    for name in unused:
+        if getattr(config, name) != _default(type(config), name):
+            raise ConfigError(f"{type(config).__name__}: {choice} has no {name}; leave that setting out")
+
+
+def unused_of_learner(learner: str) -> list[str]:
+    """Return the settings of stage 2 that a learner does not have."""
+    return ["num_samples", "num_support_states", "backup_beta"] if learner == "expectile" else ["expectile"]
 
 
 def _default(config_class: type, name: str) -> Any:
@@ -90,7 +104,7 @@ class BehaviorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CriticConfig:
-    """Stage 2, twin Q and V by expectile regression [M6, M7] (IQL, arXiv 2110.06169)."""
+    """Stage 2, twin Q and V: expectile regression [M6, M7] (IQL, arXiv 2110.06169), or [M8]."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -107,10 +121,21 @@ class CriticConfig:
     """gamma of [M7], per environment step."""
     target_rate: float = 0.005
     """Soft update of the target critics, per step."""
+    learner: CriticLearner = "expectile"
+    """`softmax_in_support` backs up over actions sampled from stage 1; `expectile` is its counterpart's setting."""
+    num_samples: int = 16
+    """softmax_in_support: K, support actions per next state."""
+    num_support_states: int = 100_000
+    """softmax_in_support: transitions whose next states get support actions, once, at most; the others are not used."""
+    backup_beta: float = 1.0
+    """softmax_in_support: inverse temperature of the backup, in units of Q."""
 
     def __post_init__(self) -> None:
         _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
         _check(self, learning_rate="(0, 1]", expectile="(0, 1)", discount="[0, 1)", target_rate="(0, 1]")
+        _check(self, num_samples="[2, 1000]", num_support_states="[1, inf)", backup_beta="[0, inf)")
+        _check_choice(self, learner=CriticLearner)
+        _check_unused(self, self.learner, unused_of_learner(self.learner))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,12 +173,10 @@ class EnergyConfig:
         _check_choice(self, target=EnergyTarget, expansion=Expansion)
         if self.beta_min >= self.beta_max:
             raise ConfigError(f"EnergyConfig: beta_min must be below beta_max, got {self.beta_min} and {self.beta_max}")
-        for name in _unused_settings(self.target):
-            if getattr(self, name) != _default(EnergyConfig, name):
-                raise ConfigError(f"EnergyConfig: target {self.target} has no {name}; leave that setting out")
+        _check_unused(self, self.target, unused_of_target(self.target))
 
 
-def _unused_settings(target: str) -> list[str]:
+def unused_of_target(target: str) -> list[str]:
     """Return the settings of stage 3 that a target does not have."""
     unused = []
     if not target.startswith("analytic"):
@@ -289,10 +312,14 @@ def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig
             raise ConfigError(f"unknown setting {key!r}; did you mean {' or '.join(near)}?")
         group, _, field = key.partition(".")
         values[group][field] = value
-    if "energy.target" in overrides:  # a preset's setting that the new target does not have is no contradiction
-        for name in _unused_settings(overrides["energy.target"]):
-            if f"energy.{name}" not in overrides:
-                values["energy"][name] = _default(EnergyConfig, name)
+    for group, choice, config_class, unused in (
+        ("critic", "learner", CriticConfig, unused_of_learner),
+        ("energy", "target", EnergyConfig, unused_of_target),
+    ):
+        if f"{group}.{choice}" in overrides:  # what only the preset set and this choice lacks is no contradiction
+            for name in unused(overrides[f"{group}.{choice}"]):
+                if f"{group}.{name}" not in overrides:
+                    values[group][name] = _default(config_class, name)
     return from_dict(values)
 
 

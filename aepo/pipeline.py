@@ -84,6 +84,8 @@ def train(
         return behavior.train_step(state.behavior, config.behavior, data)
 
     def critic_step() -> dict[str, Tensor]:
+        if state.critic.step == 0:
+            critic.measure(state.critic, config.critic, data, state.behavior)
         return critic.train_step(state.critic, config.critic, data)
 
     def energy_step() -> dict[str, Tensor]:

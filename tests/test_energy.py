@@ -290,6 +290,31 @@ def test_terminal_transitions_do_not_bootstrap_and_episode_ends_do(tiny_config):
     assert critic.loss(state, config, batch)[0].item() == pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.7, 50.0])
+def test_soft_maximum_lies_between_mean_and_maximum(beta):
+    q = np.random.default_rng(0).normal(size=(20, 6))
+    got = critic.soft_maximum(torch.tensor(q), beta).numpy()
+    weight = np.exp(beta * (q - q.max(1, keepdims=True)))
+    np.testing.assert_allclose(got, (weight * q).sum(1) / weight.sum(1))
+    assert (got >= q.mean(1) - 1e-12).all()
+    assert (got <= q.max(1)).all()
+
+
+def test_the_softmax_backup_values_next_states_by_their_support(tiny_config):
+    config = tiny_config(critic__learner="softmax_in_support").critic
+    data = random_transitions(200)
+    state = critic.start(config, data, torch.Generator().manual_seed(0))
+    batch = data.batch(data.rows_ND)
+    support = torch.rand(200, 3, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        q = torch.stack([torch.minimum(*state.target(batch.next_states_BS, support[:, k])) for k in range(3)], dim=1)
+        next_v = critic.soft_maximum(q, config.backup_beta).double().numpy()
+        backup = batch.rewards_B.numpy() + config.discount * np.where(batch.terminals_B > 0, 0, next_v)
+        exact = sum(np.mean((backup - q_i.numpy()) ** 2) for q_i in state.q(batch.states_BS, batch.actions_BA))
+        exact += np.mean((state.v(batch.next_states_BS).numpy() - next_v) ** 2)
+    assert critic.softmax_loss(state, config, batch, support)[0].item() == pytest.approx(exact, rel=1e-5)
+
+
 def test_states_hold_nothing_but_what_a_checkpoint_can_hold():
     from aepo import checkpoint
 

@@ -109,7 +109,8 @@ OTHER = {
     },
     "critic": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
-        "expectile": 0.95, "discount": 0.5, "target_rate": 0.5,
+        "expectile": 0.95, "discount": 0.5, "target_rate": 0.5, "learner": "softmax_in_support",
+        "num_samples": 5, "num_support_states": 33, "backup_beta": 3.0,
     },
     "energy": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
@@ -125,17 +126,28 @@ def test_every_setting_of_a_stage_is_heeded(stage, tiny_config, transitions):
     fields = {field.name for field in dataclasses.fields(getattr(base, stage))}
     assert set(OTHER[stage]) == fields, "a new setting wants a line here"
     before = finish(base, transitions)
-    contrastive = configs.with_overrides(base, {"energy.target": "contrastive"})
-    before_contrastive = finish(contrastive, transitions)
+    other = configs.with_overrides(base, {"energy.target": "contrastive", "critic.learner": "softmax_in_support"})
+    before_other = finish(other, transitions)
     for name, value in OTHER[stage].items():
-        only_contrastive = name in ("num_samples", "num_support_states", "beta_min", "beta_max")
-        reference = contrastive if only_contrastive else base
+        of_other = name in ("num_samples", "num_support_states", "beta_min", "beta_max", "backup_beta")
+        reference = other if of_other else base
         changed = configs.with_overrides(reference, {f"{stage}.{name}": value})
-        assert not same(finish(changed, transitions), before_contrastive if only_contrastive else before), name
+        assert not same(finish(changed, transitions), before_other if of_other else before), name
         assert changed.fingerprint != reference.fingerprint
 
 
 TARGETS = get_args(configs.EnergyTarget)
+
+
+@pytest.mark.parametrize("stage", ["critic", "energy"])
+def test_qgpos_stages_resume_bit_for_bit(stage, tiny_config, transitions):
+    config = tiny_config(energy__target="contrastive", critic__learner="softmax_in_support")
+    unbroken = finish(config, transitions)
+    for progress in pipeline.train(config, transitions, device=CPU):
+        if (progress.stage, progress.step) == (stage, 30):
+            saved = copy.deepcopy(checkpoint.collect(progress.state))
+            break
+    assert same(finish(config, transitions, saved), unbroken)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -177,9 +189,9 @@ def test_a_setting_that_the_target_lacks_is_refused_but_a_presets_gives_way(tiny
     base = tiny_config(energy__expansion="posterior_mean")
     changed = configs.with_overrides(base, {"energy.target": "mse"})
     assert changed.energy.expansion == "data_action"
-    with pytest.raises(ConfigError, match="target mse has no expansion"):
+    with pytest.raises(ConfigError, match="mse has no expansion"):
         configs.with_overrides(base, {"energy.target": "mse", "energy.expansion": "posterior_mean"})
-    with pytest.raises(ConfigError, match="target analytic has no num_samples"):
+    with pytest.raises(ConfigError, match="analytic has no num_samples"):
         configs.with_overrides(base, {"energy.num_samples": 5})
 
 
