@@ -3,13 +3,16 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aepo.console import emit_json, emit_table, err
 from aepo.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from aepo.policy import Policy
 
 RESULT_KEYS = [
     "task",
@@ -28,13 +31,13 @@ RESULT_KEYS = [
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train the three stages of one run, evaluate the policy, and print its score.
+    """Train the stages of one run, evaluate the policy, and print its score.
 
     The same command again continues where it was stopped, or prints the result if it has ended.
 
     For example:
       aepo train --task maze2d-umaze --seed 0
-      aepo train --dataset mujoco/hopper/medium-v0 --preset smoke --json
+      aepo train --dataset mujoco/hopper/medium-v0 --preset iql-smoke --json
     """
 
     task: str = ""
@@ -44,7 +47,8 @@ class Train:
     seed: int = 0
     """Seeds weights, batches, noise and evaluation."""
     preset: str = "quick"
-    """paper (days on a CPU), quick (minutes) or smoke (seconds; scores mean nothing)."""
+    """METHOD, BUDGET or METHOD-BUDGET. Methods: best (AEPO as it measured best), analytic (the paper's AEPO),
+    qgpo, iql, td3bc. Budgets: paper (days on a CPU), quick (minutes), smoke (seconds; scores mean nothing)."""
     set: tuple[str, ...] = ()
     """Settings that differ from the preset, as in: critic.expectile=0.9 sampling.beta=1."""
     out: Path = Path("runs")
@@ -66,9 +70,10 @@ class Train:
             raise ConfigError(f"--threads must be at least 1, got {self.threads}")
         from aepo import config as configs
         from aepo import run, tasks
+        from aepo.presets import preset
 
         task = tasks.find(self.task) if self.task else tasks.for_dataset(self.dataset)
-        config = configs.with_overrides(configs.preset(self.preset, task, self.seed), configs.parse_overrides(self.set))
+        config = configs.with_overrides(preset(self.preset, task, self.seed), configs.parse_overrides(self.set))
         run.set_threads(self.threads)
         folder = self.out / config.name
         with StageBars(config) as bars:
@@ -101,12 +106,12 @@ EVALUATION_COLUMNS = ["method", "beta", "guidance_scale", "score", "return_mean"
 
 
 class StageBars:
-    """Three progress bars with step rate and time left, on standard error."""
+    """Progress bars with step rate and time left, on standard error."""
 
     def __init__(self, config: Any):
         """One bar per stage; on no terminal, one line per tenth of a stage."""
         self._progress = Progress(
-            TextColumn("{task.description:<9}"),
+            TextColumn("{task.description:<12}"),
             BarColumn(),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[rate]}  loss {task.fields[loss]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
@@ -114,8 +119,8 @@ class StageBars:
             disable=not err.is_terminal,
         )
         self._bars = {
-            stage: self._progress.add_task(stage, total=getattr(config, stage).steps, start=False, rate="", loss="-")
-            for stage in ("behavior", "critic", "energy")
+            name: self._progress.add_task(name, total=stage.steps, start=False, rate="", loss="-")
+            for name, stage in config.stages.items()
         }
         self._current = ""
         self._first = (0.0, 0)
@@ -150,7 +155,7 @@ class Evaluate:
     beta, guidance scale and solver steps need no training: give others to see what they do.
 
     For example:
-      aepo evaluate runs/maze2d-umaze-s0-0123456789ab --beta 1 3 --guidance-scale 0 1 3
+      aepo evaluate runs/maze2d-umaze-s0-0123456789ab --beta 1 3 --guidance-scale 0 1 3 --figure grid.png
     """
 
     policy: Annotated[Path, tyro.conf.Positional]
@@ -159,6 +164,8 @@ class Evaluate:
     """Inverse temperatures; none given = the run's."""
     guidance_scale: tuple[float, ...] = ()
     """Guidance scales; none given = the run's; 0 = diffusion behaviour cloning."""
+    figure: Path | None = None
+    """Write a heat map of the scores over beta and guidance scale as PNG."""
     num_candidates: int = 0
     """Actions drawn per state, the one with the largest Q taken; 0 = the run's number."""
     num_episodes: int = 50
@@ -177,7 +184,7 @@ class Evaluate:
         if self.num_episodes < 1 or self.threads < 1:
             raise ConfigError(f"--num-episodes and --threads must be at least 1, got {self}")
         from aepo import run
-        from aepo.evaluate import Evaluator
+        from aepo.evaluate import Evaluator, draw_grid
         from aepo.policy import Policy
 
         run.set_threads(self.threads)
@@ -192,25 +199,16 @@ class Evaluate:
             horizon=config.evaluation.horizon,
         )
         rows = []
-        grid = [
-            (beta, scale)
-            for beta in self.beta or (config.sampling.beta,)
-            for scale in self.guidance_scale or (config.sampling.guidance_scale,)
-        ]
-        for i, (beta, scale) in enumerate(grid):
-            sampling = dataclasses.replace(
-                config.sampling,
-                beta=beta,
-                guidance_scale=scale,
-                num_candidates=self.num_candidates or config.sampling.num_candidates,
-            )
-            if len(grid) > 1:
-                err.print(f"{i + 1} of {len(grid)}: beta {beta:g}, guidance scale {scale:g}")
-            row = run.evaluate(
-                policy.with_sampling(sampling), evaluator, num_episodes=self.num_episodes, seed=self.seed
-            )
+        policies = self._settings(policy)
+        for i, each in enumerate(policies):
+            if len(policies) > 1:
+                err.print(f"{i + 1} of {len(policies)}")
+            row = run.evaluate(each, evaluator, num_episodes=self.num_episodes, seed=self.seed)
             rows.append({"task": config.task, "seed": config.seed, "fingerprint": config.fingerprint, **row})
         evaluator.close()
+        if self.figure is not None:
+            draw_grid(rows, self.figure, title=f"{config.task}, seed {config.seed}, {self.num_episodes} episodes each")
+            err.print(f"heat map: {self.figure}", soft_wrap=True)
         if self.json:
             emit_json(rows)
         else:
@@ -219,6 +217,28 @@ class Evaluate:
                 [{key: row[key] for key in EVALUATION_COLUMNS} for row in rows],
             )
         return 0
+
+    def _settings(self, policy: "Policy") -> "list[Policy]":
+        """Return the policy once per combination of beta and guidance scale."""
+        from aepo.policy import GuidedPolicy
+
+        if not isinstance(policy, GuidedPolicy):
+            if self.beta or self.guidance_scale or self.num_candidates or self.figure:
+                raise ConfigError(
+                    f"a policy of {policy.config.method} has one way to act; leave out --beta, --guidance-scale, "
+                    "--num-candidates and --figure"
+                )
+            return [policy]
+        own = policy.sampling
+        return [
+            policy.with_sampling(
+                dataclasses.replace(
+                    own, beta=beta, guidance_scale=scale, num_candidates=self.num_candidates or own.num_candidates
+                )
+            )
+            for beta in self.beta or (own.beta,)
+            for scale in self.guidance_scale or (own.guidance_scale,)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""What a run is made of: frozen dataclasses, one per stage, checked when made; presets; the fingerprint.
+"""What a run is made of: frozen dataclasses, one per stage, checked when made; the fingerprint.
 
-Equal configs are the same run and resume; configs that differ in any field never share a folder.
+A run has the stages of its method. Equal configs are the same run and resume; configs that differ in any field
+never share a folder.
 """
 
 import dataclasses
@@ -10,12 +11,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from aepo.errors import ConfigError
-from aepo.tasks import Expansion, RewardRule, Task
+from aepo.tasks import RewardRule
+
+Method = Literal["aepo", "aepo-analytic", "qgpo", "iql", "td3bc"]
+"""Whose policy it is: the name in tables. Cloning, `diffusion-bc`, is the first three at guidance scale 0."""
+Expansion = Literal["posterior_mean", "data_action"]
+"""Where Q is expanded in [M11]."""
 
 EnergyTarget = Literal["analytic", "analytic_second_order", "monte_carlo", "mse", "log_expectation", "contrastive"]
 """What the energy network learns; aepo/stages/targets.py says how they differ."""
@@ -56,7 +62,9 @@ def _check_unused(config: object, choice: str, unused: Sequence[str]) -> None:
 
 def unused_of_learner(learner: str) -> list[str]:
     """Return the settings of stage 2 that a learner does not have."""
-    return ["num_samples", "num_support_states", "backup_beta"] if learner == "expectile" else ["expectile"]
+    if learner == "expectile":
+        return ["num_samples", "num_support_states", "backup_beta"]
+    return ["expectile", "backup_steps"]
 
 
 def _default(config_class: type, name: str) -> Any:
@@ -121,6 +129,8 @@ class CriticConfig:
     """gamma of [M7], per environment step."""
     target_rate: float = 0.005
     """Soft update of the target critics, per step."""
+    backup_steps: int = 1
+    """expectile: n of the n-step return that Q follows, within an episode of the data; 1 is IQL's [M7]."""
     learner: CriticLearner = "expectile"
     """`softmax_in_support` backs up over actions sampled from stage 1; `expectile` is its counterpart's setting."""
     num_samples: int = 16
@@ -133,7 +143,13 @@ class CriticConfig:
     def __post_init__(self) -> None:
         _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
         _check(self, learning_rate="(0, 1]", expectile="(0, 1)", discount="[0, 1)", target_rate="(0, 1]")
-        _check(self, num_samples="[2, 1000]", num_support_states="[1, inf)", backup_beta="[0, inf)")
+        _check(
+            self,
+            backup_steps="[1, 1000]",
+            num_samples="[2, 1000]",
+            num_support_states="[1, inf)",
+            backup_beta="[0, inf)",
+        )
         _check_choice(self, learner=CriticLearner)
         _check_unused(self, self.learner, unused_of_learner(self.learner))
 
@@ -200,6 +216,62 @@ def check_beta(energy: EnergyConfig, beta: float) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ActorConfig:
+    """IQL's policy: a Gaussian, cloned with weight exp(advantage) (arXiv 2110.06169)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    steps: int
+    """Gradient steps."""
+    batch_size: int
+    hidden_size: int
+    num_layers: int
+    learning_rate: float = 3e-4
+    """Adam, decayed to 0 by a cosine over `steps`."""
+    inverse_temperature: float = 3.0
+    """Factor of Q - V in the exponent, in units of the data set's (scaled) rewards."""
+
+    def __post_init__(self) -> None:
+        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
+        _check(self, learning_rate="(0, 1]", inverse_temperature="[0, inf)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ActorCriticConfig:
+    """TD3+BC, actor and critics together (arXiv 2106.06860)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    steps: int
+    """Gradient steps of the critics."""
+    batch_size: int
+    hidden_size: int
+    num_layers: int
+    learning_rate: float = 3e-4
+    """Adam, of both, decayed to 0 by a cosine over `steps`."""
+    discount: float = 0.99
+    """gamma, per environment step."""
+    target_rate: float = 0.005
+    """Soft update of the targets, whenever the actor is."""
+    q_weight: float = 2.5
+    """alpha: weight of Q over its mean size against the squared distance to the data's action."""
+    policy_noise: float = 0.2
+    """Standard deviation of the noise on the target's action."""
+    noise_clip: float = 0.5
+    """Largest noise."""
+    actor_interval: int = 2
+    """Critic steps per actor step."""
+
+    def __post_init__(self) -> None:
+        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
+        _check(self, learning_rate="(0, 1]", discount="[0, 1)", target_rate="(0, 1]", q_weight="(0, inf)")
+        _check(self, policy_noise="[0, inf)", noise_clip="[0, inf)", actor_interval="[1, inf)")
+
+
+StageConfig = BehaviorConfig | CriticConfig | EnergyConfig | ActorConfig | ActorCriticConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
     """How the trained networks become actions [M4, M13]; nothing here needs training."""
 
@@ -211,12 +283,16 @@ class SamplingConfig:
     """w of [M4]; 0 = diffusion behaviour cloning."""
     num_steps: int = 15
     """Solver steps per action."""
+    temperature: float = 1.0
+    """Standard deviation of the solver's start, in [0, 1]: 1 draws from the policy, 0 takes one action, near its mode."""
     num_candidates: int = 1
     """Actions drawn per state; of several the one with the largest Q is taken."""
 
     def __post_init__(self) -> None:
         _check(self, beta="(0, inf)", guidance_scale="[0, inf)")
-        _check(self, num_steps="[1, 1000]", num_candidates="[1, 1000]")
+        _check(self, num_steps="[1, 1000]", temperature="[0, 1]", num_candidates="[1, 1000]")
+        if self.temperature == 0 and self.num_candidates > 1:
+            raise ConfigError("sampling.temperature 0 draws one action: num_candidates must be 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,20 +304,30 @@ class EvaluationConfig:
     num_episodes: int
     """Episodes of the final evaluation, once guided and once at guidance scale 0."""
     num_curve_points: int = 0
-    """Evaluations during stage 3, equally spaced, the last step left to the final one."""
+    """Evaluations during the last stage, equally spaced, its last step left to the final one."""
     num_curve_episodes: int = 10
     """Episodes of each of these."""
     horizon: int = 0
     """Steps of an episode; 0 = the environment's own limit."""
+    grid_beta: tuple[float, ...] = ()
+    """Inverse temperatures of the heat map at the end of a guided run, times `grid_guidance_scale`."""
+    grid_guidance_scale: tuple[float, ...] = ()
+    """Guidance scales of the heat map."""
+    num_grid_episodes: int = 10
+    """Episodes of each of its cells."""
 
     def __post_init__(self) -> None:
         _check(self, num_episodes="[1, inf)", num_curve_points="[0, inf)", num_curve_episodes="[1, inf)")
-        _check(self, horizon="[0, inf)")
+        _check(self, horizon="[0, inf)", num_grid_episodes="[1, inf)")
+        if bool(self.grid_beta) != bool(self.grid_guidance_scale):
+            raise ConfigError("a heat map wants both evaluation.grid_beta and evaluation.grid_guidance_scale")
+        if self.grid_beta and (min(self.grid_beta) <= 0 or min(self.grid_guidance_scale) < 0):
+            raise ConfigError("evaluation.grid_beta must be above 0 and evaluation.grid_guidance_scale not below it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """One run: one task, one seed, three stages, one policy."""
+    """One run: one task, one seed, the stages of one method, one policy."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -249,20 +335,22 @@ class RunConfig:
     suite: str
     seed: int
     """Seeds weights, batches, noise and evaluation."""
+    method: Method
     preset: str
     """The preset from which the other fields came; a name, without effect."""
     data: DataConfig
-    behavior: BehaviorConfig
-    critic: CriticConfig
-    energy: EnergyConfig
-    sampling: SamplingConfig
     evaluation: EvaluationConfig
 
     def __post_init__(self) -> None:
         _check(self, seed="[0, 2147483647]")
-        check_beta(self.energy, self.sampling.beta)
-        if self.sampling.guidance_scale == 0:
-            raise ConfigError("sampling.guidance_scale must be > 0: every run is evaluated at 0 (diffusion-bc) as well")
+        if CLASSES.get(self.method) is not type(self):
+            raise ConfigError(f"{type(self).__name__}: method {self.method!r} does not have these stages")
+
+    @property
+    def stages(self) -> dict[str, StageConfig]:
+        """The stages of the method by name, in the order in which they are trained."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if isinstance(value, StageConfig)}
 
     @property
     def fingerprint(self) -> str:
@@ -279,7 +367,65 @@ class RunConfig:
     @property
     def num_steps(self) -> int:
         """Gradient steps of all stages."""
-        return self.behavior.steps + self.critic.steps + self.energy.steps
+        return sum(stage.steps for stage in self.stages.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GuidedConfig(RunConfig):
+    """AEPO and QGPO: a diffusion behaviour policy, a critic, an energy that guides."""
+
+    behavior: BehaviorConfig
+    critic: CriticConfig
+    energy: EnergyConfig
+    sampling: SamplingConfig
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        for beta in (self.sampling.beta, *self.evaluation.grid_beta):
+            check_beta(self.energy, beta)
+        if self.sampling.guidance_scale == 0:
+            raise ConfigError("sampling.guidance_scale must be > 0: every run is evaluated at 0 (diffusion-bc) as well")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class IQLConfig(RunConfig):
+    """IQL: a critic, and a Gaussian policy that clones what it finds good (arXiv 2110.06169)."""
+
+    critic: CriticConfig
+    actor: ActorConfig
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        _check_unguided(self)
+        if self.critic.learner != "expectile":
+            raise ConfigError("iql wants critic.learner expectile: softmax_in_support needs stage 1's actions")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TD3BCConfig(RunConfig):
+    """TD3+BC: actor and critics in one stage (arXiv 2106.06860)."""
+
+    actor_critic: ActorCriticConfig
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        _check_unguided(self)
+
+
+Config = TypeVar("Config", bound=RunConfig)
+CLASSES: dict[str, type[RunConfig]] = {
+    "aepo": GuidedConfig,
+    "aepo-analytic": GuidedConfig,
+    "qgpo": GuidedConfig,
+    "iql": IQLConfig,
+    "td3bc": TD3BCConfig,
+}
+"""Method -> class of its config."""
+
+
+def _check_unguided(config: RunConfig) -> None:
+    if config.evaluation.grid_beta:
+        raise ConfigError(f"evaluation.grid_beta: {config.method} has neither beta nor guidance scale, so no heat map")
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
@@ -288,8 +434,10 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: for an unknown, missing or mistyped key, or a value out of range.
     """
+    if (method := values.get("method")) not in CLASSES:
+        raise ConfigError(f"method must be one of {', '.join(CLASSES)}, got {method!r}")
     try:
-        return TypeAdapter(RunConfig).validate_python(dict(values))
+        return TypeAdapter(CLASSES[str(method)]).validate_python(dict(values))
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}"
@@ -298,20 +446,21 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("; ".join(problems)) from None
 
 
-def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """Return a config with dotted keys replaced, as in {"critic.expectile": 0.9}.
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """Return a config with dotted keys replaced, as in {"critic.expectile": 0.9}; commas part the words of a list.
 
     Raises:
         ConfigError: for an unknown key (names the nearest) or a bad value.
     """
     values = dataclasses.asdict(config)
-    known = _dotted(values)
+    known = settings(config)
     for key, value in overrides.items():
-        if key not in known or key in ("task", "suite", "seed", "preset"):
-            near = get_close_matches(key, known, n=3) or sorted(known)
-            raise ConfigError(f"unknown setting {key!r}; did you mean {' or '.join(near)}?")
+        if key not in known:
+            near = get_close_matches(key, known, n=3) or known
+            raise ConfigError(f"{config.method} has no setting {key!r}; did you mean {' or '.join(near)}?")
         group, _, field = key.partition(".")
-        values[group][field] = value
+        is_list = isinstance(values[group][field], tuple)
+        values[group][field] = value.split(",") if is_list and isinstance(value, str) else value
     for group, choice, config_class, unused in (
         ("critic", "learner", CriticConfig, unused_of_learner),
         ("energy", "target", EnergyConfig, unused_of_target),
@@ -320,7 +469,15 @@ def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig
             for name in unused(overrides[f"{group}.{choice}"]):
                 if f"{group}.{name}" not in overrides:
                     values[group][name] = _default(config_class, name)
-    return from_dict(values)
+    changed = from_dict(values)
+    assert isinstance(changed, type(config))
+    return changed
+
+
+def settings(config: RunConfig) -> list[str]:
+    """Return the dotted keys that `with_overrides` takes."""
+    groups = dataclasses.asdict(config).items()
+    return [f"{group}.{field}" for group, fields in groups if isinstance(fields, Mapping) for field in fields]
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
@@ -329,123 +486,3 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     if bad := [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]:
         raise ConfigError(f"--set wants KEY=VALUE, as in critic.expectile=0.9; got {bad[0]!r}")
     return {key: value for key, _, value in pairs}
-
-
-def _dotted(values: Mapping[str, Any]) -> list[str]:
-    return [f"{group}.{field}" for group, fields in values.items() if isinstance(fields, Mapping) for field in fields]
-
-
-def paper(task: Task, seed: int) -> RunConfig:
-    """The published budgets of the closest method (QGPO, IQL): a GPU and hours."""
-    return _config(
-        task,
-        seed,
-        "paper",
-        behavior=BehaviorConfig(
-            steps=600_000, batch_size=4096, learning_rate=1e-4, ema_decay=0.999, hidden_size=512, num_layers=4
-        ),
-        critic=CriticConfig(
-            steps=1_000_000,
-            batch_size=256,
-            hidden_size=256,
-            num_layers=3,
-            expectile=task.expectile,
-            discount=task.discount,
-        ),
-        energy=EnergyConfig(
-            steps=500_000, batch_size=1024, ema_decay=0.999, expansion=task.expansion, hidden_size=512, num_layers=4
-        ),
-        evaluation=EvaluationConfig(num_episodes=100, num_curve_points=9, num_curve_episodes=20, horizon=task.horizon),
-    )
-
-
-def quick(task: Task, seed: int) -> RunConfig:
-    """Minutes on one core: enough to see the method work on small tasks."""
-    return _config(
-        task,
-        seed,
-        "quick",
-        behavior=BehaviorConfig(steps=5000, batch_size=256, learning_rate=1e-3, hidden_size=256, num_layers=3),
-        critic=CriticConfig(
-            steps=6000,
-            batch_size=256,
-            hidden_size=256,
-            num_layers=2,
-            learning_rate=1e-3,
-            target_rate=0.05,  # values must travel through the data in 6,000 steps
-            expectile=task.expectile,
-            discount=task.discount,
-        ),
-        energy=EnergyConfig(
-            steps=4000, batch_size=256, learning_rate=2e-3, expansion=task.expansion, hidden_size=256, num_layers=3
-        ),
-        evaluation=EvaluationConfig(num_episodes=50, num_curve_points=3, num_curve_episodes=10, horizon=task.horizon),
-    )
-
-
-def smoke(task: Task, seed: int) -> RunConfig:
-    """Seconds: shows that a data set loads, trains and evaluates; its scores mean nothing."""
-    return _config(
-        task,
-        seed,
-        "smoke",
-        behavior=BehaviorConfig(steps=300, batch_size=128, learning_rate=1e-3, hidden_size=64, num_layers=2),
-        critic=CriticConfig(
-            steps=300,
-            batch_size=128,
-            learning_rate=1e-3,
-            expectile=task.expectile,
-            discount=task.discount,
-            hidden_size=64,
-            num_layers=2,
-        ),
-        energy=EnergyConfig(
-            steps=300, batch_size=128, learning_rate=1e-3, expansion=task.expansion, hidden_size=64, num_layers=2
-        ),
-        evaluation=EvaluationConfig(num_episodes=2, horizon=task.horizon),
-        num_sampling_steps=5,
-    )
-
-
-PRESETS = {"paper": paper, "quick": quick, "smoke": smoke}
-
-
-def preset(name: str, task: Task, seed: int) -> RunConfig:
-    """Return the named preset for a task and a seed.
-
-    Raises:
-        ConfigError: for an unknown name.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[name](task, seed)
-
-
-def _config(
-    task: Task,
-    seed: int,
-    name: str,
-    *,
-    behavior: BehaviorConfig,
-    critic: CriticConfig,
-    energy: EnergyConfig,
-    evaluation: EvaluationConfig,
-    num_sampling_steps: int = 15,
-) -> RunConfig:
-    return RunConfig(
-        task=task.task,
-        suite=task.suite,
-        seed=seed,
-        preset=name,
-        data=DataConfig(
-            dataset=task.dataset,
-            source=task.source,
-            observation_keys=task.observation_keys,
-            reward_rule=task.reward_rule,
-        ),
-        behavior=behavior,
-        critic=critic,
-        energy=energy,
-        sampling=SamplingConfig(beta=task.beta, guidance_scale=task.guidance_scale, num_steps=num_sampling_steps),
-        evaluation=evaluation,
-    )

@@ -5,7 +5,8 @@ import dataclasses
 import importlib
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -159,3 +160,35 @@ def _stack(observations: Sequence[Any]) -> Any:
     if isinstance(first, dict):
         return {key: _stack([observation[key] for observation in observations]) for key in first}
     return np.stack(observations)
+
+
+def draw_grid(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Write a heat map of the scores (returns, without references) over beta and guidance scale as PNG.
+
+    Args:
+        rows: one per beta and guidance scale, with `score` and `return_mean`.
+        path: the file.
+        title: stands above it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    measure = "return_mean" if any(row["score"] is None for row in rows) else "score"
+    betas = sorted({row["beta"] for row in rows})
+    scales = sorted({row["guidance_scale"] for row in rows})
+    values = np.full((len(betas), len(scales)), np.nan)
+    for row in rows:
+        values[betas.index(row["beta"]), scales.index(row["guidance_scale"])] = row[measure]
+    figure = Figure(figsize=(2.2 + 0.9 * len(scales), 1.6 + 0.6 * len(betas)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (i, j), value in np.ndenumerate(values):
+        axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value < middle else "black")
+    axes.set(xlabel="guidance scale", ylabel="beta")
+    axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
+    axes.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
+    axes.set_title(title, loc="left", fontsize=10)
+    figure.colorbar(image, label="normalized score" if measure == "score" else "return")
+    figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""The networks: one block of hidden layers, used four ways.
+"""The networks: one block of hidden layers, used six ways.
 
 Plain multilayer perceptrons with SiLU (smooth, so that grad_a Q and grad E are) and layer normalisation in
 the critics. They know nothing of schedules or losses.
@@ -65,3 +65,32 @@ class ValueNet(nn.Module):
     def forward(self, states_BS: Tensor) -> Tensor:
         """Return [B]."""
         return self.body(states_BS).squeeze(-1)  # type: ignore[no-any-return]
+
+
+class Actor(nn.Module):
+    """A deterministic policy, pi(s) in (-1, 1)^A."""
+
+    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int):
+        """One output per action dimension."""
+        super().__init__()
+        self.body = mlp([state_dim] + [hidden_size] * num_layers + [action_dim])
+
+    def forward(self, states_BS: Tensor) -> Tensor:
+        """Return actions, [B, A]."""
+        return self.body(states_BS).tanh()  # type: ignore[no-any-return]
+
+
+class GaussianActor(Actor):
+    """A Gaussian policy: mean in (-1, 1)^A, one standard deviation per dimension, the same in all states (IQL)."""
+
+    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int):
+        """The deviations start at 1 and stay in [e^-5, e^2]."""
+        super().__init__(state_dim, action_dim, hidden_size=hidden_size, num_layers=num_layers)
+        self.log_std_A = nn.Parameter(torch.zeros(action_dim))
+
+    def log_prob(self, states_BS: Tensor, actions_BA: Tensor) -> Tensor:
+        """Return log pi(a|s), [B]; `forward` returns the mean."""
+        log_std_A = self.log_std_A.clamp(-5.0, 2.0)
+        squared_BA = ((actions_BA - self(states_BS)) / log_std_A.exp()).square()
+        log_prob_BA: Tensor = -0.5 * (squared_BA + math.log(2 * math.pi)) - log_std_A
+        return log_prob_BA.sum(dim=1)

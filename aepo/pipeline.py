@@ -1,4 +1,4 @@
-"""The three stages as one generator of Progress: the seam that every driver uses (plain, Ray, tests).
+"""The stages of a method as one generator of Progress: the seam that every driver uses (plain, Ray, tests).
 
 It knows neither files nor schedulers. A driver iterates, stores `state` when it wants to, and stops when it
 likes; `train(..., resume=saved)` continues bit for bit on the same kind of CPU.
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from aepo import checkpoint
-from aepo.config import RunConfig
+from aepo.config import CriticConfig, GuidedConfig, IQLConfig, RunConfig, TD3BCConfig
 from aepo.data.transitions import Transitions
 from aepo.errors import TrainingError
-from aepo.stages import behavior, critic, energy
+from aepo.stages import actor, actor_critic, behavior, critic, energy
 
-STAGES = ("behavior", "critic", "energy")
+STAGES = ("behavior", "critic", "energy", "actor", "actor_critic")
+"""Of all methods. A stage's random numbers depend on the seed and its place here alone."""
 HEARTBEAT = 50
 """Steps between two Progress at most; a driver can store the state at each."""
 NUM_LOGS = 200
@@ -26,12 +27,31 @@ NUM_LOGS = 200
 
 
 @dataclasses.dataclass
-class PipelineState:
-    """Everything that training changes."""
+class GuidedState:
+    """Everything that training AEPO or QGPO changes."""
 
     behavior: behavior.BehaviorState
     critic: critic.CriticState
     energy: energy.EnergyState
+
+
+@dataclasses.dataclass
+class IQLState:
+    """Everything that training IQL changes."""
+
+    critic: critic.CriticState
+    actor: actor.ActorState
+
+
+@dataclasses.dataclass
+class TD3BCState:
+    """Everything that training TD3+BC changes."""
+
+    actor_critic: actor_critic.ActorCriticState
+
+
+PipelineState = GuidedState | IQLState | TD3BCState
+Metrics = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,19 +71,13 @@ class Progress:
 
 def start(config: RunConfig, data: Transitions, device: torch.device) -> PipelineState:
     """Return the state before the first step, wholly determined by the seed."""
-    torch.manual_seed(config.seed)
-    generators = [torch.Generator(device).manual_seed(config.seed * len(STAGES) + i) for i in range(len(STAGES))]
-    return PipelineState(
-        behavior=behavior.start(config.behavior, data, generators[0]),
-        critic=critic.start(config.critic, data, generators[1]),
-        energy=energy.start(config.energy, data, generators[2]),
-    )
+    return _prepare(config, data, device)[0]
 
 
 def train(
     config: RunConfig, data: Transitions, *, device: torch.device, resume: dict[str, Any] | None = None
 ) -> Iterator[Progress]:
-    """Yield Progress from the first step, or from the one that `resume` holds, to the last of stage 3.
+    """Yield Progress from the first step, or from the one that `resume` holds, to the last of the last stage.
 
     Args:
         config: the run.
@@ -75,34 +89,86 @@ def train(
         CheckpointError: if `resume` is not of this config.
         TrainingError: at the first log where a metric is not finite.
     """
-    state = start(config, data, device)
+    state, train_steps = _prepare(config, data, device)
     if resume is not None:
         checkpoint.restore(state, resume)
-    value = energy.scaled_value(state.critic, state.energy)
+    for name, train_step in train_steps.items():
+        yield from _stage(name, train_step, getattr(state, name), config.stages[name].steps, state)
 
-    def behavior_step() -> dict[str, Tensor]:
+
+def _prepare(
+    config: RunConfig, data: Transitions, device: torch.device
+) -> tuple[PipelineState, dict[str, Callable[[], Metrics]]]:
+    """Return the state before the first step and, in order, each stage's step."""
+
+    def seed(stage: str) -> torch.Generator:
+        place = config.seed * len(STAGES) + STAGES.index(stage)
+        torch.manual_seed(place)  # weights
+        return torch.Generator(device).manual_seed(place)  # batches and noise
+
+    if isinstance(config, GuidedConfig):
+        return _guided(config, data, seed)
+    if isinstance(config, IQLConfig):
+        return _iql(config, data, seed)
+    assert isinstance(config, TD3BCConfig)
+    only = actor_critic.start(config.actor_critic, data, seed("actor_critic"))
+    return TD3BCState(only), {"actor_critic": lambda: actor_critic.train_step(only, config.actor_critic, data)}
+
+
+def _guided(
+    config: GuidedConfig, data: Transitions, seed: Callable[[str], torch.Generator]
+) -> tuple[GuidedState, dict[str, Callable[[], Metrics]]]:
+    state = GuidedState(
+        behavior=behavior.start(config.behavior, data, seed("behavior")),
+        critic=critic.start(config.critic, data, seed("critic")),
+        energy=energy.start(config.energy, data, seed("energy")),
+    )
+    value = energy.scaled_value(state.critic, state.energy)
+    steps = _look_ahead(config.critic, data)
+
+    def behavior_step() -> Metrics:
         return behavior.train_step(state.behavior, config.behavior, data)
 
-    def critic_step() -> dict[str, Tensor]:
+    def critic_step() -> Metrics:
         if state.critic.step == 0:
             critic.measure(state.critic, config.critic, data, state.behavior)
-        return critic.train_step(state.critic, config.critic, data)
+        return critic.train_step(state.critic, config.critic, data, steps)
 
-    def energy_step() -> dict[str, Tensor]:
+    def energy_step() -> Metrics:
         if state.energy.step == 0:
             state.energy.q_scale = critic.advantage_scale(state.critic, data)
             energy.measure(state.energy, config.energy, data, state.behavior)
         return energy.train_step(state.energy, config.energy, data, state.behavior, value)
 
-    yield from _stage("behavior", behavior_step, state.behavior, config.behavior.steps, state)
-    yield from _stage("critic", critic_step, state.critic, config.critic.steps, state)
-    yield from _stage("energy", energy_step, state.energy, config.energy.steps, state)
+    return state, {"behavior": behavior_step, "critic": critic_step, "energy": energy_step}
+
+
+def _iql(
+    config: IQLConfig, data: Transitions, seed: Callable[[str], torch.Generator]
+) -> tuple[IQLState, dict[str, Callable[[], Metrics]]]:
+    state = IQLState(
+        critic=critic.start(config.critic, data, seed("critic")),
+        actor=actor.start(config.actor, data, seed("actor")),
+    )
+    steps = _look_ahead(config.critic, data)
+
+    def critic_step() -> Metrics:
+        return critic.train_step(state.critic, config.critic, data, steps)
+
+    def actor_step() -> Metrics:
+        return actor.train_step(state.actor, config.actor, data, state.critic)
+
+    return state, {"critic": critic_step, "actor": actor_step}
+
+
+def _look_ahead(config: CriticConfig, data: Transitions) -> critic.Steps | None:
+    return critic.look_ahead(data, config.backup_steps, config.discount) if config.backup_steps > 1 else None
 
 
 def _stage(
     name: str,
-    train_step: Callable[[], dict[str, Tensor]],
-    stage: behavior.BehaviorState | critic.CriticState | energy.EnergyState,
+    train_step: Callable[[], Metrics],
+    stage: Any,
     num_steps: int,
     state: PipelineState,
 ) -> Iterator[Progress]:

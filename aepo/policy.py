@@ -3,6 +3,7 @@
 One safetensors file: the tensors, and in its metadata the run's config and a digest. Loading runs no code.
 """
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -18,58 +19,49 @@ from torch import Tensor, nn
 
 from aepo import config as configs
 from aepo.checkpoint import write_atomically
-from aepo.config import BehaviorConfig, CriticConfig, RunConfig, SamplingConfig
+from aepo.config import GuidedConfig, IQLConfig, RunConfig, SamplingConfig, StageConfig, TD3BCConfig
 from aepo.data.transitions import Spaces
 from aepo.diffusion import sampler
 from aepo.errors import CheckpointError, ConfigError
-from aepo.networks import TwinQ
-from aepo.pipeline import PipelineState
+from aepo.networks import Actor, GaussianActor, TwinQ
+from aepo.pipeline import GuidedState, IQLState, PipelineState, TD3BCState
 from aepo.stages import energy
 from aepo.stages.behavior import NoiseNet
 
 FORMAT = "aepo-policy-1"
 
 
-class Policy(nn.Module):
-    """pi*(a|s) ∝ mu(a|s) exp(beta Q(s, a)) as a sampler of actions [M1, M4].
+class Policy(nn.Module, abc.ABC):
+    """A trained policy; `GuidedPolicy` and `ActorPolicy` say how states become actions."""
 
-    `config` is the run that trained it; `with_sampling` gives the same networks another beta, guidance scale,
-    number of solver steps or of candidates, none of which need training.
-    """
-
-    def __init__(self, config: RunConfig, spaces: Spaces, sampling: SamplingConfig | None = None):
-        """Make a policy with untrained networks; see `from_state`, `load` and `with_sampling`."""
+    def __init__(self, config: RunConfig, spaces: Spaces):
+        """`config` is the run that trained it."""
         super().__init__()
         self.config = config
-        self.sampling = sampling or config.sampling
         for name, tensor in _fields(spaces).items():
             self.register_buffer(name, tensor)
-        dims = len(spaces.state_mean_S), len(spaces.action_low_A)
-        self.noise = NoiseNet(*dims, **_size(config.behavior))
-        self.energy = energy.make_net(config.energy, *dims)
-        self.q = TwinQ(*dims, **_size(config.critic))
-        self.requires_grad_(False)
-        self._grid: tuple[int, sampler.Grid] | None = None
 
-    @classmethod
-    def from_state(cls, config: RunConfig, state: PipelineState, spaces: Spaces) -> "Policy":
+    @staticmethod
+    def make(config: RunConfig, spaces: Spaces) -> "Policy":
+        """Return the policy that a run trains, its networks untrained."""
+        if isinstance(config, GuidedConfig):
+            return GuidedPolicy(config, spaces)
+        return ActorPolicy(config, spaces)
+
+    @staticmethod
+    def from_state(config: RunConfig, state: PipelineState, spaces: Spaces) -> "Policy":
         """Return the policy of a run as it stands; it has weights of its own."""
-        policy = cls(config, spaces)
-        policy.noise.load_state_dict(state.behavior.ema.net.state_dict())
-        policy.energy.load_state_dict(state.energy.ema.net.state_dict())
-        policy.q.load_state_dict(state.critic.q.state_dict())
+        policy = Policy.make(config, spaces)
+        policy.copy_weights(state)
         return policy.to(spaces.state_mean_S.device)
 
-    def with_sampling(self, sampling: SamplingConfig) -> "Policy":
-        """Return this policy, the networks shared, sampling in another way.
+    @abc.abstractmethod
+    def copy_weights(self, state: PipelineState) -> None:
+        """Take the weights of a run as it stands."""
 
-        Raises:
-            ConfigError: for a beta that the energy's target was not trained for.
-        """
-        configs.check_beta(self.config.energy, sampling.beta)
-        twin = Policy(self.config, self.spaces, sampling)
-        twin.noise, twin.energy, twin.q = self.noise, self.energy, self.q
-        return twin
+    @abc.abstractmethod
+    def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:
+        """Return one action in [-1, 1]^A per normalised state, [B, A]."""
 
     @property
     def spaces(self) -> Spaces:
@@ -88,12 +80,85 @@ class Policy(nn.Module):
         states_NS = spaces.normalise_states(torch.as_tensor(observations_NS, dtype=torch.float32, device=device))
         return spaces.denormalise_actions(self.sample(states_NS, generator)).cpu().numpy()
 
+    def save(self, path: Path) -> None:
+        """Write the policy as one safetensors file, atomically."""
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
+        facts = {"config": dataclasses.asdict(self.config), "digest": _digest(tensors)}
+        # one entry, because safetensors writes several in no fixed order
+        write_atomically(path, to_safetensors(tensors, {FORMAT: json.dumps(facts)}))
+
+    @staticmethod
+    def load(path: Path, device: torch.device | str = "cpu") -> "Policy":
+        """Return the policy that `save` wrote.
+
+        Raises:
+            CheckpointError: if the file is missing, torn, changed, or no policy of this version.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read as a policy: {error}") from error
+        if FORMAT not in metadata:
+            raise CheckpointError(f"{path} is no {FORMAT}: its metadata hold {sorted(metadata) or 'nothing'}")
+        facts = json.loads(metadata[FORMAT])
+        if facts["digest"] != _digest(tensors):
+            raise CheckpointError(f"{path} has been changed since it was written: its digest differs")
+        try:
+            spaces = Spaces(**{field.name: tensors[field.name] for field in dataclasses.fields(Spaces)})
+            policy = Policy.make(configs.from_dict(facts["config"]), spaces)
+            policy.load_state_dict(tensors)
+        except (ConfigError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{path} does not hold the policy that it names: {error}") from error
+        return policy.to(device)
+
+
+class GuidedPolicy(Policy):
+    """pi*(a|s) ∝ mu(a|s) exp(beta Q(s, a)) as a sampler of actions [M1, M4].
+
+    `with_sampling` gives the same networks another beta, guidance scale, number of solver steps or of
+    candidates, none of which need training.
+    """
+
+    config: GuidedConfig
+
+    def __init__(self, config: GuidedConfig, spaces: Spaces, sampling: SamplingConfig | None = None):
+        """Make a policy with untrained networks; `sampling` other than the config's if given."""
+        super().__init__(config, spaces)
+        self.sampling = sampling or config.sampling
+        dims = len(spaces.state_mean_S), len(spaces.action_low_A)
+        self.noise = NoiseNet(*dims, **_size(config.behavior))
+        self.energy = energy.make_net(config.energy, *dims)
+        self.q = TwinQ(*dims, **_size(config.critic))
+        self.requires_grad_(False)
+        self._grid: tuple[int, sampler.Grid] | None = None
+
+    def copy_weights(self, state: PipelineState) -> None:
+        """Take the averaged noise and energy networks and the critics."""
+        assert isinstance(state, GuidedState)
+        self.noise.load_state_dict(state.behavior.ema.net.state_dict())
+        self.energy.load_state_dict(state.energy.ema.net.state_dict())
+        self.q.load_state_dict(state.critic.q.state_dict())
+
+    def with_sampling(self, sampling: SamplingConfig) -> "GuidedPolicy":
+        """Return this policy, the networks shared, sampling in another way.
+
+        Raises:
+            ConfigError: for a beta that the energy's target was not trained for.
+        """
+        configs.check_beta(self.config.energy, sampling.beta)
+        twin = GuidedPolicy(self.config, self.spaces, sampling)
+        twin.noise, twin.energy, twin.q = self.noise, self.energy, self.q
+        return twin
+
     def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:
-        """Return one action in [-1, 1]^A per normalised state, [B, A]."""
+        """Return one action in [-1, 1]^A per normalised state, [B, A]; the best of `num_candidates` by Q."""
         num_candidates = self.sampling.num_candidates
         repeated = states_BS.repeat_interleave(num_candidates, dim=0)
         beta_B = torch.full((len(repeated),), self.sampling.beta, device=states_BS.device)
-        start = torch.randn(len(repeated), len(self.spaces.action_low_A), generator=generator, device=states_BS.device)
+        shape = (len(repeated), len(self.spaces.action_low_A))
+        start = self.sampling.temperature * torch.randn(shape, generator=generator, device=states_BS.device)
 
         def noise(a_t_BA: Tensor, t_B: Tensor) -> Tensor:
             return self.noise(a_t_BA, repeated, t_B)  # type: ignore[no-any-return]
@@ -114,42 +179,34 @@ class Policy(nn.Module):
             self._grid = (self.sampling.num_steps, sampler.make_grid(self.sampling.num_steps, device=device))
         return self._grid[1]
 
-    def save(self, path: Path) -> None:
-        """Write the policy as one safetensors file, atomically."""
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
-        facts = {"config": dataclasses.asdict(self.config), "digest": _digest(tensors)}
-        # one entry, because safetensors writes several in no fixed order
-        write_atomically(path, to_safetensors(tensors, {FORMAT: json.dumps(facts)}))
 
-    @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> "Policy":
-        """Return the policy that `save` wrote.
+class ActorPolicy(Policy):
+    """An actor network, as IQL and TD3+BC train it; of IQL's Gaussian the mean acts."""
 
-        Raises:
-            CheckpointError: if the file is missing, torn, changed, or no policy of this version.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read as a policy: {error}") from error
-        if FORMAT not in metadata:
-            raise CheckpointError(f"{path} is no {FORMAT}: its metadata hold {sorted(metadata) or 'nothing'}")
-        facts = json.loads(metadata[FORMAT])
-        if facts["digest"] != _digest(tensors):
-            raise CheckpointError(f"{path} has been changed since it was written: its digest differs")
-        try:
-            config = configs.from_dict(facts["config"])
-            spaces = Spaces(**{field.name: tensors[field.name] for field in dataclasses.fields(Spaces)})
-            policy = cls(config, spaces)
-            policy.load_state_dict(tensors)
-        except (ConfigError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not hold the policy that it names: {error}") from error
-        return policy.to(device)
+    def __init__(self, config: RunConfig, spaces: Spaces):
+        """Make a policy with an untrained network."""
+        super().__init__(config, spaces)
+        dims = len(spaces.state_mean_S), len(spaces.action_low_A)
+        self.actor: Actor
+        if isinstance(config, IQLConfig):
+            self.actor = GaussianActor(*dims, **_size(config.actor))
+        else:
+            assert isinstance(config, TD3BCConfig)
+            self.actor = Actor(*dims, **_size(config.actor_critic))
+        self.requires_grad_(False)
+
+    def copy_weights(self, state: PipelineState) -> None:
+        """Take the actor."""
+        assert isinstance(state, IQLState | TD3BCState)
+        net = state.actor.net if isinstance(state, IQLState) else state.actor_critic.actor
+        self.actor.load_state_dict(net.state_dict())
+
+    def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG002  # nothing is drawn
+        """Return the actor's action per normalised state, [B, A]."""
+        return self.actor(states_BS)  # type: ignore[no-any-return]
 
 
-def _size(stage: BehaviorConfig | CriticConfig) -> dict[str, int]:
+def _size(stage: StageConfig) -> dict[str, int]:
     return {"hidden_size": stage.hidden_size, "num_layers": stage.num_layers}
 
 

@@ -1,18 +1,19 @@
 """One run from data to result in one folder: what `aepo train` and every Ray worker execute.
 
-    config.json  metrics.jsonl  policy.safetensors  result.json       (and the checkpoint, where its store puts it)
+    config.json  metrics.jsonl  policy.safetensors  result.json  [grid.png]      (checkpoint: where its store puts it)
 
 The metrics file is a spool: one line per log, written once even if steps are repeated after a crash, read by
 whoever tracks the run. The result file comes last and makes the run finished.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +25,14 @@ from aepo import __version__, checkpoint, pipeline
 from aepo.config import RunConfig
 from aepo.data.transitions import Transitions, load_transitions
 from aepo.errors import AEPOError, CheckpointError, DataError, ResourceError
-from aepo.evaluate import Evaluator
+from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
-from aepo.policy import Policy
+from aepo.policy import GuidedPolicy, Policy
 
 RESULT, CONFIG, METRICS, POLICY = "result.json", "config.json", "metrics.jsonl", "policy.safetensors"
+GRID = "grid.png"
+CLONING = "diffusion-bc"
+"""Name in tables of a guided method at guidance scale 0."""
 EVALUATION_SEED = 1_000_000
 """Episode i of a run's evaluation is reset with EVALUATION_SEED * (1 + seed) % 2**31 + i: apart from training."""
 
@@ -61,8 +65,9 @@ class FolderStore:
 class Spool:
     """The run's metrics.jsonl, open for appending; every (stage, step) stands in it once."""
 
-    def __init__(self, path: Path):
-        """Open it, cutting off a last line that a crash has torn."""
+    def __init__(self, path: Path, stages: Sequence[str]):
+        """Open it, cutting off a last line that a crash has torn; `stages` are the run's, in order."""
+        self._stages = list(stages)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         self._file.seek(0)
@@ -72,13 +77,12 @@ class Spool:
         rows = text[:whole].splitlines()
         self._last = self._place(json.loads(rows[-1])) if rows else (-1, 0)
 
-    @staticmethod
-    def _place(row: dict[str, Any]) -> tuple[int, int]:
-        return pipeline.STAGES.index(row["stage"]), int(row["step"])
+    def _place(self, row: dict[str, Any]) -> tuple[int, int]:
+        return self._stages.index(row["stage"]), int(row["step"])
 
     def has(self, progress: Progress) -> bool:
         """Return whether a row of this step, or of a later one, is already there."""
-        return self._last >= (pipeline.STAGES.index(progress.stage), progress.step)
+        return self._last >= (self._stages.index(progress.stage), progress.step)
 
     def write(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Append one row; readers see whole lines only."""
@@ -187,6 +191,7 @@ def describe(config: RunConfig, folder: Path) -> dict[str, Any]:
         "ref_max": None,
         "seed": config.seed,
         "fingerprint": config.fingerprint,
+        "method": config.method,
         "preset": config.preset,
         "status": "missing",
         "error": None,
@@ -197,6 +202,7 @@ def describe(config: RunConfig, folder: Path) -> dict[str, Any]:
         "seconds": 0.0,
         "evaluations": [],
         "curve": [],
+        "grid": [],
         "commit": commit(),
         "version": __version__,
         "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
@@ -227,7 +233,8 @@ def _train_and_evaluate(
     _check_match(evaluator, data, config)
     saved = store.load()
     seconds_before = _check_saved(saved, config, data)
-    spool = Spool(folder / METRICS)
+    stages = list(config.stages)
+    spool = Spool(folder / METRICS, stages)
     points = _curve_points(config)
     last_saved = time.monotonic()
     state: pipeline.PipelineState | None = None
@@ -248,7 +255,7 @@ def _train_and_evaluate(
             state = progress.state
             metrics = dict(progress.metrics)
             if metrics and not spool.has(progress):
-                if progress.stage == "energy" and progress.step in points:
+                if progress.stage == stages[-1] and progress.step in points:
                     policy = Policy.from_state(config, state, data.spaces)
                     returns = evaluator.run(
                         policy,
@@ -259,7 +266,7 @@ def _train_and_evaluate(
                 spool.write(progress, metrics)
             if on_progress is not None:
                 on_progress(progress)
-            last = progress.stage == pipeline.STAGES[-1] and progress.step == progress.num_steps
+            last = progress.stage == stages[-1] and progress.step == progress.num_steps
             if last or time.monotonic() - last_saved >= checkpoint_s:
                 keep(progress)
                 last_saved = time.monotonic()
@@ -269,24 +276,25 @@ def _train_and_evaluate(
             checkpoint.restore(state, saved["state"])
         policy = Policy.from_state(config, state, data.spaces)
         policy.save(folder / POLICY)
-        cloning = dataclasses.replace(config.sampling, guidance_scale=0.0)
+        policies = [policy]
+        if isinstance(policy, GuidedPolicy):
+            policies.append(policy.with_sampling(dataclasses.replace(policy.sampling, guidance_scale=0.0)))
+        seed = evaluation_seed(config.seed)
         evaluations = [
-            evaluate(
-                policy.with_sampling(sampling),
-                evaluator,
-                num_episodes=config.evaluation.num_episodes,
-                seed=evaluation_seed(config.seed),
-            )
-            for sampling in (config.sampling, cloning)
+            evaluate(each, evaluator, num_episodes=config.evaluation.num_episodes, seed=seed) for each in policies
         ]
+        grid = _evaluate_grid(policy, evaluator, config) if isinstance(policy, GuidedPolicy) else []
+        if grid:
+            draw_grid(grid, folder / GRID, title=f"{config.task}, seed {config.seed}")
     finally:
         spool.close()
         evaluator.close()
     headline = evaluations[0]
+    before = config.num_steps - config.stages[stages[-1]].steps
     curve = [
         {
             "stage": row["stage"],
-            "step": row["step"],
+            "step": before + row["step"],
             "score": row["metrics"].get("eval/score"),
             "return_mean": row["metrics"]["eval/return_mean"],
         }
@@ -294,7 +302,7 @@ def _train_and_evaluate(
         if "eval/return_mean" in row["metrics"]
     ]
     final = {key: headline[key] for key in ("score", "return_mean")}
-    curve.append({"stage": "energy", "step": config.energy.steps, **final})
+    curve.append({"stage": stages[-1], "step": config.num_steps, **final})
     refs = evaluator.references
     return {
         "dataset_digest": data.digest,
@@ -307,6 +315,7 @@ def _train_and_evaluate(
         "seconds": round(seconds_before + time.monotonic() - begin, 3),
         "evaluations": evaluations,
         "curve": curve,
+        "grid": grid,
     }
 
 
@@ -319,16 +328,32 @@ def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: i
     """Return one entry of a result's `evaluations`: the policy rolled out as its `sampling` says."""
     returns = evaluator.run(policy, num_episodes=num_episodes, seed=seed)
     metrics = _eval_metrics(evaluator, returns)
+    method: str = policy.config.method
+    beta = scale = None
+    if isinstance(policy, GuidedPolicy):
+        beta, scale = policy.sampling.beta, policy.sampling.guidance_scale
+        method = method if scale > 0 else CLONING
     return {
-        "method": "aepo" if policy.sampling.guidance_scale > 0 else "diffusion-bc",
-        "beta": policy.sampling.beta,
-        "guidance_scale": policy.sampling.guidance_scale,
+        "method": method,
+        "beta": beta,
+        "guidance_scale": scale,
         "score": metrics.get("eval/score"),
         "return_mean": metrics["eval/return_mean"],
         "return_std": float(returns.std(ddof=1)) if len(returns) > 1 else 0.0,
         "num_episodes": len(returns),
         "episode_returns": returns.tolist(),
     }
+
+
+def _evaluate_grid(policy: GuidedPolicy, evaluator: Evaluator, config: RunConfig) -> list[dict[str, Any]]:
+    """Return one row per beta and guidance scale of the config's heat map."""
+    rows = []
+    for beta, scale in itertools.product(config.evaluation.grid_beta, config.evaluation.grid_guidance_scale):
+        cell = policy.with_sampling(dataclasses.replace(policy.sampling, beta=beta, guidance_scale=scale))
+        num_episodes = config.evaluation.num_grid_episodes
+        row = evaluate(cell, evaluator, num_episodes=num_episodes, seed=evaluation_seed(config.seed))
+        rows.append({key: row[key] for key in ("beta", "guidance_scale", "score", "return_mean", "num_episodes")})
+    return rows
 
 
 def _eval_metrics(evaluator: Evaluator, returns: NDArray[np.float64]) -> dict[str, float]:
@@ -338,10 +363,11 @@ def _eval_metrics(evaluator: Evaluator, returns: NDArray[np.float64]) -> dict[st
 
 
 def _curve_points(config: RunConfig) -> set[int]:
-    """Return the steps of stage 3 at which a Progress with metrics is evaluated."""
-    log_interval = max(1, config.energy.steps // pipeline.NUM_LOGS)
+    """Return the steps of the last stage at which a Progress with metrics is evaluated."""
+    num_steps = list(config.stages.values())[-1].steps
+    log_interval = max(1, num_steps // pipeline.NUM_LOGS)
     count = config.evaluation.num_curve_points
-    return {round(config.energy.steps * i / (count + 1) / log_interval) * log_interval for i in range(1, count + 1)}
+    return {round(num_steps * i / (count + 1) / log_interval) * log_interval for i in range(1, count + 1)}
 
 
 def _check_match(evaluator: Evaluator, data: Transitions, config: RunConfig) -> None:

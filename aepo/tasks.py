@@ -1,4 +1,7 @@
-"""The tasks: one row of tasks.csv each; what differs between tasks stands there and never in an `if`."""
+"""The tasks: one row of tasks.csv each; what differs between tasks stands there and never in an `if`.
+
+What differs between suites and methods stands in settings.csv (aepo/presets.py).
+"""
 
 import csv
 import dataclasses
@@ -12,13 +15,11 @@ from aepo.errors import ConfigError
 RewardRule = Literal["raw", "minus_one", "return_range"]
 """raw: as stored; minus_one: r - 1 (sparse goals, IQL's AntMaze rule);
 return_range: r * 1000 / (best - worst episode return) (IQL's locomotion rule, arXiv 2110.06169)."""
-Expansion = Literal["posterior_mean", "data_action"]
-"""Where Q is expanded in [M11]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One row: the data, the rules by which they are read, and the settings that differ between suites."""
+    """One row: the data and the rules by which they are read."""
 
     task: str
     """Name on the command line and in every table."""
@@ -33,19 +34,14 @@ class Task:
     reward_rule: RewardRule = "return_range"
     horizon: int = 0
     """Steps of an evaluation episode; 0 = the limit of the data set's environment."""
-    beta: float = 1.0
-    guidance_scale: float = 3.0
-    expansion: Expansion = "data_action"
-    expectile: float = 0.7
     discount: float = 0.99
+    """gamma, per environment step."""
 
     def __post_init__(self) -> None:
         if self.reward_rule not in get_args(RewardRule):
             raise ConfigError(
                 f"task {self.task}: reward_rule {self.reward_rule!r}, wanted one of {get_args(RewardRule)}"
             )
-        if self.expansion not in get_args(Expansion):
-            raise ConfigError(f"task {self.task}: expansion {self.expansion!r}, wanted one of {get_args(Expansion)}")
 
 
 @cache
@@ -88,9 +84,5 @@ def _parse(row: dict[str, str]) -> Task:
         observation_keys=tuple(row["observation_keys"].split()),
         reward_rule=row["reward_rule"],  # type: ignore[arg-type]  # checked in __post_init__
         horizon=int(row["horizon"]),
-        beta=float(row["beta"]),
-        guidance_scale=float(row["guidance_scale"]),
-        expansion=row["expansion"],  # type: ignore[arg-type]  # checked in __post_init__
-        expectile=float(row["expectile"]),
         discount=float(row["discount"]),
     )

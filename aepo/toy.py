@@ -85,7 +85,7 @@ class Bench:
                 action_high_A=torch.ones(2),
             ),
             digest=name,
-            num_episodes=NUM_DATA,
+            episode_ends_E=torch.arange(1, NUM_DATA + 1),
         )
         config = BehaviorConfig(steps=steps, batch_size=512, hidden_size=256, num_layers=3, learning_rate=2e-3)
         torch.manual_seed(seed)

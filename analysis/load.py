@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from aepo.errors import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE = "runs.parquet"
-HEADLINE = "aepo"
-"""The method whose score is the run's `score`."""
+METHODS = ("aepo", "aepo-analytic", "qgpo", "iql", "td3bc")
+"""Order of the methods in tables; those that a run measures besides its own, and unknown ones, stand behind."""
 
 _EVALUATION = {
     "method": pa.string(),
@@ -39,6 +39,7 @@ _NEVER_NULL = {
     "dataset": pa.string(),
     "seed": pa.int64(),
     "fingerprint": pa.string(),
+    "method": pa.string(),
     "preset": pa.string(),
     "status": pa.string(),
 }
@@ -70,19 +71,21 @@ _KEY = ["run", "task", "suite", "seed", "status"]
 
 
 def load_runs(*paths: Path) -> pd.DataFrame:
-    """Return all planned runs, sorted by suite, task and seed, so that the order of the input has no effect.
+    """Return all planned runs, sorted by method, suite, task and seed, so that the order of the input has no effect.
 
     Args:
         paths: folders of sweeps, or their runs.parquet.
 
     Raises:
         DataError: if a table is missing or broken, of another schema version, or lacks a column; if a run or
-            a seed of a task stands in it twice; if the runs of one task differ in data or settings; if a
+            a method's seed of a task stands in it twice; if the runs of one task differ in data, or those of its
+            methods in settings; if a
             finished run has no result, or no score although its data set has reference scores.
     """
     tables = [_read(path / FILE if path.is_dir() else path) for path in paths]
     runs: pd.DataFrame = pa.concat_tables(tables).to_pandas()
     runs = runs.sort_values(["suite", "task", "seed", "run"], ignore_index=True)
+    runs = runs.sort_values("method", key=rank, kind="stable", ignore_index=True)
     if runs.empty:
         raise DataError(
             f"no runs in {', '.join(map(str, paths))}; wanted at least one planned run: repeat `aepo sweep`"
@@ -93,14 +96,26 @@ def load_runs(*paths: Path) -> pd.DataFrame:
 
 
 def evaluations(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per run and method, of runs of every status: the run's key and what was measured."""
-    return _explode(runs, "evaluations", _EVALUATION)
+    """Return one row per run and method, of runs of every status: the run's key and what was measured.
+
+    `run_method` is the run's own method. Another one that runs of several methods have measured with the same seed
+    (cloning is part of every guided run) stands there once: of the first of METHODS.
+    """
+    frame = _explode(runs, "evaluations", _EVALUATION)
+    again = frame.duplicated(["task", "seed", "method"]) & (frame["method"] != frame["run_method"])
+    return frame[~again].reset_index(drop=True)
 
 
 def curves(runs: pd.DataFrame) -> pd.DataFrame:
     """Return one row per run, stage and step; of a step written twice (a resumed run) the last."""
     frame = _explode(runs, "curve", _CURVE)
     return frame.drop_duplicates(["run", "stage", "step"], keep="last", ignore_index=True)
+
+
+def rank(methods: "pd.Series[str]") -> "pd.Series[int]":
+    """Return a key that sorts methods as METHODS does, then by name."""
+    others = sorted(set(methods) - set(METHODS))
+    return methods.map({method: place for place, method in enumerate([*METHODS, *others])})
 
 
 def has_references(runs: pd.DataFrame) -> "pd.Series[bool]":
@@ -110,10 +125,11 @@ def has_references(runs: pd.DataFrame) -> "pd.Series[bool]":
 
 def _explode(runs: pd.DataFrame, column: str, fields: Mapping[str, Any]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
-    for keys, items in zip(runs[_KEY].to_dict("records"), runs[column], strict=True):
+    keys = runs[[*_KEY, "method"]].rename(columns={"method": "run_method"})
+    for key, items in zip(keys.to_dict("records"), runs[column], strict=True):
         found: Sequence[Mapping[str, Any]] = items if items is not None else ()
-        rows += [{**{str(key): value for key, value in keys.items()}, **item} for item in found]
-    frame = pd.DataFrame(rows, columns=[*_KEY, *fields])
+        rows += [{**{str(name): value for name, value in key.items()}, **item} for item in found]
+    frame = pd.DataFrame(rows, columns=[*keys, *fields])
     return frame.astype({name: float for name, kind in fields.items() if pa.types.is_floating(kind)})
 
 
@@ -143,36 +159,37 @@ def _read(file: Path) -> pa.Table:
 def _check_runs(runs: pd.DataFrame) -> None:
     for run in runs["run"][runs["run"].duplicated()]:
         raise DataError(f"run {run} stands twice in the given sweeps, wanted once; give each sweep once")
-    for task, seed in _first(runs[runs.duplicated(["task", "seed"])], "task", "seed"):
+    for task, method, seed in _first(runs[runs.duplicated(["task", "method", "seed"])], "task", "method", "seed"):
         raise DataError(
-            f"task {task} has two runs of seed {seed} with different settings, wanted one; "
+            f"task {task} has two runs of {method} with seed {seed} and different settings, wanted one; "
             "report sweeps of different settings one by one"
         )
     for run, status in _first(runs[~runs["status"].isin(_STATUSES)], "run", "status"):
         raise DataError(f"run {run} has status {status!r}, wanted one of {', '.join(_STATUSES)}")
-    _check_equal(runs, ["task"], "suite", "source", "dataset", "preset")
+    _check_equal(runs, ["task"], "suite", "source", "dataset")
+    _check_equal(runs, ["task", "method"], "preset")
 
 
 def _check_results(finished: pd.DataFrame) -> None:
     """Check what only finished runs have; the data of a run that failed early were perhaps never read."""
     _check_equal(finished, ["task"], "dataset_digest", "ref_min", "ref_max")
-    results = evaluations(finished)
+    results = _explode(finished, "evaluations", _EVALUATION)
     for run, method in _first(results[results.duplicated(["run", "method"])], "run", "method"):
         raise DataError(f"run {run} has two evaluations of {method}, wanted one; evaluate it again")
-    _check_equal(results, ["task", "method"], "beta", "guidance_scale")
-    headline = results[results["method"] == HEADLINE].set_index("run")
-    for run in finished["run"][~finished["run"].isin(headline.index)]:
-        raise DataError(f"run {run} finished without an evaluation of {HEADLINE}; evaluate it again")
+    own = results[results["method"] == results["run_method"]].set_index("run")
+    _check_equal(own.reset_index(), ["task", "method"], "beta", "guidance_scale")
+    for run, method in _first(finished[~finished["run"].isin(own.index)], "run", "method"):
+        raise DataError(f"run {run} finished without an evaluation of {method}; evaluate it again")
     scored = results["run"].isin(finished["run"][has_references(finished)])
     no_score = scored & ~_is_finite(results["score"])
     no_return = ~_is_finite(results["return_mean"]) | results["num_episodes"].isna()
     for run, method in _first(results[no_score | no_return], "run", "method"):
         raise DataError(f"run {run} finished, but its evaluation of {method} has no finite number; evaluate it again")
-    measured = headline["score"].reindex(finished["run"]).to_numpy()
+    measured = own["score"].reindex(finished["run"]).to_numpy()
     agrees = np.isclose(finished["score"], measured, rtol=1e-6) | ~has_references(finished)
-    for run, score in _first(finished[~agrees], "run", "score"):
+    for run, method, score in _first(finished[~agrees], "run", "method", "score"):
         raise DataError(
-            f"run {run} has score {score}, but its evaluation of {HEADLINE} says {headline['score'][run]}; "
+            f"run {run} has score {score}, but its evaluation of {method} says {own['score'][run]}; "
             "wanted the same number: repeat `aepo sweep`"
         )
 

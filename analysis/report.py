@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from analysis.scores import Average, Score
 
-LABELS = {"aepo": "AEPO", "diffusion-bc": "diffusion BC"}
-"""Method -> name of its column."""
 TITLE = "Normalized score: mean ± standard deviation (seeds)"
 PARTIAL, AS_RETURN = "*", "†"
 """Marks behind a cell; each has its footnote."""
@@ -119,7 +117,7 @@ def _holes(runs: "pd.DataFrame") -> list[str]:
     for row in runs[runs["status"] != "finished"].to_dict("records"):
         reason = " ".join(row["error"].split()) if isinstance(row["error"], str) else ""
         reason = reason or ("never ran to an end" if row["status"] == "missing" else "no reason recorded")
-        lines.append(f"{row['status']}: {row['task']} seed {row['seed']} ({row['run']}): {reason}")
+        lines.append(f"{row['status']}: {row['task']} {row['method']} seed {row['seed']} ({row['run']}): {reason}")
     return lines
 
 
@@ -127,6 +125,8 @@ def _table(
     runs: "pd.DataFrame", scores: "Sequence[Score]", averages: "Sequence[Average]"
 ) -> tuple[list[dict[str, str]], list[str]]:
     """Return the rows of the results table and its footnotes."""
+    from analysis.figures import LABELS
+
     rows, notes = [], []
     for suite in dict.fromkeys(score.suite for score in scores):
         cells: dict[str, dict[str, str]] = {}
@@ -224,22 +224,27 @@ def _protocol(runs: "pd.DataFrame") -> list[str]:
         f"Seeds: {_listed(runs['seed'])}. The standard deviation is over seeds, with divisor n - 1.",
         f"Evaluation: the last policy of a run, {_listed(results['num_episodes'])} episodes for each method.",
         f"Gradient steps: {_listed(finished['steps'].dropna().astype(float))} per run, all stages together.",
-        "AEPO is guided by the intermediate energy; diffusion BC is the same networks with guidance scale 0.",
+        "Diffusion BC is the behaviour model of a guided run: the same networks with guidance scale 0.",
         "Score: 100 (return - random) / (expert - random), with the reference returns below.",
         f"Commit: {_listed(_code(str(commit)) for commit in finished['commit'].dropna())}.",
     ]
 
 
 def _task_rows(runs: "pd.DataFrame") -> list[dict[str, str]]:
-    """Return for each task its data, its reference returns and the settings of the guided policy."""
-    from analysis.load import HEADLINE, evaluations
+    """Return for each task its data, its reference returns and how each guided method samples."""
+    from analysis.figures import LABELS
+    from analysis.load import evaluations
 
     rows = []
     for task, planned in runs.groupby("task", sort=False):
         done = planned[planned["status"] == "finished"]
         results = evaluations(done)
-        guided = results[results["method"] == HEADLINE]
+        own = results[(results["method"] == results["run_method"]) & results["beta"].notna()]
         known = done if len(done) else planned
+        settings = [
+            f"{LABELS.get(str(method), method)}: {_listed(group['beta'])}, {_listed(group['guidance_scale'])}"
+            for method, group in own.groupby("method", sort=False)
+        ]
         rows.append(
             {
                 "task": str(task),
@@ -247,8 +252,7 @@ def _task_rows(runs: "pd.DataFrame") -> list[dict[str, str]]:
                 "data set": _listed(planned["dataset"]),
                 "random": _listed(known["ref_min"].dropna()),
                 "expert": _listed(known["ref_max"].dropna()),
-                "beta": _listed(guided["beta"]),
-                "guidance scale": _listed(guided["guidance_scale"]),
+                "beta, guidance scale": "; ".join(settings) or "-",
                 "digest": _listed(known["dataset_digest"].dropna()),
             }
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.load import HEADLINE, evaluations
+from analysis.load import evaluations, rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,18 +53,22 @@ class Average:
 
 
 def task_scores(runs: pd.DataFrame) -> list[Score]:
-    """Return one row per task and method, sorted by suite and task, the headline method first.
+    """Return one row per task and method, sorted by suite, task and method.
 
     A method that was evaluated on some task has a row on every task: where it has no result, a hole.
     """
     found = evaluations(runs[runs["status"] == "finished"])
-    methods = sorted({HEADLINE, *found["method"]}, key=lambda method: (method != HEADLINE, method))
+    methods = pd.Series([*runs["method"], *found["method"]]).drop_duplicates().sort_values(key=rank)
+    planned_by = {method: {method} & set(runs["method"]) for method in methods}
+    for method, hosts in planned_by.items():  # what no run is of is measured by runs of other methods
+        hosts |= set() if hosts else set(found["run_method"][found["method"] == method])
     rows = []
     for (suite, task), planned in runs.groupby(["suite", "task"]):
         for method in methods:
             results = found[(found["task"] == task) & (found["method"] == method)].sort_values("seed")
             scores = results["score"].to_list()
             returns = results["return_mean"].to_list()
+            wanted = set(planned["seed"][planned["method"].isin(planned_by[method])]) or set(planned["seed"])
             rows.append(
                 Score(
                     task=str(task),
@@ -77,7 +81,7 @@ def task_scores(runs: pd.DataFrame) -> list[Score]:
                     return_std=_std(returns),
                     seeds=tuple(int(seed) for seed in results["seed"]),
                     num_episodes=int(results["num_episodes"].sum()),
-                    num_failed=len(planned) - len(results),
+                    num_failed=len(wanted - set(results["seed"])),
                 )
             )
     return rows

@@ -83,12 +83,15 @@ def tiny_config() -> Callable[..., object]:
     """A function that returns a config of a few steps for a data set; dotted keys replace settings."""
     from aepo import config as configs
     from aepo import tasks
+    from aepo.presets import preset
 
-    def make(dataset_id: str = "tests/pendulum/random-v0", seed: int = 0, **overrides: object) -> object:
-        base = configs.smoke(tasks.for_dataset(dataset_id), seed)
+    def make(
+        dataset_id: str = "tests/pendulum/random-v0", seed: int = 0, method: str = "best", **overrides: object
+    ) -> object:
+        base = preset(f"{method}-smoke", tasks.for_dataset(dataset_id), seed)
         small = {
             f"{stage}.{key}": value
-            for stage in ("behavior", "critic", "energy")
+            for stage in base.stages
             for key, value in (("steps", 60), ("batch_size", 16), ("hidden_size", 16), ("num_layers", 2))
         }
         return configs.with_overrides(
@@ -121,7 +124,7 @@ def random_transitions(num: int = 500, state_dim: int = 3, action_dim: int = 2, 
         scale_D=torch.ones(width),
         spaces=spaces,
         digest="random",
-        num_episodes=1,
+        episode_ends_E=torch.tensor([num]),
     )
 
 

@@ -42,7 +42,7 @@ def row(task=MEDIUM, seed=0, score=60.0, cloned=20.0, **values):
         return {"stage": "energy", "step": step, "score": value, "return_mean": 2 * value + 10}
 
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": f"{task}-s{seed}-0123456789ab",
         "task": task,
         "suite": "maze2d",
@@ -54,6 +54,7 @@ def row(task=MEDIUM, seed=0, score=60.0, cloned=20.0, **values):
         "ref_max": 210.0,
         "seed": seed,
         "fingerprint": "0123456789ab",
+        "method": "aepo",
         "preset": "quick",
         "status": "finished",
         "error": None,
@@ -187,10 +188,10 @@ def test_incomplete_sweep_exits_3_names_each_run_and_writes_nothing(tmp_path, ca
     printed = capsys.readouterr()
     assert printed.out == ""
     assert (
-        f"failed: {MEDIUM} seed 1 ({MEDIUM}-s1-0123456789ab): "
+        f"failed: {MEDIUM} aepo seed 1 ({MEDIUM}-s1-0123456789ab): "
         "TrainingError: critic/loss is nan at step 7" in printed.err
     )
-    assert f"missing: {LARGE} seed 0" in printed.err
+    assert f"missing: {LARGE} aepo seed 0" in printed.err
     assert "--allow-missing" in printed.err
     assert not (sweep / "report").exists()
 
@@ -291,8 +292,8 @@ def test_table_with_columns_of_nulls_and_other_widths_is_read(tmp_path):
     ("rows", "message"),
     [
         ([row(), row()], "stands twice"),
-        ([row(), row(run="other", fingerprint="other")], "two runs of seed 0"),
-        ([row(schema_version=2)], "schema version 2, wanted 1"),
+        ([row(), row(run="other", fingerprint="other")], "two runs of aepo with seed 0"),
+        ([row(schema_version=1)], "schema version 1, wanted 2"),
         ([row(status="running")], "status 'running'"),
         ([row(), row(seed=1, source="user")], "differ in source: collected .* user"),
         ([row(), row(seed=1, dataset_digest="sha256:beef")], "differ in dataset_digest"),
@@ -334,10 +335,10 @@ def test_table_of_another_form_is_refused_by_name(tmp_path):
     with pytest.raises(DataError, match="lacks score"):
         load_runs(write(tmp_path, row(), schema=without))
     texts = SCHEMA.set(SCHEMA.get_field_index("seed"), pa.field("seed", pa.string()))
-    with pytest.raises(DataError, match="does not follow schema 1"):
+    with pytest.raises(DataError, match="does not follow schema 2"):
         load_runs(write(tmp_path, row() | {"seed": "zero"}, schema=texts))
     null = SCHEMA.set(SCHEMA.get_field_index("task"), pa.field("task", pa.string()))
-    with pytest.raises(DataError, match="does not follow schema 1"):
+    with pytest.raises(DataError, match="does not follow schema 2"):
         load_runs(write(tmp_path, row() | {"task": None}, schema=null))
 
 

@@ -103,7 +103,7 @@ def test_train_prints_one_json_document_and_evaluate_the_grid(make_dataset, tmp_
         (["swep"], 2, "did you mean 'sweep'"),
         (["train"], 2, "either --task NAME or --dataset ID"),
         (["train", "--task", "maze2d-umase"], 2, "did you mean maze2d-umaze"),
-        (["train", "--task", "maze2d-umaze", "--preset", "fast"], 2, "known: paper, quick, smoke"),
+        (["train", "--task", "maze2d-umaze", "--preset", "fast"], 2, "budgets paper, quick, smoke"),
         (
             ["train", "--task", "maze2d-umaze", "--set", "critic.expectil=1"],
             2,

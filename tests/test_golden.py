@@ -11,6 +11,7 @@ import torch
 
 from aepo import config as configs
 from aepo import pipeline, tasks
+from aepo.presets import preset
 from tests.conftest import random_transitions
 
 FILE = Path(__file__).parent / "golden" / "losses.json"
@@ -28,7 +29,7 @@ def losses():
         "energy.ema_decay": 0.995,
         "energy.expansion": "posterior_mean",
     }
-    config = configs.with_overrides(configs.smoke(tasks.for_dataset("golden"), 0), overrides)
+    config = configs.with_overrides(preset("smoke", tasks.for_dataset("golden"), 0), overrides)
     rows = pipeline.train(config, random_transitions(), device=torch.device("cpu"))
     return [{"stage": p.stage, "step": p.step, **p.metrics} for p in rows]
 

@@ -10,6 +10,7 @@ from aepo import config as configs
 from aepo import pipeline, tasks
 from aepo.data.transitions import Spaces, Transitions
 from aepo.policy import Policy
+from aepo.presets import preset
 
 
 def best_action(states_NS):
@@ -37,7 +38,7 @@ def bandit(num=20_000):
         scale_D=torch.ones(width),
         spaces=spaces,
         digest="bandit",
-        num_episodes=num,
+        episode_ends_E=torch.arange(1, num + 1),
     )
 
 
@@ -46,7 +47,7 @@ def test_guidance_finds_the_best_action_and_cloning_does_not(expansion):
     size = {"steps": 1500, "batch_size": 256, "hidden_size": 64, "num_layers": 2, "learning_rate": 2e-3}
     overrides = {f"{stage}.{key}": value for stage in pipeline.STAGES for key, value in size.items()}
     config = configs.with_overrides(
-        configs.smoke(tasks.for_dataset("bandit"), 0),
+        preset("smoke", tasks.for_dataset("bandit"), 0),
         {**overrides, "energy.expansion": expansion, "critic.expectile": 0.5},
     )
     data = bandit()

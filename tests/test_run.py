@@ -36,12 +36,37 @@ def test_a_run_leaves_result_spool_config_and_policy(make_dataset, tiny_config, 
     returns = result["evaluations"][0]["episode_returns"]
     assert result["return_mean"] == pytest.approx(np.mean(returns))
     assert result["score"] == pytest.approx(100 * (np.mean(returns) + 1200) / (1200 - 150))
-    assert [(point["stage"], point["step"]) for point in result["curve"]] == [("energy", s) for s in (20, 40, 60)]
+    assert [(point["stage"], point["step"]) for point in result["curve"]] == [("energy", s) for s in (140, 160, 180)]
     rows = run.read_spool(tmp_path / "run" / run.METRICS)[0]
     assert [(r["stage"], r["step"]) for r in rows] == [
         (stage, step) for stage in ("behavior", "critic", "energy") for step in range(1, 61)
     ]
     assert Policy.load(tmp_path / "run" / run.POLICY).config == config
+
+
+def test_a_heat_map_of_beta_and_guidance_scale_ends_a_run(make_dataset, tiny_config, tmp_path):
+    settings = {"grid_beta": "1,3", "grid_guidance_scale": "0,2", "num_grid_episodes": 2}
+    config = tiny_config(make_dataset(), **{f"evaluation__{key}": value for key, value in settings.items()})
+    result = execute(config, tmp_path)
+    cells = [(row["beta"], row["guidance_scale"]) for row in result["grid"]]
+    assert cells == [(1.0, 0.0), (1.0, 2.0), (3.0, 0.0), (3.0, 2.0)]
+    cloned = [row["score"] for row in result["grid"] if row["guidance_scale"] == 0]
+    assert cloned[0] == cloned[1], "beta has no effect without guidance"
+    assert (tmp_path / run.GRID).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", ["iql", "td3bc"])
+def test_a_baselines_run_ends_like_any_other(method, make_dataset, tiny_config, tmp_path):
+    config = tiny_config(
+        make_dataset(), method=method, evaluation__num_curve_points=1, evaluation__num_curve_episodes=1
+    )
+    result = execute(config, tmp_path)
+    (row,) = result["evaluations"]
+    assert (row["method"], row["beta"], row["guidance_scale"]) == (method, None, None)
+    assert (row["score"], result["method"], result["grid"]) == (result["score"], method, [])
+    assert result["steps"] == 60 * len(config.stages) == result["curve"][-1]["step"]
+    assert len(result["curve"]) == 2
+    assert execute(config, tmp_path) == result
 
 
 def test_a_finished_run_is_not_repeated(make_dataset, tiny_config, tmp_path, monkeypatch):
@@ -149,7 +174,7 @@ def test_a_file_that_is_no_result_is_not_taken_for_one(tmp_path):
 
 
 def test_readers_of_the_spool_never_see_half_a_row(tmp_path):
-    spool, state = run.Spool(tmp_path / "s"), None
+    spool, state = run.Spool(tmp_path / "s", ["critic"]), None
     counts, stop = [], threading.Event()
 
     def read():

@@ -11,7 +11,8 @@ import torch
 from aepo import checkpoint, pipeline
 from aepo import config as configs
 from aepo.errors import CheckpointError, ConfigError, TrainingError
-from aepo.policy import Policy
+from aepo.policy import GuidedPolicy, Policy
+from aepo.presets import METHODS
 from tests.conftest import random_transitions
 
 CPU = torch.device("cpu")
@@ -49,10 +50,24 @@ def finish(config, data, resume=None):
     return weights(last.state)
 
 
-@pytest.mark.parametrize("stage", pipeline.STAGES)
+STAGES_OF = {
+    "best": ["behavior", "critic", "energy"],
+    "analytic": ["behavior", "critic", "energy"],
+    "qgpo": ["behavior", "critic", "energy"],
+    "iql": ["critic", "actor"],
+    "td3bc": ["actor_critic"],
+}
+METHOD_STAGES = [(method, stage) for method, stages in STAGES_OF.items() for stage in stages]
+
+
+def test_every_method_of_the_presets_is_examined():
+    assert set(STAGES_OF) == set(METHODS)
+
+
+@pytest.mark.parametrize(("method", "stage"), METHOD_STAGES)
 @pytest.mark.parametrize("step", [50, 60])
-def test_a_run_broken_in_any_stage_ends_bit_for_bit_like_an_unbroken_one(stage, step, tiny_config, transitions):
-    config = tiny_config()
+def test_a_run_broken_in_any_stage_ends_bit_for_bit_like_an_unbroken_one(method, stage, step, tiny_config, transitions):
+    config = tiny_config(method=method)
     unbroken = finish(config, transitions)
     for progress in pipeline.train(config, transitions, device=CPU):
         if (progress.stage, progress.step) == (stage, step):
@@ -60,7 +75,7 @@ def test_a_run_broken_in_any_stage_ends_bit_for_bit_like_an_unbroken_one(stage, 
             torch.save(checkpoint.collect(progress.state), file)
             break
     saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    if (stage, step) == ("energy", 60):
+    if (stage, step) == (STAGES_OF[method][-1], 60):
         state = pipeline.start(config, transitions, CPU)
         checkpoint.restore(state, saved)
         assert same(weights(state), unbroken)
@@ -68,38 +83,55 @@ def test_a_run_broken_in_any_stage_ends_bit_for_bit_like_an_unbroken_one(stage, 
         assert same(finish(config, transitions, saved), unbroken)
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(tiny_config, transitions):
-    assert same(finish(tiny_config(seed=3), transitions), finish(tiny_config(seed=3), transitions))
-    assert not same(finish(tiny_config(seed=3), transitions), finish(tiny_config(seed=4), transitions))
+@pytest.mark.parametrize("method", STAGES_OF)
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(method, tiny_config, transitions):
+    third = finish(tiny_config(seed=3, method=method), transitions)
+    assert same(finish(tiny_config(seed=3, method=method), transitions), third)
+    assert not same(finish(tiny_config(seed=4, method=method), transitions), third)
 
 
-@pytest.mark.parametrize("stage", pipeline.STAGES)
-def test_every_stage_lowers_its_loss(stage, tiny_config, transitions):
+def test_a_stage_is_the_same_in_every_method_that_has_it(tiny_config, transitions):
+    guided, iql = finish(tiny_config(), transitions), finish(tiny_config(method="iql"), transitions)
+    of_critic = {key: value for key, value in iql.items() if key.startswith(".critic")}
+    assert of_critic
+    assert same({key: guided[key] for key in of_critic}, of_critic)
+    other_size = finish(tiny_config(behavior__hidden_size=17), transitions)
+    assert same({key: other_size[key] for key in of_critic}, of_critic)
+
+
+@pytest.mark.parametrize(("method", "stage"), METHOD_STAGES)
+def test_every_stage_lowers_its_loss(method, stage, tiny_config, transitions):
     overrides = {f"{stage}__steps": 400, f"{stage}__learning_rate": 1e-3, f"{stage}__batch_size": 64}
     rows = [
         progress.metrics[f"{stage}/loss"]
-        for progress in pipeline.train(tiny_config(**overrides), transitions, device=CPU)
+        for progress in pipeline.train(tiny_config(method=method, **overrides), transitions, device=CPU)
         if progress.stage == stage and progress.metrics
     ]
     assert sum(rows[-20:]) < 0.9 * sum(rows[:20])
 
 
-def test_progress_runs_through_the_stages_in_order_and_to_their_last_step(tiny_config, transitions):
-    seen = [(p.stage, p.step) for p in pipeline.train(tiny_config(), transitions, device=CPU)]
-    assert list(dict.fromkeys(stage for stage, _ in seen)) == list(pipeline.STAGES)
-    for stage in pipeline.STAGES:
+@pytest.mark.parametrize("method", STAGES_OF)
+def test_progress_runs_through_the_stages_in_order_and_to_their_last_step(method, tiny_config, transitions):
+    seen = [(p.stage, p.step) for p in pipeline.train(tiny_config(method=method), transitions, device=CPU)]
+    assert list(dict.fromkeys(stage for stage, _ in seen)) == STAGES_OF[method]
+    for stage in STAGES_OF[method]:
         steps = [step for name, step in seen if name == stage]
         assert steps == sorted(set(steps))
         assert steps[-1] == 60
 
 
-def test_a_checkpoint_of_other_networks_is_refused(tiny_config, transitions):
-    *_, last = pipeline.train(tiny_config(), transitions, device=CPU)
+@pytest.mark.parametrize(("method", "stage"), METHOD_STAGES)
+def test_a_checkpoint_of_other_networks_is_refused(method, stage, tiny_config, transitions):
+    *_, last = pipeline.train(tiny_config(method=method), transitions, device=CPU)
     saved = checkpoint.collect(last.state)
     with pytest.raises(CheckpointError, match="does not fit"):
-        finish(tiny_config(critic__hidden_size=17), transitions, saved)
+        finish(tiny_config(method=method, **{f"{stage}__hidden_size": 17}), transitions, saved)
     with pytest.raises(CheckpointError, match="another version"):
-        finish(tiny_config(), transitions, {key: saved[key] for key in ("behavior", "critic")})
+        finish(tiny_config(method=method), transitions, {key: saved[key] for key in saved if key != stage})
+    for other in set(STAGES_OF) - {method}:
+        if STAGES_OF[other] != STAGES_OF[method]:
+            with pytest.raises(CheckpointError, match="another version"):
+                finish(tiny_config(method=other), transitions, saved)
 
 
 OTHER = {
@@ -110,23 +142,35 @@ OTHER = {
     "critic": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
         "expectile": 0.95, "discount": 0.5, "target_rate": 0.5, "learner": "softmax_in_support",
-        "num_samples": 5, "num_support_states": 33, "backup_beta": 3.0,
+        "num_samples": 5, "num_support_states": 33, "backup_beta": 3.0, "backup_steps": 5,
     },
     "energy": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
         "ema_decay": 0.5, "target": "mse", "expansion": "posterior_mean",
         "num_samples": 5, "num_support_states": 33, "beta_min": 0.2, "beta_max": 5.0,
     },
+    "actor": {
+        "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
+        "inverse_temperature": 0.5,
+    },
+    "actor_critic": {
+        "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
+        "discount": 0.5, "target_rate": 0.5, "q_weight": 1.0, "policy_noise": 0.1, "noise_clip": 0.05,
+        "actor_interval": 1,
+    },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", pipeline.STAGES)
-def test_every_setting_of_a_stage_is_heeded(stage, tiny_config, transitions):
-    base = tiny_config()
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [("best", "behavior"), ("best", "critic"), ("best", "energy"), ("iql", "actor"), ("td3bc", "actor_critic")],
+)
+def test_every_setting_of_a_stage_is_heeded(method, stage, tiny_config, transitions):
+    base = tiny_config(method=method)
     fields = {field.name for field in dataclasses.fields(getattr(base, stage))}
     assert set(OTHER[stage]) == fields, "a new setting wants a line here"
     before = finish(base, transitions)
-    other = configs.with_overrides(base, {"energy.target": "contrastive", "critic.learner": "softmax_in_support"})
+    other = tiny_config(method="qgpo") if method == "best" else base
     before_other = finish(other, transitions)
     for name, value in OTHER[stage].items():
         of_other = name in ("num_samples", "num_support_states", "beta_min", "beta_max", "backup_beta")
@@ -137,17 +181,6 @@ def test_every_setting_of_a_stage_is_heeded(stage, tiny_config, transitions):
 
 
 TARGETS = get_args(configs.EnergyTarget)
-
-
-@pytest.mark.parametrize("stage", ["critic", "energy"])
-def test_qgpos_stages_resume_bit_for_bit(stage, tiny_config, transitions):
-    config = tiny_config(energy__target="contrastive", critic__learner="softmax_in_support")
-    unbroken = finish(config, transitions)
-    for progress in pipeline.train(config, transitions, device=CPU):
-        if (progress.stage, progress.step) == (stage, 30):
-            saved = copy.deepcopy(checkpoint.collect(progress.state))
-            break
-    assert same(finish(config, transitions, saved), unbroken)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -172,6 +205,22 @@ def test_every_target_trains_resumes_bit_for_bit_and_guides(target, variance, ti
     assert all(actions.abs().max() <= 1 for actions in drawn)
     assert not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[1], drawn[2])
+
+
+@pytest.mark.parametrize("method", STAGES_OF)
+def test_every_methods_policy_acts_the_same_after_save_and_load(method, tiny_config, transitions, tmp_path):
+    config = tiny_config(method=method)
+    *_, last = pipeline.train(config, transitions, device=CPU)
+    policy = Policy.from_state(config, last.state, transitions.spaces)
+    policy.save(tmp_path / "policy")
+    loaded = Policy.load(tmp_path / "policy")
+    assert (type(loaded), loaded.config) == (type(policy), config)
+    assert isinstance(loaded, GuidedPolicy) == ("energy" in STAGES_OF[method])
+    observations = torch.randn(33, transitions.state_dim, generator=torch.Generator().manual_seed(0))
+    first, second = (each.act(observations, torch.Generator().manual_seed(1)) for each in (policy, loaded))
+    assert first.shape == (33, transitions.action_dim)
+    assert abs(first).max() <= 1
+    assert (first == second).all()
 
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - set(configs.POLYNOMIAL_TARGETS)))

@@ -7,6 +7,7 @@ import torch
 
 from aepo import run
 from aepo.errors import CheckpointError, ConfigError, IncompleteError, ResourceError
+from aepo.presets import METHODS
 from tune import plan as plans
 from tune.commands import check_complete
 from tune.plan import make_plan, pending, read_manifest, run_folder, write_manifest
@@ -21,7 +22,8 @@ CPU = torch.device("cpu")
 def sweep(make_dataset, tiny_config, tmp_path):
     """A sweep folder with three planned runs, two of them finished and one failed halfway."""
     dataset_id = make_dataset()
-    plan = [tiny_config(dataset_id, seed=seed) for seed in range(3)]
+    grid = {"evaluation__grid_beta": (1.0, 3.0), "evaluation__grid_guidance_scale": (1.0,)}
+    plan = [tiny_config(dataset_id, seed=seed, **grid) for seed in range(3)]
     folder = tmp_path / "sweep"
     write_manifest(folder, plan)
     for config in plan[:2]:
@@ -35,7 +37,7 @@ def test_the_plan_is_tasks_times_seeds_and_survives_the_manifest(tmp_path):
         ("maze2d-umaze", "maze2d-medium"),
         ("x/y-v0",),
         (0, 1),
-        preset="quick",
+        presets=("quick",),
         overrides={"sampling.beta": "2"},
     )
     assert [(c.task, c.seed) for c in plan] == [
@@ -47,14 +49,35 @@ def test_the_plan_is_tasks_times_seeds_and_survives_the_manifest(tmp_path):
     assert json.loads((tmp_path / plans.MANIFEST).read_text())["versions"]["torch"] == torch.__version__
 
 
+def test_several_presets_are_columns_and_an_override_changes_those_that_have_it():
+    presets = ("best-smoke", "qgpo-smoke", "iql-smoke", "td3bc-smoke")
+    overrides = {"energy.steps": "7", "critic.steps": "8"}
+    plan = make_plan(("maze2d-umaze",), (), (0, 1), presets=presets, overrides=overrides)
+    assert [(c.method, c.seed) for c in plan] == [
+        (method, seed) for method in ("aepo", "qgpo", "iql", "td3bc") for seed in (0, 1)
+    ]
+    steps = [{name: stage.steps for name, stage in c.stages.items()} for c in plan[::2]]
+    guided = {"behavior": 300, "critic": 8, "energy": 7}
+    assert steps == [guided, guided, {"critic": 8, "actor": 600}, {"actor_critic": 900}]
+    with pytest.raises(ConfigError, match=r"did you mean energy\.steps"):
+        make_plan(("maze2d-umaze",), (), (0,), presets=presets, overrides={"energy.step": "7"})
+
+
+@pytest.mark.parametrize("budget", ["paper", "quick", "smoke"])
+def test_every_method_takes_the_same_number_of_gradient_steps(budget):
+    presets = [f"{method}-{budget}" for method in METHODS]
+    plan = make_plan(("maze2d-umaze",), (), (0,), presets=presets, overrides={})
+    assert len({config.num_steps for config in plan}) == 1
+
+
 def test_names_of_runs_are_safe_folders():
-    (config,) = make_plan((), ("../../etc/passwd-v0",), (0,), preset="smoke", overrides={})
+    (config,) = make_plan((), ("../../etc/passwd-v0",), (0,), presets=("smoke",), overrides={})
     assert config.name == f"etc-passwd-v0-s0-{config.fingerprint}"
 
 
 def test_runs_planned_twice_and_foreign_manifests_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="planned twice"):
-        make_plan(("maze2d-umaze",), (), (1, 1), preset="quick", overrides={})
+        make_plan(("maze2d-umaze",), (), (1, 1), presets=("quick",), overrides={})
     with pytest.raises(CheckpointError, match="not a sweep"):
         read_manifest(tmp_path)
     (tmp_path / plans.MANIFEST).write_text('{"format": 99, "runs": {}}')
@@ -132,7 +155,8 @@ def test_every_row_of_the_spool_arrives_once_however_often_it_is_sent(sweep, uri
         expected = [(r["step"], r["metrics"][f"{stage}/loss"]) for r in spool if r["stage"] == stage]
         assert sorted((m.step, m.value) for m in history) == expected
     assert entry.data.params["critic.expectile"] == "0.7"
-    assert {a.path for a in client.list_artifacts(entry.info.run_id)} >= {run.POLICY, run.CONFIG, run.RESULT}
+    names = {run.POLICY, run.CONFIG, run.RESULT, run.GRID}
+    assert {a.path for a in client.list_artifacts(entry.info.run_id)} >= names
     (dataset,) = entry.inputs.dataset_inputs
     result = run.read_result(place)
     assert (dataset.dataset.name, dataset.dataset.digest) == (config.data.dataset, result["dataset_digest"])

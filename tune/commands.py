@@ -13,13 +13,14 @@ from aepo.errors import ConfigError, IncompleteError
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Train tasks x seeds on Ray, track every run in MLflow, and write runs.parquet.
+    """Train tasks x methods x seeds on Ray, track every run in MLflow, and write runs.parquet.
 
     The same command again continues: runs that ended are not repeated, interrupted ones go on from their last
     checkpoint. `aepo report FOLDER` makes the tables and figures.
 
     For example:
       aepo sweep --task maze2d-umaze maze2d-medium --seeds 0 1 --preset quick --out sweeps/mazes
+      aepo sweep --task maze2d-open --preset best qgpo iql td3bc --seeds 0 1 2 --out sweeps/methods
       aepo sweep --dataset mujoco/hopper/medium-v0 --seeds 0 --preset smoke --address ray-head:6379
     """
 
@@ -29,10 +30,13 @@ class Sweep:
     """Ids of local Minari data sets of your own."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; every task is run with each."""
-    preset: str = "quick"
-    """paper (days on a CPU), quick (minutes) or smoke (seconds; scores mean nothing)."""
+    preset: tuple[str, ...] = ("quick",)
+    """METHOD, BUDGET or METHOD-BUDGET; of several each is a column of the table. Methods: best (AEPO as it measured
+    best), analytic (the paper's AEPO), qgpo, iql, td3bc. Budgets: paper (days on a CPU), quick (minutes), smoke
+    (seconds; scores mean nothing)."""
     set: tuple[str, ...] = ()
-    """Settings that differ from the preset, as in: critic.expectile=0.9 sampling.beta=1."""
+    """Settings that differ from the preset, as in: critic.expectile=0.9 sampling.beta=1; methods without them keep
+    theirs."""
     out: Path = Path("sweeps/default")
     """Folder of the sweep; on a cluster one that all nodes see."""
     address: str = ""
@@ -64,7 +68,7 @@ class Sweep:
             self.task,
             self.dataset,
             self.seeds,
-            preset=self.preset,
+            presets=self.preset,
             overrides=configs.parse_overrides(self.set),
         )
         resources = Resources(
@@ -83,7 +87,7 @@ class Sweep:
         return 0
 
 
-COLUMNS = ["task", "seed", "status", "score", "return_mean", "num_episodes", "steps", "seconds"]
+COLUMNS = ["task", "method", "seed", "status", "score", "return_mean", "num_episodes", "steps", "seconds"]
 
 
 def print_rows(rows: list[dict[str, Any]], *, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""What ought to exist: tasks x seeds -> configs, written to sweep.json before anything starts.
+"""What ought to exist: tasks x presets x seeds -> configs, written to sweep.json before anything starts.
 
 The manifest is the truth, Ray's own state a cache: a repeated command does what the manifest lists and the
 run folders lack.
@@ -17,6 +17,7 @@ from aepo import config as configs
 from aepo import run, tasks
 from aepo.config import RunConfig
 from aepo.errors import CheckpointError, ConfigError
+from aepo.presets import preset
 
 MANIFEST = "sweep.json"
 FORMAT = 1
@@ -28,18 +29,26 @@ def make_plan(
     datasets: Sequence[str],
     seeds: Sequence[int],
     *,
-    preset: str,
+    presets: Sequence[str],
     overrides: Mapping[str, Any],
 ) -> list[RunConfig]:
-    """Return one config per (task or data set) and seed, seeds innermost.
+    """Return one config per (task or data set), preset and seed, seeds innermost.
+
+    An override changes the runs whose method has that setting; one that no method of the plan has is refused.
 
     Raises:
-        ConfigError: for no or unknown tasks, no seeds, or the same run twice.
+        ConfigError: for no or unknown tasks, no seeds, a setting that none has, or the same run twice.
     """
     rows = [tasks.find(name) for name in task_names] + [tasks.for_dataset(name) for name in datasets]
-    if not rows or not seeds:
-        raise ConfigError("a sweep wants at least one task and one seed; `aepo data list` shows the tasks")
-    plan = [configs.with_overrides(configs.preset(preset, row, seed), overrides) for row in rows for seed in seeds]
+    if not rows or not seeds or not presets:
+        raise ConfigError("a sweep wants at least one task, preset and seed; `aepo data list` shows the tasks")
+    bases = [preset(name, row, seed) for row in rows for name in presets for seed in seeds]
+    known = {key for base in bases for key in configs.settings(base)}
+    plan = []
+    for base in bases:
+        own = configs.settings(base)
+        heeded = {key: value for key, value in overrides.items() if key in own or key not in known}
+        plan.append(configs.with_overrides(base, heeded))
     names = [config.name for config in plan]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"planned twice: {', '.join(twice)}")

@@ -47,7 +47,7 @@ class Quickstart:
         begin = time.monotonic()
         for name in TASKS:
             collect(tasks.find(name), num_steps=self.env_steps, seed=0)
-        plan = make_plan(TASKS, (), SEEDS, preset=self.preset, overrides={})
+        plan = make_plan(TASKS, (), SEEDS, presets=(self.preset,), overrides={})
         uri = default_uri(self.out)
         rows = run_sweep(self.out, plan, Resources(checkpoint_s=20.0), tracking_uri=uri)
         check_complete(rows)

@@ -13,7 +13,7 @@ from aepo.config import RunConfig
 from tune.plan import run_folder
 
 RUNS = "runs.parquet"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 EVALUATION = pa.struct(
     [
         ("method", pa.string()),
@@ -43,6 +43,7 @@ SCHEMA = pa.schema(
                 "dataset_digest",
                 "env_id",
                 "fingerprint",
+                "method",
                 "preset",
             ]
         ],

@@ -18,7 +18,7 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
-from aepo import pipeline, run
+from aepo import run
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.data.transitions import load_transitions
@@ -323,16 +323,17 @@ class Board:
             return row | {"stage": "starting"}
         step, num_steps = seen.last["step"], seen.last["num_steps"]
         row |= {"stage": seen.last["stage"], "step": f"{step:,}/{num_steps:,}"}
-        if seen.last["stage"] == pipeline.STAGES[-1] and step == num_steps:
+        stages = list(config.stages)
+        if seen.last["stage"] == stages[-1] and step == num_steps:
             return row | {"stage": "evaluating"}
         (time_0, step_0), (time_1, step_1) = seen.recent[0], seen.recent[-1]
         if time_1 <= time_0:
             return row
         rate = (step_1 - step_0) / (time_1 - time_0)
         seconds = (num_steps - step) / rate
-        for stage in pipeline.STAGES[pipeline.STAGES.index(seen.last["stage"]) + 1 :]:
+        for stage in stages[stages.index(seen.last["stage"]) + 1 :]:
             # later stages at another run's rate, or as long as none has been through them at this one's
-            seconds += getattr(config, stage).steps * self._seconds_per_step.get(stage, 1.0 / rate)
+            seconds += config.stages[stage].steps * self._seconds_per_step.get(stage, 1.0 / rate)
         return row | {"steps/s": f"{rate:,.0f}", "left": str(timedelta(seconds=round(seconds)))}
 
     def _learn(self, first: dict[str, Any], last: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ OFFSET = "mlflow.json"
 BATCH = 500
 """Metrics per request, at most."""
 TAG = "aepo.run"
+TAGGED = ("task", "suite", "fingerprint", "method", "preset", "commit")
 
 
 def default_uri(sweep: Path) -> str:
@@ -118,7 +119,7 @@ class Tracker:
         facts = run.describe(config, run_folder(self._sweep, config))
         tags = {
             TAG: config.name,
-            **{f"aepo.{key}": str(facts[key]) for key in ("task", "suite", "fingerprint", "preset", "commit")},
+            **{f"aepo.{key}": str(facts[key]) for key in TAGGED},
             "aepo.seed": str(config.seed),
             "mlflow.source.name": "aepo sweep",
             "mlflow.source.git.commit": str(facts["commit"]),
@@ -170,7 +171,7 @@ class Tracker:
             self._client.log_inputs(
                 run_id, datasets=[DatasetInput(entity, tags=[InputTag("mlflow.data.context", "training")])]
             )
-        for name in (run.CONFIG, run.RESULT, run.POLICY, "log.txt"):
+        for name in (run.CONFIG, run.RESULT, run.POLICY, run.GRID, "log.txt"):
             if (folder / name).exists():
                 self._client.log_artifact(run_id, str(folder / name))
         if result["error"]:

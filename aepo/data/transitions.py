@@ -26,7 +26,7 @@ from torch import Tensor
 from aepo.console import err
 from aepo.errors import DataError, ResourceError
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 class Batch(NamedTuple):
@@ -68,7 +68,11 @@ class Transitions:
     spaces: Spaces
     digest: str
     """SHA-256 over the decoded rows, first 16 hex digits."""
-    num_episodes: int
+    episode_ends_E: Tensor
+    """Row behind the last one of each episode, ascending."""
+
+    def __post_init__(self) -> None:
+        assert int(self.episode_ends_E[-1]) == len(self.rows_ND)
 
     @property
     def state_dim(self) -> int:
@@ -86,6 +90,10 @@ class Transitions:
     def draw(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Return transitions drawn uniformly with replacement."""
         index_B = torch.randint(len(self), (batch_size,), generator=generator, device=generator.device)
+        return self.take(index_B)
+
+    def take(self, index_B: Tensor) -> Batch:
+        """Return the transitions of these rows."""
         return self.batch(self.rows_ND.index_select(0, index_B))
 
     def batch(self, rows_BD: Tensor) -> Batch:
@@ -100,7 +108,7 @@ class Transitions:
         spaces = Spaces(
             **{field.name: getattr(self.spaces, field.name).to(device) for field in dataclasses.fields(Spaces)}
         )
-        moved = {name: getattr(self, name).to(device) for name in ("rows_ND", "shift_D", "scale_D")}
+        moved = {name: getattr(self, name).to(device) for name in ("rows_ND", "shift_D", "scale_D", "episode_ends_E")}
         return dataclasses.replace(self, spaces=spaces, **moved)
 
 
@@ -140,10 +148,10 @@ def load_transitions(
     key = hashlib.sha256(json.dumps([CACHE_FORMAT, str(path), stamp, observation_keys]).encode()).hexdigest()
     cache = cache_folder() / f"{key[:24]}.safetensors"
     if not (found := _read_cache(cache)):
-        rows_ND, facts = _decode(dataset, observation_keys, len(low_A))
-        _write_cache(cache, rows_ND, facts)
-        found = _read_cache(cache) or (rows_ND, facts)
-    rows_ND, facts = found
+        decoded = _decode(dataset, observation_keys, len(low_A))
+        _write_cache(cache, *decoded)
+        found = _read_cache(cache) or decoded
+    rows_ND, ends_E, facts = found
     state_dim, action_dim = (rows_ND.shape[1] - len(low_A) - 2) // 2, len(low_A)
     state_mean_S = torch.tensor(json.loads(facts["state_mean"]))
     state_scale_S = 1.0 / torch.tensor(json.loads(facts["state_std"])).clamp(min=1e-3)
@@ -162,7 +170,7 @@ def load_transitions(
             action_high_A=high_A,
         ),
         digest=facts["digest"],
-        num_episodes=int(facts["num_episodes"]),
+        episode_ends_E=ends_E,
     )
 
 
@@ -213,12 +221,12 @@ def _reward_map(rule: str, return_min: float, return_max: float) -> tuple[float,
     return {"raw": (0.0, 1.0), "minus_one": (1.0, 1.0)}[rule]
 
 
-def _decode(dataset: Any, keys: tuple[str, ...], action_dim: int) -> tuple[Tensor, dict[str, str]]:
+def _decode(dataset: Any, keys: tuple[str, ...], action_dim: int) -> tuple[Tensor, Tensor, dict[str, str]]:
     num_steps = int(dataset.total_steps)
     if num_steps < 1:
         raise DataError(f"{dataset.id} holds no transition")
     rows: NDArray[np.float32] | None = None
-    end, returns = 0, []
+    end, ends, returns = 0, [], []
     episodes = track(
         dataset.iterate_episodes(),
         total=int(dataset.total_episodes),
@@ -254,18 +262,19 @@ def _decode(dataset: Any, keys: tuple[str, ...], action_dim: int) -> tuple[Tenso
             raise DataError(f"{dataset.id} episode {episode.id} holds a value that is not finite")
         returns.append(float(np.sum(episode.rewards)))
         end += steps
+        if steps:
+            ends.append(end)
     if rows is None or end != num_steps:
         raise DataError(f"{dataset.id} holds {end} steps, its metadata state {num_steps}")
     states_NS = rows[:, : (rows.shape[1] - action_dim - 2) // 2]
     facts = {
         "digest": hashlib.sha256(rows.tobytes()).hexdigest()[:16],
-        "num_episodes": str(len(returns)),
         "return_min": repr(min(returns)),
         "return_max": repr(max(returns)),
         "state_mean": json.dumps(states_NS.mean(axis=0, dtype=np.float64).tolist()),
         "state_std": json.dumps(states_NS.std(axis=0, dtype=np.float64).tolist()),
     }
-    return torch.from_numpy(rows), facts
+    return torch.from_numpy(rows), torch.tensor(ends), facts
 
 
 def _check_memory(dataset_id: str, num_bytes: int) -> None:
@@ -277,19 +286,19 @@ def _check_memory(dataset_id: str, num_bytes: int) -> None:
         )
 
 
-def _read_cache(path: Path) -> tuple[Tensor, dict[str, str]] | None:
+def _read_cache(path: Path) -> tuple[Tensor, Tensor, dict[str, str]] | None:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor("rows"), file.metadata()
+            return file.get_tensor("rows"), file.get_tensor("episode_ends"), file.metadata()
     except (FileNotFoundError, SafetensorError, OSError):
         return None
 
 
-def _write_cache(path: Path, rows_ND: Tensor, facts: dict[str, str]) -> None:
+def _write_cache(path: Path, rows_ND: Tensor, ends_E: Tensor, facts: dict[str, str]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"rows": rows_ND}, temporary, metadata=facts)
+        save_file({"rows": rows_ND, "episode_ends": ends_E}, temporary, metadata=facts)
         temporary.replace(path)
     except OSError as error:  # a full or read-only disk costs time, not the run
         with contextlib.suppress(OSError):

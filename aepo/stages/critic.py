@@ -3,12 +3,14 @@
 V:    min E |tau - 1(u < 0)| u^2,   u = min_i Q'_i(s, a) - V(s)       [M6]
 Q_i:  min E (r + gamma (1 - terminal) V(s') - Q_i(s, a))^2            [M7]
 
-or, over K actions a_i that stage 1 draws in s' (QGPO, arXiv 2304.12824):
+with r + gamma V(s') continued along the data for n steps (n-step return), where the next state alone tells
+little of an action. Or, over K actions a_i that stage 1 draws in s' (QGPO, arXiv 2304.12824):
 
 V(s') = sum_i softmax_i(beta_Q min_j Q'_j(s', a_i)) min_j Q'_j(s', a_i)     [M8]
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +61,7 @@ def measure(state: CriticState, config: CriticConfig, data: Transitions, behavio
     if config.learner == "softmax_in_support":
         num, device = len(state.support_index_M), state.generator.device
         state.support_index_M = torch.randperm(len(data), generator=state.generator, device=device)[:num]
-        next_states_MS = data.batch(data.rows_ND.index_select(0, state.support_index_M)).next_states_BS
+        next_states_MS = data.take(state.support_index_M).next_states_BS
         state.support_MKA = sample_support(behavior, next_states_MS, config.num_samples, state.generator)
 
 
@@ -68,11 +70,54 @@ def expectile_loss(u_B: Tensor, expectile: float) -> Tensor:
     return (torch.where(u_B < 0, 1.0 - expectile, expectile) * u_B.square()).mean()
 
 
-def loss(state: CriticState, config: CriticConfig, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+class Ahead(NamedTuple):
+    """What follows a transition: Q's target is rewards + discounts V(states)."""
+
+    rewards_B: Tensor
+    """Discounted sum over the steps taken."""
+    discounts_B: Tensor
+    """gamma^(steps taken), 0 behind a terminal."""
+    states_BS: Tensor
+
+
+class Steps(NamedTuple):
+    """`Ahead` of every transition of the data, its states as rows."""
+
+    rewards_N: Tensor
+    discounts_N: Tensor
+    last_N: Tensor
+    """Row of the last step taken."""
+
+
+def look_ahead(data: Transitions, num_steps: int, discount: float) -> Steps:
+    """Return the n-step return of every transition but for V; an episode that ends sooner is left there.
+
+    Args:
+        data: N transitions, episode after episode.
+        num_steps: n >= 1.
+        discount: gamma.
+    """
+    device = data.rows_ND.device
+    parts = [data.batch(part_BD)[2:4] for part_BD in torch.split(data.rows_ND, 65_536)]
+    rewards_N, terminals_N = (torch.cat(column) for column in zip(*parts, strict=True))
+    row_N = torch.arange(len(data), device=device)
+    end_N = data.episode_ends_E[torch.searchsorted(data.episode_ends_E, row_N, right=True)]
+    sum_N, discounts_N, last_N = rewards_N.clone(), torch.full_like(rewards_N, discount), row_N.clone()
+    for k in range(1, num_steps):
+        goes_on_N = row_N + k < end_N
+        if not goes_on_N.any():
+            break
+        last_N = torch.where(goes_on_N, row_N + k, last_N)
+        sum_N += torch.where(goes_on_N, discounts_N * rewards_N[last_N], 0.0)
+        discounts_N = torch.where(goes_on_N, discounts_N * discount, discounts_N)
+    return Steps(sum_N, discounts_N * (1.0 - terminals_N[last_N]), last_N)
+
+
+def loss(state: CriticState, config: CriticConfig, batch: Batch, ahead: Ahead) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the sum of both losses, whose parameters are disjoint, and metrics  [M6, M7]."""
     with torch.no_grad():
         target_q_B = state.target(batch.states_BS, batch.actions_BA).amin(dim=0)
-        backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * state.v(batch.next_states_BS)
+        backup_B = ahead.rewards_B + ahead.discounts_B * state.v(ahead.states_BS)
     v_B = state.v(batch.states_BS)
     v_loss = expectile_loss(target_q_B - v_B, config.expectile)
     q_loss = (state.q(batch.states_BS, batch.actions_BA) - backup_B).square().mean(dim=1).sum()
@@ -109,16 +154,32 @@ def soft_maximum(q_BK: Tensor, beta: float) -> Tensor:
     return ((beta * q_BK).softmax(dim=1) * q_BK).sum(dim=1)
 
 
-def train_step(state: CriticState, config: CriticConfig, data: Transitions) -> dict[str, Tensor]:
-    """Take one gradient step on Q and V together and return its metrics, still on the device."""
+def train_step(
+    state: CriticState, config: CriticConfig, data: Transitions, steps: Steps | None = None
+) -> dict[str, Tensor]:
+    """Take one gradient step on Q and V together and return its metrics, still on the device.
+
+    Args:
+        state: the stage.
+        config: its settings.
+        data: transitions.
+        steps: what `look_ahead` returned, for `backup_steps` above 1.
+    """
+    generator = state.generator
+    num_rows = len(data) if config.learner == "expectile" else len(state.support_index_M)
+    index_B = torch.randint(num_rows, (config.batch_size,), generator=generator, device=generator.device)
     if config.learner == "expectile":
-        value, metrics = loss(state, config, data.draw(config.batch_size, state.generator))
+        batch = data.take(index_B)
+        if steps is None:
+            discounts_B = config.discount * (1.0 - batch.terminals_B)
+            ahead = Ahead(batch.rewards_B, discounts_B, batch.next_states_BS)
+        else:
+            next_states_BS = data.take(steps.last_N[index_B]).next_states_BS
+            ahead = Ahead(steps.rewards_N[index_B], steps.discounts_N[index_B], next_states_BS)
+        value, metrics = loss(state, config, batch, ahead)
     else:
-        shape = (config.batch_size,)
-        device = state.generator.device
-        pick_B = torch.randint(len(state.support_index_M), shape, generator=state.generator, device=device)
-        batch = data.batch(data.rows_ND.index_select(0, state.support_index_M[pick_B]))
-        value, metrics = softmax_loss(state, config, batch, state.support_MKA[pick_B])
+        batch = data.take(state.support_index_M[index_B])
+        value, metrics = softmax_loss(state, config, batch, state.support_MKA[index_B])
     state.optimizer.step_on(value)
     state.target.update(state.q)
     state.step += 1

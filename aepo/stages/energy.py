@@ -114,7 +114,7 @@ def measure(state: EnergyState, config: EnergyConfig, data: Transitions, behavio
     if config.target == "contrastive":
         num, device = len(state.support_index_M), state.generator.device
         state.support_index_M = torch.randperm(len(data), generator=state.generator, device=device)[:num]
-        states_MS = data.batch(data.rows_ND.index_select(0, state.support_index_M)).states_BS
+        states_MS = data.take(state.support_index_M).states_BS
         state.support_MKA = sample_support(behavior, states_MS, config.num_samples, state.generator)
 
 
@@ -208,7 +208,7 @@ def _contrastive(state: EnergyState, config: EnergyConfig, data: Transitions, va
     generator, num = state.generator, config.num_samples
     num_states = max(1, config.batch_size // num)
     pick_B = torch.randint(len(state.support_index_M), (num_states,), generator=generator, device=generator.device)
-    states_BS = data.batch(data.rows_ND.index_select(0, state.support_index_M[pick_B])).states_BS
+    states_BS = data.take(state.support_index_M[pick_B]).states_BS
     actions_BKA = state.support_MKA[pick_B]
     with torch.no_grad():
         q_BK = value(states_BS.repeat_interleave(num, dim=0), actions_BKA.flatten(0, 1)).view(-1, num)

@@ -1,0 +1,52 @@
+"""IQL's policy, trained after its critic: a Gaussian that clones the data's actions by how good they are.
+
+max_pi E min(exp(beta (min_i Q'_i(s, a) - V(s))), 100) log pi(a|s)     (arXiv 2110.06169)
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from aepo.config import ActorConfig
+from aepo.data.transitions import Batch, Transitions
+from aepo.networks import GaussianActor
+from aepo.stages.critic import CriticState
+from aepo.stages.optim import Adam
+
+MAX_WEIGHT = 100.0
+
+
+@dataclasses.dataclass
+class ActorState:
+    """Everything of the stage that a checkpoint holds."""
+
+    net: GaussianActor
+    optimizer: Adam
+    generator: torch.Generator
+    step: int = 0
+
+
+def start(config: ActorConfig, data: Transitions, generator: torch.Generator) -> ActorState:
+    """Return the stage before its first step; weights are drawn from torch's global generator."""
+    net = GaussianActor(
+        data.state_dim, data.action_dim, hidden_size=config.hidden_size, num_layers=config.num_layers
+    ).to(generator.device)
+    return ActorState(net, Adam(net.parameters(), lr=config.learning_rate, num_steps=config.steps), generator)
+
+
+def loss(state: ActorState, config: ActorConfig, batch: Batch, critic: CriticState) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the weighted negative log-likelihood of the data's actions, a scalar, and metrics."""
+    with torch.no_grad():
+        q_B = critic.target(batch.states_BS, batch.actions_BA).amin(dim=0)
+        weight_B = (config.inverse_temperature * (q_B - critic.v(batch.states_BS))).exp().clamp(max=MAX_WEIGHT)
+    value = -(weight_B * state.net.log_prob(batch.states_BS, batch.actions_BA)).mean()
+    return value, {"weight": weight_B.mean(), "clamped_share": (weight_B == MAX_WEIGHT).float().mean()}
+
+
+def train_step(state: ActorState, config: ActorConfig, data: Transitions, critic: CriticState) -> dict[str, Tensor]:
+    """Take one gradient step and return its metrics, still on the device."""
+    value, metrics = loss(state, config, data.draw(config.batch_size, state.generator), critic)
+    state.optimizer.step_on(value)
+    state.step += 1
+    return {"loss": value.detach(), **metrics}

@@ -1,0 +1,83 @@
+"""TD3+BC: actor and critics in one stage (arXiv 2106.06860).
+
+Q_i:  min E (r + gamma (1 - terminal) min_j Q'_j(s', pi'(s') + noise) - Q_i(s, a))^2
+pi:   max E lambda Q_1(s, pi(s)) - |pi(s) - a|^2 / A,   lambda = alpha / E|Q_1(s, pi(s))|
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from aepo.config import ActorCriticConfig
+from aepo.data.transitions import Batch, Transitions
+from aepo.networks import Actor, TwinQ
+from aepo.stages.optim import Adam, Ema
+
+
+@dataclasses.dataclass
+class ActorCriticState:
+    """Everything of the stage that a checkpoint holds; targets are Q' and pi'."""
+
+    actor: Actor
+    actor_target: Ema
+    actor_optimizer: Adam
+    q: TwinQ
+    q_target: Ema
+    q_optimizer: Adam
+    generator: torch.Generator
+    step: int = 0
+
+
+def start(config: ActorCriticConfig, data: Transitions, generator: torch.Generator) -> ActorCriticState:
+    """Return the stage before its first step; weights are drawn from torch's global generator."""
+    size = {"hidden_size": config.hidden_size, "num_layers": config.num_layers}
+    actor = Actor(data.state_dim, data.action_dim, **size).to(generator.device)
+    q = TwinQ(data.state_dim, data.action_dim, **size).to(generator.device)
+    num_actor_steps = math.ceil(config.steps / config.actor_interval)
+    return ActorCriticState(
+        actor=actor,
+        actor_target=Ema(actor, 1.0 - config.target_rate),
+        actor_optimizer=Adam(actor.parameters(), lr=config.learning_rate, num_steps=num_actor_steps),
+        q=q,
+        q_target=Ema(q, 1.0 - config.target_rate),
+        q_optimizer=Adam(q.parameters(), lr=config.learning_rate, num_steps=config.steps),
+        generator=generator,
+    )
+
+
+def q_loss(state: ActorCriticState, config: ActorCriticConfig, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the critics' summed squared error to the smoothed backup, a scalar, and metrics."""
+    with torch.no_grad():
+        shape, device = batch.actions_BA.shape, batch.actions_BA.device
+        noise_BA = config.policy_noise * torch.randn(shape, generator=state.generator, device=device)
+        noise_BA = noise_BA.clamp(-config.noise_clip, config.noise_clip)
+        next_actions_BA = (state.actor_target(batch.next_states_BS) + noise_BA).clamp(-1.0, 1.0)
+        next_q_B = state.q_target(batch.next_states_BS, next_actions_BA).amin(dim=0)
+        backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_q_B
+    value = (state.q(batch.states_BS, batch.actions_BA) - backup_B).square().mean(dim=1).sum()
+    return value, {"q": backup_B.mean()}
+
+
+def actor_loss(state: ActorCriticState, config: ActorCriticConfig, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the actor's loss, a scalar, and metrics."""
+    actions_BA = state.actor(batch.states_BS)
+    q_B = state.q(batch.states_BS, actions_BA)[0]
+    scale = config.q_weight / q_B.detach().abs().mean().clamp(min=1e-6)
+    distance = (actions_BA - batch.actions_BA).square().mean()
+    return distance - scale * q_B.mean(), {"distance": distance.detach()}
+
+
+def train_step(state: ActorCriticState, config: ActorCriticConfig, data: Transitions) -> dict[str, Tensor]:
+    """Take one gradient step on the critics and, in every `actor_interval`-th step, on the actor; return metrics."""
+    batch = data.draw(config.batch_size, state.generator)
+    value, metrics = q_loss(state, config, batch)
+    state.q_optimizer.step_on(value)
+    if state.step % config.actor_interval == 0:
+        value_of_actor, _ = actor_loss(state, config, batch)
+        state.actor_optimizer.step_on(value_of_actor)
+        state.actor_target.update(state.actor)
+        state.q_target.update(state.q)
+    state.step += 1
+    return {"loss": value.detach(), **metrics}
