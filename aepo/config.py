@@ -284,7 +284,7 @@ class SamplingConfig:
     num_steps: int = 15
     """Solver steps per action."""
     temperature: float = 1.0
-    """Standard deviation of the solver's start, in [0, 1]: 1 draws from the policy, 0 takes one action, near its mode."""
+    """Standard deviation of the solver's start, in [0, 1]: 1 draws from the policy, 0 is one action, near the mode."""
     num_candidates: int = 1
     """Actions drawn per state; of several the one with the largest Q is taken."""
 

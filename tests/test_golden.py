@@ -11,32 +11,58 @@ import torch
 
 from aepo import config as configs
 from aepo import pipeline, tasks
-from aepo.presets import preset
+from aepo.presets import METHODS, preset
 from tests.conftest import random_transitions
 
 FILE = Path(__file__).parent / "golden" / "losses.json"
+EVERY = {"steps": 20, "batch_size": 32, "hidden_size": 32, "num_layers": 2, "learning_rate": 1e-3}
+CRITIC = {"discount": 0.99, "target_rate": 0.005}
+EXPECTILE = {"expectile": 0.7, "backup_steps": 1}
+SUPPORT = {"num_samples": 16, "num_support_states": 100}
+BETAS = {"beta_min": 0.1, "beta_max": 10.0}
+SETTINGS = {
+    "best": {
+        "behavior": {"ema_decay": 0.995, "variance": "learned"},
+        "critic": {"learner": "expectile", **CRITIC, **EXPECTILE, "backup_steps": 3},
+        "energy": {"target": "log_expectation", "ema_decay": 0.995, **BETAS},
+    },
+    "analytic": {
+        "behavior": {"ema_decay": 0.995, "variance": "time"},
+        "critic": {"learner": "expectile", **CRITIC, **EXPECTILE},
+        "energy": {"target": "analytic", "ema_decay": 0.995, "expansion": "posterior_mean"},
+    },
+    "qgpo": {
+        "behavior": {"ema_decay": 0.995, "variance": "time"},
+        "critic": {"learner": "softmax_in_support", **CRITIC, **SUPPORT, "backup_beta": 1.0},
+        "energy": {"target": "contrastive", "ema_decay": 0.995, **SUPPORT, **BETAS},
+    },
+    "iql": {
+        "critic": {"learner": "expectile", **CRITIC, **EXPECTILE},
+        "actor": {"inverse_temperature": 3.0},
+    },
+    "td3bc": {
+        "actor_critic": {**CRITIC, "q_weight": 2.5, "policy_noise": 0.2, "noise_clip": 0.5, "actor_interval": 2},
+    },
+}
+"""Every setting is given here, so that presets can change."""
 
 
-def losses():
-    """Every metric of every step; every setting is given here, so that presets can change."""
+def losses(method):
+    """Every metric of every step."""
     torch.set_num_threads(1)
-    every = {"steps": 20, "batch_size": 32, "hidden_size": 32, "num_layers": 2, "learning_rate": 1e-3}
-    overrides = {f"{stage}.{key}": value for stage in pipeline.STAGES for key, value in every.items()} | {
-        "behavior.ema_decay": 0.995,
-        "critic.expectile": 0.7,
-        "critic.discount": 0.99,
-        "critic.target_rate": 0.005,
-        "energy.ema_decay": 0.995,
-        "energy.expansion": "posterior_mean",
+    base = preset(f"{method}-smoke", tasks.for_dataset("golden"), 0)
+    overrides = {f"{stage}.{key}": value for stage in base.stages for key, value in EVERY.items()} | {
+        f"{stage}.{key}": value for stage, values in SETTINGS[method].items() for key, value in values.items()
     }
-    config = configs.with_overrides(preset("smoke", tasks.for_dataset("golden"), 0), overrides)
+    config = configs.with_overrides(base, overrides)
     rows = pipeline.train(config, random_transitions(), device=torch.device("cpu"))
     return [{"stage": p.stage, "step": p.step, **p.metrics} for p in rows]
 
 
-def test_twenty_steps_of_every_stage_give_the_stored_losses():
-    stored, now = json.loads(FILE.read_text()), losses()
-    assert len(now) == len(stored) == 60
+@pytest.mark.parametrize("method", METHODS)
+def test_twenty_steps_of_every_stage_give_the_stored_losses(method):
+    stored, now = json.loads(FILE.read_text())[method], losses(method)
+    assert len(now) == len(stored) == 20 * len(SETTINGS[method])
     for was, is_ in zip(stored, now, strict=True):
         # other processors round differently; 20 steps let that grow to less than this
         assert (is_.pop("stage"), is_.pop("step")) == (was.pop("stage"), was.pop("step"))
@@ -44,4 +70,5 @@ def test_twenty_steps_of_every_stage_give_the_stored_losses():
 
 
 if __name__ == "__main__":
-    FILE.write_text("[\n" + ",\n".join(json.dumps(row) for row in losses()) + "\n]\n")
+    texts = [f'"{method}": [\n' + ",\n".join(json.dumps(row) for row in losses(method)) + "\n]" for method in METHODS]
+    FILE.write_text("{\n" + ",\n".join(texts) + "\n}\n")

@@ -107,7 +107,9 @@ def test_every_stage_lowers_its_loss(method, stage, tiny_config, transitions):
         for progress in pipeline.train(tiny_config(method=method, **overrides), transitions, device=CPU)
         if progress.stage == stage and progress.metrics
     ]
-    assert sum(rows[-20:]) < 0.9 * sum(rows[:20])
+    # a cross-entropy ends at the entropy of its labels, which here is almost that of a uniform distribution
+    limit = 1.0 if (method, stage) == ("qgpo", "energy") else 0.9
+    assert sum(rows[-20:]) < limit * sum(rows[:20])
 
 
 @pytest.mark.parametrize("method", STAGES_OF)
