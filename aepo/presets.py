@@ -40,6 +40,8 @@ class Budget:
     critic: CriticConfig
     energy: EnergyConfig
     evaluation: EvaluationConfig
+    num_support_states: int
+    """States in which QGPO draws support actions, once for the critic and once for the energy."""
     num_sampling_steps: int = 15
 
 
@@ -52,6 +54,7 @@ BUDGETS = {
         critic=CriticConfig(steps=1_000_000, batch_size=256, hidden_size=256, num_layers=3),
         energy=EnergyConfig(steps=500_000, batch_size=1024, ema_decay=0.999, hidden_size=512, num_layers=4),
         evaluation=EvaluationConfig(num_episodes=100, num_curve_points=9, num_curve_episodes=20),
+        num_support_states=1_000_000,
     ),
     # minutes on one core: enough to see the method work on small tasks
     "quick": Budget(
@@ -66,6 +69,7 @@ BUDGETS = {
         ),
         energy=EnergyConfig(steps=4000, batch_size=256, learning_rate=2e-3, hidden_size=256, num_layers=3),
         evaluation=EvaluationConfig(num_episodes=50, num_curve_points=3, num_curve_episodes=10),
+        num_support_states=20_000,
     ),
     # seconds: shows that a data set loads, trains and evaluates; its scores mean nothing
     "smoke": Budget(
@@ -73,6 +77,7 @@ BUDGETS = {
         critic=CriticConfig(steps=300, batch_size=128, learning_rate=1e-3, hidden_size=64, num_layers=2),
         energy=EnergyConfig(steps=300, batch_size=128, learning_rate=1e-3, hidden_size=64, num_layers=2),
         evaluation=EvaluationConfig(num_episodes=2),
+        num_support_states=1000,
         num_sampling_steps=5,
     ),
 }
@@ -98,7 +103,10 @@ def analytic(task: Task, seed: int, budget: Budget) -> GuidedConfig:
 def qgpo(task: Task, seed: int, budget: Budget) -> GuidedConfig:
     """QGPO (arXiv 2304.12824): contrastive energy, softmax backup in the support [M8]."""
     base = best(task, seed, budget, method="qgpo")
-    return with_overrides(base, {"energy.target": "contrastive", "critic.learner": "softmax_in_support"})
+    stages = {"energy.target": "contrastive", "critic.learner": "softmax_in_support"}
+    return with_overrides(
+        base, stages | {f"{stage}.num_support_states": budget.num_support_states for stage in ("critic", "energy")}
+    )
 
 
 def iql(task: Task, seed: int, budget: Budget) -> IQLConfig:
@@ -136,7 +144,6 @@ METHODS: dict[str, Callable[[Task, int, Budget], RunConfig]] = {
     "iql": iql,
     "td3bc": td3bc,
 }
-HELP = "METHOD, BUDGET or METHOD-BUDGET: best (AEPO as it measured best), analytic (the paper's), qgpo, iql, td3bc; "
 
 
 def preset(name: str, task: Task, seed: int) -> RunConfig:
