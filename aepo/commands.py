@@ -152,10 +152,13 @@ class StageBars:
 class Evaluate:
     """Roll out a trained policy in the evaluation environment of its data set.
 
-    beta, guidance scale and solver steps need no training: give others to see what they do.
+    beta, guidance scale, temperature and candidates need no training: give others to see what they do. The best of
+    16 clones (the last two examples) tests the critic: below a single clone, no guidance can help.
 
     For example:
       aepo evaluate runs/maze2d-umaze-s0-0123456789ab --beta 1 3 --guidance-scale 0 1 3 --figure grid.png
+      aepo evaluate runs/maze2d-umaze-s0-0123456789ab --guidance-scale 0 --temperature 1 --num-candidates 1
+      aepo evaluate runs/maze2d-umaze-s0-0123456789ab --guidance-scale 0 --temperature 1 --num-candidates 16
     """
 
     policy: Annotated[Path, tyro.conf.Positional]
@@ -166,6 +169,9 @@ class Evaluate:
     """Guidance scales; none given = the run's; 0 = diffusion behaviour cloning."""
     figure: Path | None = None
     """Write a heat map of the scores over beta and guidance scale as PNG."""
+    temperature: float | None = None
+    """Standard deviation of the solver's start: 1 draws from the policy, 0 is one action, near the mode; none = the
+    run's."""
     num_candidates: int = 0
     """Actions drawn per state, the one with the largest Q taken; 0 = the run's number."""
     num_episodes: int = 50
@@ -223,17 +229,23 @@ class Evaluate:
         from aepo.policy import GuidedPolicy
 
         if not isinstance(policy, GuidedPolicy):
-            if self.beta or self.guidance_scale or self.num_candidates or self.figure:
+            given = (self.beta, self.guidance_scale, self.num_candidates, self.temperature is not None, self.figure)
+            if any(given):
                 raise ConfigError(
                     f"a policy of {policy.config.method} has one way to act; leave out --beta, --guidance-scale, "
-                    "--num-candidates and --figure"
+                    "--temperature, --num-candidates and --figure"
                 )
             return [policy]
         own = policy.sampling
+        temperature = own.temperature if self.temperature is None else self.temperature
         return [
             policy.with_sampling(
                 dataclasses.replace(
-                    own, beta=beta, guidance_scale=scale, num_candidates=self.num_candidates or own.num_candidates
+                    own,
+                    beta=beta,
+                    guidance_scale=scale,
+                    temperature=temperature,
+                    num_candidates=self.num_candidates or own.num_candidates,
                 )
             )
             for beta in self.beta or (own.beta,)

@@ -33,6 +33,8 @@ RESULT, CONFIG, METRICS, POLICY = "result.json", "config.json", "metrics.jsonl",
 GRID = "grid.png"
 CLONING = "diffusion-bc"
 """Name in tables of a guided method at guidance scale 0."""
+BEST_CLONE = "best-clone"
+"""The same with several candidates, of which the one with the largest Q is taken: a test of the critic."""
 EVALUATION_SEED = 1_000_000
 """Episode i of a run's evaluation is reset with EVALUATION_SEED * (1 + seed) % 2**31 + i: apart from training."""
 
@@ -278,7 +280,8 @@ def _train_and_evaluate(
         policy.save(folder / POLICY)
         policies = [policy]
         if isinstance(policy, GuidedPolicy):
-            policies.append(policy.with_sampling(dataclasses.replace(policy.sampling, guidance_scale=0.0)))
+            cloning = dataclasses.replace(policy.sampling, guidance_scale=0.0, num_candidates=1)
+            policies.append(policy.with_sampling(cloning))
         seed = evaluation_seed(config.seed)
         evaluations = [
             evaluate(each, evaluator, num_episodes=config.evaluation.num_episodes, seed=seed) for each in policies
@@ -332,7 +335,8 @@ def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: i
     beta = scale = None
     if isinstance(policy, GuidedPolicy):
         beta, scale = policy.sampling.beta, policy.sampling.guidance_scale
-        method = method if scale > 0 else CLONING
+        if scale == 0:
+            method = CLONING if policy.sampling.num_candidates == 1 else BEST_CLONE
     return {
         "method": method,
         "beta": beta,

@@ -92,9 +92,27 @@ def test_train_prints_one_json_document_and_evaluate_the_grid(make_dataset, tmp_
     assert [(row["beta"], row["guidance_scale"], row["method"]) for row in rows] == [
         (1, 0, "diffusion-bc"), (1, 2, "aepo"), (3, 0, "diffusion-bc"), (3, 2, "aepo"),
     ]  # fmt: skip
-    status, out, _ = run(capsys, *argv)
+    status, out, _ = run(capsys, *argv, "--figure", str(tmp_path / "grid.png"))
     assert status == 0
     assert "guidance_scale" in out
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    clones = ["evaluate", result["folder"], "--guidance-scale", "0", "--temperature", "1", "--num-episodes", "1"]
+    for num, method in (("1", "diffusion-bc"), ("4", "best-clone")):
+        status, out, _ = run(capsys, *clones, "--num-candidates", num, "--json")
+        assert (status, json.loads(out)[0]["method"]) == (0, method)
+
+
+def test_a_baseline_trains_and_evaluates_from_the_command_line(make_dataset, capsys, tmp_path):
+    small = [f"{stage}.steps=20" for stage in ("critic", "actor")]
+    argv = ["train", "--dataset", make_dataset(), "--preset", "iql-smoke", "--out", str(tmp_path), "--json"]
+    status, out, _ = run(capsys, *argv, "--set", *small)
+    folder = json.loads(out)["folder"]
+    assert status == 0
+    status, out, _ = run(capsys, "evaluate", folder, "--num-episodes", "2", "--json")
+    assert (status, [row["method"] for row in json.loads(out)]) == (0, ["iql"])
+    status, _, err = run(capsys, "evaluate", folder, "--guidance-scale", "1")
+    assert status == 2
+    assert "a policy of iql has one way to act" in err
 
 
 @pytest.mark.parametrize(
