@@ -194,6 +194,11 @@ def test_guided_samples_of_a_gaussian_with_linear_q_have_the_exact_mean_and_cova
     covariance = torch.cov(samples.T).reshape(action_dim, action_dim)
     tolerance = 4 * s**2 * math.sqrt(2 / num)
     assert ((covariance - s**2 * torch.eye(action_dim)).abs() < tolerance).all()
+    for temperature in (0.0, 0.5):  # the solver's start scaled: the same mean, the deviation scaled too
+        scaled = sampler.sample(noise, guide, temperature * start, sampler.make_grid(400), clip=False)
+        exact = mean + beta * s**2 * g
+        assert (scaled.mean(0) - exact).abs().max() < 5e-3 + 3.5 * temperature * s / math.sqrt(num)
+        assert (scaled.std(0) - temperature * s).abs().max() < 5e-3
 
 
 @pytest.mark.parametrize(("num_steps", "order"), [(0, 2), (5, 3)])

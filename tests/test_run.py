@@ -1,5 +1,6 @@
 """One run in its folder: result, spool, checkpoints, policy; broken off, torn, foreign."""
 
+import dataclasses
 import json
 import math
 import threading
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from aepo import checkpoint, run
-from aepo.errors import CheckpointError, DataError, ResourceError, TrainingError
+from aepo.errors import CheckpointError, ConfigError, DataError, ResourceError, TrainingError
 from aepo.evaluate import Evaluator, References
 from aepo.pipeline import Progress
 from aepo.policy import Policy
@@ -211,9 +212,8 @@ def test_a_policy_read_back_acts_the_same_and_within_bounds(trained):
 
 
 def test_of_several_candidates_the_one_with_the_largest_q_is_taken(trained):
-    import dataclasses
-
     policy = Policy.load(trained)
+    policy = policy.with_sampling(dataclasses.replace(policy.sampling, temperature=1.0))
     states = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
 
     def value(num):
@@ -230,8 +230,22 @@ def test_of_several_candidates_the_one_with_the_largest_q_is_taken(trained):
     torch.testing.assert_close(policy.q(states, taken).amin(0), best)
 
 
+def test_at_temperature_zero_nothing_is_drawn(trained):
+    policy = Policy.load(trained)
+    states = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
+
+    def spread(temperature):
+        colder = policy.with_sampling(dataclasses.replace(policy.sampling, temperature=temperature))
+        first, second = (colder.sample(states, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+        return float((first - second).abs().mean())
+
+    assert spread(0.0) == 0
+    assert 0 < spread(0.1) < spread(1.0)
+    with pytest.raises(ConfigError, match="num_candidates must be 1"):
+        dataclasses.replace(policy.sampling, temperature=0.0, num_candidates=2)
+
+
 def test_guidance_scale_zero_ignores_the_energy(trained):
-    import dataclasses
 
     policy = Policy.load(trained)
     cloning = policy.with_sampling(dataclasses.replace(policy.sampling, guidance_scale=0.0))
