@@ -114,6 +114,36 @@ def test_mean_and_deviation_are_those_of_the_seeds(tmp_path):
     assert (cloned.score_mean, cloned.score_std) == (20.0, 0.0)
 
 
+def of_method(method, seed, score, *, task=MEDIUM, cloned=None):
+    own = evaluation(method, score, 2 * score + 10, beta=None, guidance_scale=None)
+    side = [] if cloned is None else [evaluation("diffusion-bc", cloned, 2 * cloned + 10)]
+    return row(task, seed, score, run=f"{task}-{method}-{seed}", method=method, evaluations=[own, *side])
+
+
+def test_every_method_is_a_column_and_cloning_counts_once(tmp_path):
+    rows = [
+        row(seed=0, score=60.0, cloned=20.0),
+        row(seed=1, score=40.0, cloned=10.0),
+        of_method("qgpo", 0, 55.0, cloned=21.0),  # the same clone, measured again by another run
+        of_method("qgpo", 1, 45.0, cloned=11.0),
+        of_method("qgpo", 2, 35.0, cloned=12.0),  # a seed that AEPO does not have
+        of_method("iql", 0, 30.0),
+        lost(seed=1, method="iql", run="lost-iql"),
+        of_method("iql", 0, 99.0, task=LARGE),
+    ]
+    scores = task_scores(load_runs(write(tmp_path, *rows)))
+    table = {(score.task, score.method): (score.scores, score.seeds, score.num_failed) for score in scores}
+    assert list(table) == [
+        (task, method) for task in (LARGE, MEDIUM) for method in ("aepo", "qgpo", "iql", "diffusion-bc")
+    ]
+    assert table[MEDIUM, "aepo"] == ((60.0, 40.0), (0, 1), 0)
+    assert table[MEDIUM, "qgpo"] == ((55.0, 45.0, 35.0), (0, 1, 2), 0)
+    assert table[MEDIUM, "iql"] == ((30.0,), (0,), 1)
+    assert table[MEDIUM, "diffusion-bc"] == ((20.0, 10.0, 12.0), (0, 1, 2), 0)
+    assert table[LARGE, "iql"] == ((99.0,), (0,), 0)
+    assert table[LARGE, "aepo"] == ((), (), 1), "a method of the table without a run on a task is a hole there"
+
+
 def test_suite_average_weighs_every_task_equally(tmp_path):
     sweep = write(tmp_path, row(MEDIUM, 0, 10.0), row(MEDIUM, 1, 20.0), row(MEDIUM, 2, 30.0), row(LARGE, 0, 80.0))
     guided, cloned = suite_averages(task_scores(load_runs(sweep)))

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from aepo import cli
+from aepo.presets import METHODS
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--preset", "smoke", "--set", *(f"{stage}.steps=20" for stage in ("behavior", "critic", "energy"))]
+SMALL = ["--set", *(f"{stage}.steps=20" for stage in ("behavior", "critic", "energy"))]
+SMOKE = ["--preset", "smoke"]
 APPENDED = {
     "train": SMALL,
     "sweep": SMALL,
@@ -20,7 +22,7 @@ APPENDED = {
     "report": [],
     "doctor": [],
 }
-REPLACED = {"1000000": "3000"}
+REPLACED = {"1000000": "3000", **{method: f"{method}-smoke" for method in METHODS}}
 
 
 def blocks():
@@ -59,4 +61,5 @@ def test_every_command_of_the_readme_runs(make_dataset, tmp_path, monkeypatch):
         words = [REPLACED.get(word, word) for word in shlex.split(line)[1:]]
         words = [other if word.endswith("-v0") else word for word in words]
         words = [str(next(Path("runs").iterdir())) if word == "runs/RUN" else word for word in words]
-        aepo(*words, *APPENDED[words[0]])
+        trains = words[0] in ("train", "sweep") and "--preset" not in words
+        aepo(*words, *(SMOKE if trains else []), *APPENDED[words[0]])
