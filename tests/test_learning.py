@@ -45,10 +45,11 @@ def bandit(num=20_000):
 @pytest.mark.parametrize("expansion", ["posterior_mean", "data_action"])
 def test_guidance_finds_the_best_action_and_cloning_does_not(expansion):
     size = {"steps": 1500, "batch_size": 256, "hidden_size": 64, "num_layers": 2, "learning_rate": 2e-3}
-    overrides = {f"{stage}.{key}": value for stage in pipeline.STAGES for key, value in size.items()}
+    base = preset("smoke", tasks.for_dataset("bandit"), 0)
+    overrides = {f"{stage}.{key}": value for stage in base.stages for key, value in size.items()}
     config = configs.with_overrides(
-        preset("smoke", tasks.for_dataset("bandit"), 0),
-        {**overrides, "energy.expansion": expansion, "critic.expectile": 0.5},
+        base,
+        {**overrides, "energy.expansion": expansion, "critic.expectile": 0.5, "sampling.temperature": 1.0},
     )
     data = bandit()
     *_, last = pipeline.train(config, data, device=torch.device("cpu"))

@@ -91,11 +91,13 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(method, 
 
 
 def test_a_stage_is_the_same_in_every_method_that_has_it(tiny_config, transitions):
-    guided, iql = finish(tiny_config(), transitions), finish(tiny_config(method="iql"), transitions)
+    same_critic = {"critic__backup_steps": 3, "critic__discount": 0.9}
+    guided = finish(tiny_config(**same_critic), transitions)
+    iql = finish(tiny_config(method="iql", **same_critic), transitions)
     of_critic = {key: value for key, value in iql.items() if key.startswith(".critic")}
     assert of_critic
     assert same({key: guided[key] for key in of_critic}, of_critic)
-    other_size = finish(tiny_config(behavior__hidden_size=17), transitions)
+    other_size = finish(tiny_config(behavior__hidden_size=17, **same_critic), transitions)
     assert same({key: other_size[key] for key in of_critic}, of_critic)
 
 
