@@ -152,8 +152,8 @@ class StageBars:
 class Evaluate:
     """Roll out a trained policy in the evaluation environment of its data set.
 
-    beta, guidance scale, temperature and candidates need no training: give others to see what they do. The best of
-    16 clones (the last two examples) tests the critic: below a single clone, no guidance can help.
+    beta, guidance scale, temperature and candidates need no training: give others to see what they do. The last two
+    examples compare a single clone with the best of 16 by Q, a first look at the critic (docs/decisions.md).
 
     For example:
       aepo evaluate runs/maze2d-umaze-s0-0123456789ab --beta 1 3 --guidance-scale 0 1 3 --figure grid.png
@@ -207,9 +207,10 @@ class Evaluate:
         rows = []
         policies = self._settings(policy)
         for i, each in enumerate(policies):
-            if len(policies) > 1:
-                err.print(f"{i + 1} of {len(policies)}")
             row = run.evaluate(each, evaluator, num_episodes=self.num_episodes, seed=self.seed)
+            if len(policies) > 1:
+                setting = f"beta {row['beta']:g}, guidance scale {row['guidance_scale']:g}"
+                err.print(f"{i + 1} of {len(policies)}: {setting}: return {row['return_mean']:.4g}")
             rows.append({"task": config.task, "seed": config.seed, "fingerprint": config.fingerprint, **row})
         evaluator.close()
         if self.figure is not None:

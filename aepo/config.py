@@ -87,8 +87,8 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class BehaviorConfig:
-    """Stage 1, the diffusion behaviour policy [M5]."""
+class StageConfig:
+    """What every stage has."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -99,30 +99,31 @@ class BehaviorConfig:
     num_layers: int
     learning_rate: float = 3e-4
     """Adam, decayed to 0 by a cosine over `steps`."""
+
+    def __post_init__(self) -> None:
+        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
+        _check(self, learning_rate="(0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BehaviorConfig(StageConfig):
+    """Stage 1, the diffusion behaviour policy [M5]."""
+
     ema_decay: float = 0.995
     """Per step, of the weights that sample."""
     variance: VarianceEstimate = "time"
     """Of the posterior [M10]: one table over t, or `learned`, a network of (a_t, s, t) per action dimension."""
 
     def __post_init__(self) -> None:
-        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
-        _check(self, learning_rate="(0, 1]", ema_decay="[0, 1)")
+        StageConfig.__post_init__(self)
+        _check(self, ema_decay="[0, 1)")
         _check_choice(self, variance=VarianceEstimate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class CriticConfig:
+class CriticConfig(StageConfig):
     """Stage 2, twin Q and V: expectile regression [M6, M7] (IQL, arXiv 2110.06169), or [M8]."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    steps: int
-    """Gradient steps."""
-    batch_size: int
-    hidden_size: int
-    num_layers: int
-    learning_rate: float = 3e-4
-    """Adam, decayed to 0 by a cosine over `steps`."""
     expectile: float = 0.7
     """tau of [M6], in (0, 1); 0.5 is the mean, 1 the maximum over the data's actions."""
     discount: float = 0.99
@@ -141,8 +142,8 @@ class CriticConfig:
     """softmax_in_support: inverse temperature of the backup, in units of Q."""
 
     def __post_init__(self) -> None:
-        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
-        _check(self, learning_rate="(0, 1]", expectile="(0, 1)", discount="[0, 1)", target_rate="(0, 1]")
+        StageConfig.__post_init__(self)
+        _check(self, expectile="(0, 1)", discount="[0, 1)", target_rate="(0, 1]")
         _check(
             self,
             backup_steps="[1, 1000]",
@@ -155,18 +156,9 @@ class CriticConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EnergyConfig:
+class EnergyConfig(StageConfig):
     """Stage 3, the intermediate energy [M11, M12]."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    steps: int
-    """Gradient steps."""
-    batch_size: int
-    hidden_size: int
-    num_layers: int
-    learning_rate: float = 3e-4
-    """Adam, decayed to 0 by a cosine over `steps`."""
     ema_decay: float = 0.995
     """Per step, of the weights that guide."""
     target: EnergyTarget = "analytic"
@@ -183,8 +175,8 @@ class EnergyConfig:
     """Largest one."""
 
     def __post_init__(self) -> None:
-        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
-        _check(self, learning_rate="(0, 1]", ema_decay="[0, 1)")
+        StageConfig.__post_init__(self)
+        _check(self, ema_decay="[0, 1)")
         _check(self, num_samples="[2, 1000]", num_support_states="[1, inf)", beta_min="(0, inf)", beta_max="(0, inf)")
         _check_choice(self, target=EnergyTarget, expansion=Expansion)
         if self.beta_min >= self.beta_max:
@@ -216,39 +208,21 @@ def check_beta(energy: EnergyConfig, beta: float) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ActorConfig:
+class ActorConfig(StageConfig):
     """IQL's policy: a Gaussian, cloned with weight exp(advantage) (arXiv 2110.06169)."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    steps: int
-    """Gradient steps."""
-    batch_size: int
-    hidden_size: int
-    num_layers: int
-    learning_rate: float = 3e-4
-    """Adam, decayed to 0 by a cosine over `steps`."""
     inverse_temperature: float = 3.0
     """Factor of Q - V in the exponent, in units of the data set's (scaled) rewards."""
 
     def __post_init__(self) -> None:
-        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
-        _check(self, learning_rate="(0, 1]", inverse_temperature="[0, inf)")
+        StageConfig.__post_init__(self)
+        _check(self, inverse_temperature="[0, inf)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ActorCriticConfig:
-    """TD3+BC, actor and critics together (arXiv 2106.06860)."""
+class ActorCriticConfig(StageConfig):
+    """TD3+BC, actor and critics together (arXiv 2106.06860); `steps` are the critics'."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    steps: int
-    """Gradient steps of the critics."""
-    batch_size: int
-    hidden_size: int
-    num_layers: int
-    learning_rate: float = 3e-4
-    """Adam, of both, decayed to 0 by a cosine over `steps`."""
     discount: float = 0.99
     """gamma, per environment step."""
     target_rate: float = 0.005
@@ -263,12 +237,9 @@ class ActorCriticConfig:
     """Critic steps per actor step."""
 
     def __post_init__(self) -> None:
-        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
-        _check(self, learning_rate="(0, 1]", discount="[0, 1)", target_rate="(0, 1]", q_weight="(0, inf)")
+        StageConfig.__post_init__(self)
+        _check(self, discount="[0, 1)", target_rate="(0, 1]", q_weight="(0, inf)")
         _check(self, policy_noise="[0, inf)", noise_clip="[0, inf)", actor_interval="[1, inf)")
-
-
-StageConfig = BehaviorConfig | CriticConfig | EnergyConfig | ActorConfig | ActorCriticConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

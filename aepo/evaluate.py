@@ -191,4 +191,5 @@ def draw_grid(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> N
     axes.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
     axes.set_title(title, loc="left", fontsize=10)
     figure.colorbar(image, label="normalized score" if measure == "score" else "return")
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})

@@ -25,7 +25,6 @@ from aepo.config import (
     RunConfig,
     SamplingConfig,
     TD3BCConfig,
-    settings,
     with_overrides,
 )
 from aepo.errors import ConfigError
@@ -152,25 +151,23 @@ def preset(name: str, task: Task, seed: int) -> RunConfig:
     Raises:
         ConfigError: for an unknown name.
     """
-    method, _, budget = ("best", "", name) if name in BUDGETS else name.partition("-")
-    if method not in METHODS or (budget or "quick") not in BUDGETS:
+    full = f"best-{name}" if name in BUDGETS else f"{name}-quick" if name in METHODS else name
+    method, _, budget = full.partition("-")
+    if method not in METHODS or budget not in BUDGETS:
         raise ConfigError(
             f"unknown preset {name!r}; known: methods {', '.join(METHODS)}, budgets {', '.join(BUDGETS)}, "
             "or both, as in iql-paper"
         )
-    config = METHODS[method](task, seed, BUDGETS[budget or "quick"])
-    config = dataclasses.replace(config, preset=name)
-    known = settings(config)
-    return with_overrides(config, {key: value for key, value in _of_suite(task.suite, method) if key in known})
+    config = METHODS[method](task, seed, BUDGETS[budget])
+    return with_overrides(dataclasses.replace(config, preset=name), _of_suite(task.suite, method))
 
 
 @cache
-def _of_suite(suite: str, method: str) -> list[tuple[str, str]]:
-    """Return the settings of a suite's method, those of every suite (*) and of every method (*) first."""
+def _of_suite(suite: str, method: str) -> dict[str, str]:
+    """Return the settings of a method: those of every suite (*), and above them the suite's own."""
     rows = list(csv.DictReader(files("aepo").joinpath("settings.csv").read_text().splitlines()))
-    order = [("*", "*"), ("*", method), (suite, "*"), (suite, method)]
-    found = {row["setting"]: row["value"] for key in order for row in rows if (row["suite"], row["method"]) == key}
-    return list(found.items())
+    order = [("*", method), (suite, method)]
+    return {row["setting"]: row["value"] for key in order for row in rows if (row["suite"], row["method"]) == key}
 
 
 def _common(task: Task, seed: int, budget: Budget) -> dict[str, Any]:

@@ -34,7 +34,7 @@ GRID = "grid.png"
 CLONING = "diffusion-bc"
 """Name in tables of a guided method at guidance scale 0."""
 BEST_CLONE = "best-clone"
-"""The same with several candidates, of which the one with the largest Q is taken: a test of the critic."""
+"""The same with several candidates, of which the one with the largest Q is taken."""
 EVALUATION_SEED = 1_000_000
 """Episode i of a run's evaluation is reset with EVALUATION_SEED * (1 + seed) % 2**31 + i: apart from training."""
 

@@ -1,18 +1,20 @@
 """The examination that every stage passes: trains, resumes bit for bit, refuses what is foreign, heeds its config."""
 
 import copy
+import csv
 import dataclasses
 import io
+from importlib.resources import files
 from typing import get_args
 
 import pytest
 import torch
 
-from aepo import checkpoint, pipeline
+from aepo import checkpoint, pipeline, tasks
 from aepo import config as configs
 from aepo.errors import CheckpointError, ConfigError, TrainingError
 from aepo.policy import GuidedPolicy, Policy
-from aepo.presets import METHODS
+from aepo.presets import METHODS, preset
 from tests.conftest import random_transitions
 
 CPU = torch.device("cpu")
@@ -246,6 +248,43 @@ def test_a_setting_that_the_target_lacks_is_refused_but_a_presets_gives_way(tiny
         configs.with_overrides(base, {"energy.target": "mse", "energy.expansion": "posterior_mean"})
     with pytest.raises(ConfigError, match="analytic has no num_samples"):
         configs.with_overrides(base, {"energy.num_samples": 5})
+
+
+def test_every_row_of_the_settings_table_is_heeded():
+    rows = list(csv.DictReader(files("aepo").joinpath("settings.csv").read_text().splitlines()))
+    suites = {task.suite: task for task in tasks.table().values()} | {"user": tasks.for_dataset("a/b-v0")}
+    assert len({(row["suite"], row["method"], row["setting"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert row["suite"] in {"*", *suites}
+        assert row["method"] in METHODS
+        for suite, task in suites.items():
+            own = any((r["suite"], r["method"], r["setting"]) == (suite, row["method"], row["setting"]) for r in rows)
+            if row["suite"] == suite or (row["suite"] == "*" and not own):
+                stage, _, field = row["setting"].partition(".")
+                value = getattr(getattr(preset(row["method"], task, 0), stage), field)
+                assert value == type(value)(row["value"])
+
+
+@pytest.mark.parametrize("method", STAGES_OF)
+def test_an_unknown_key_of_a_stored_config_is_refused(method, tiny_config):
+    values = dataclasses.asdict(tiny_config(method=method))
+    assert configs.from_dict(values) == tiny_config(method=method)
+    for place in (values, *(values[stage] for stage in STAGES_OF[method])):
+        place["unheard_of"] = 1
+        with pytest.raises(ConfigError, match="unheard_of"):
+            configs.from_dict(values)
+        del place["unheard_of"]
+    with pytest.raises(ConfigError, match="method must be one of"):
+        configs.from_dict(values | {"method": "sac"})
+    other = "td3bc" if method != "td3bc" else "iql"
+    with pytest.raises(ConfigError):
+        configs.from_dict(values | {"method": other})
+
+
+@pytest.mark.parametrize("name", ["best-", "-quick", "fast", "iql-fast", "sac-quick", "", "iql-quick-quick"])
+def test_an_unknown_preset_is_refused(name):
+    with pytest.raises(ConfigError, match="unknown preset"):
+        preset(name, tasks.for_dataset("a/b-v0"), 0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_place(tiny_config):

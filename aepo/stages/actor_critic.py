@@ -5,7 +5,6 @@ pi:   max E lambda Q_1(s, pi(s)) - |pi(s) - a|^2 / A,   lambda = alpha / E|Q_1(s
 """
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def start(config: ActorCriticConfig, data: Transitions, generator: torch.Generat
     size = {"hidden_size": config.hidden_size, "num_layers": config.num_layers}
     actor = Actor(data.state_dim, data.action_dim, **size).to(generator.device)
     q = TwinQ(data.state_dim, data.action_dim, **size).to(generator.device)
-    num_actor_steps = math.ceil(config.steps / config.actor_interval)
+    num_actor_steps = max(1, config.steps // config.actor_interval)
     return ActorCriticState(
         actor=actor,
         actor_target=Ema(actor, 1.0 - config.target_rate),
@@ -74,10 +73,11 @@ def train_step(state: ActorCriticState, config: ActorCriticConfig, data: Transit
     batch = data.draw(config.batch_size, state.generator)
     value, metrics = q_loss(state, config, batch)
     state.q_optimizer.step_on(value)
+    state.step += 1
     if state.step % config.actor_interval == 0:
-        value_of_actor, _ = actor_loss(state, config, batch)
+        value_of_actor, metrics_of_actor = actor_loss(state, config, batch)
+        metrics |= {"actor_loss": value_of_actor.detach(), **metrics_of_actor}
         state.actor_optimizer.step_on(value_of_actor)
         state.actor_target.update(state.actor)
         state.q_target.update(state.q)
-    state.step += 1
     return {"loss": value.detach(), **metrics}
