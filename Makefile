@@ -15,7 +15,7 @@ quickstart: install  ## the main job: 2 tasks x 2 seeds, the results table
 	$(BIN)/aepo quickstart
 
 test: install check  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 check: install  ## style, types, who may import whom
 	$(BIN)/ruff check .

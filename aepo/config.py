@@ -23,7 +23,15 @@ Method = Literal["aepo", "aepo-analytic", "qgpo", "iql", "td3bc"]
 Expansion = Literal["posterior_mean", "data_action"]
 """Where Q is expanded in [M11]."""
 
-EnergyTarget = Literal["analytic", "analytic_second_order", "monte_carlo", "mse", "log_expectation", "contrastive"]
+EnergyTarget = Literal[
+    "analytic",
+    "analytic_second_order",
+    "monte_carlo",
+    "mse",
+    "log_expectation",
+    "weighted_denoising",
+    "contrastive",
+]
 """What the energy network learns; aepo/stages/targets.py says how they differ."""
 POLYNOMIAL_TARGETS = ("analytic", "mse")
 """Polynomials in beta: two heads, any beta after training. The others take beta, within the range trained."""

@@ -57,7 +57,7 @@ BUDGETS = {
     ),
     # minutes on one core: enough to see the method work on small tasks
     "quick": Budget(
-        behavior=BehaviorConfig(steps=5000, batch_size=256, learning_rate=1e-3, hidden_size=256, num_layers=3),
+        behavior=BehaviorConfig(steps=5000, batch_size=1024, learning_rate=1e-3, hidden_size=256, num_layers=3),
         critic=CriticConfig(
             steps=6000,
             batch_size=256,

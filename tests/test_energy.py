@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aepo.diffusion.schedule import alpha_sigma
 from aepo.stages import behavior, critic, energy, targets
 from aepo.stages.behavior import BehaviorState
 from aepo.stages.critic import CriticState
@@ -145,6 +146,51 @@ def test_an_outlier_moves_log_expectation_along_a_line():
     ]
     slope = np.exp(targets.MAX_EXPONENT)
     assert np.diff(losses) == pytest.approx([slope, slope])
+
+
+class Slope:
+    """Stands for a network: E = h.a_t, so that its gradient is A free numbers."""
+
+    def __init__(self, action_dim):
+        self.slope_A = torch.zeros(action_dim, dtype=torch.float64, requires_grad=True)
+
+    def __call__(self, a_t, states, t, beta):
+        return a_t @ self.slope_A
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_the_minimiser_of_weighted_denoising_is_the_gradient_of_the_log_expectation(beta):
+    """Mu has atoms a_k; its posterior at a_t, E_t = log sum_k p_k exp(beta q_k) and grad E_t are sums [M3]."""
+    generator = torch.Generator().manual_seed(0)
+    atoms_KA = 2 * torch.rand(6, 2, generator=generator, dtype=torch.float64) - 1
+    q_K = torch.randn(6, generator=generator, dtype=torch.float64)
+    a_t_A, t_B = torch.tensor([0.2, -0.1], dtype=torch.float64), torch.full((6,), 0.3, dtype=torch.float64)
+    alpha, sigma = (float(x[0]) for x in alpha_sigma(t_B))
+
+    def log_likelihood_K(a_t_A):
+        return -(a_t_A - alpha * atoms_KA).square().sum(dim=1) / (2 * sigma**2)
+
+    prior_K = -log_likelihood_K(a_t_A)  # of which the posterior at this a_t is uniform: one sample of each atom
+
+    def exact_energy(a_t_A):
+        posterior_K = (prior_K + log_likelihood_K(a_t_A)).log_softmax(dim=0)
+        return torch.logsumexp(posterior_K + beta * q_K, dim=0)
+
+    exact_A = torch.autograd.functional.jacobian(exact_energy, a_t_A)
+    mean_KA = atoms_KA.mean(dim=0).expand(6, 2)
+    a_t_KA, zeros = a_t_A.expand(6, 2), torch.zeros(6, 1, dtype=torch.float64)
+    x = targets.Noised(zeros, atoms_KA, t_B, a_t_KA, mean_KA, mean_KA, mean_KA, torch.full_like(t_B, beta))
+    net = Slope(2)
+    optimizer = torch.optim.LBFGS([net.slope_A], line_search_fn="strong_wolfe", max_iter=100, tolerance_grad=1e-12)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = targets.weighted_denoising(net, lambda s, a: q_K, x)[0]
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(net.slope_A.detach(), exact_A, rtol=1e-5, atol=1e-6)
 
 
 def test_the_minimiser_of_the_contrastive_loss_is_beta_q_up_to_a_constant():

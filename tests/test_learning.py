@@ -42,25 +42,35 @@ def bandit(num=20_000):
     )
 
 
-@pytest.mark.parametrize("expansion", ["posterior_mean", "data_action"])
-def test_guidance_finds_the_best_action_and_cloning_does_not(expansion):
+@pytest.mark.parametrize(
+    ("target", "beta", "scale"),
+    [
+        ("analytic/posterior_mean", 1.0, 10.0),
+        ("analytic/data_action", 1.0, 10.0),
+        ("log_expectation", 3.0, 3.0),
+        ("weighted_denoising", 3.0, 3.0),
+    ],
+)
+def test_guidance_finds_the_best_action_and_cloning_does_not(target, beta, scale):
     size = {"steps": 1500, "batch_size": 256, "hidden_size": 64, "num_layers": 2, "learning_rate": 2e-3}
     base = preset("smoke", tasks.for_dataset("bandit"), 0)
     overrides = {f"{stage}.{key}": value for stage in base.stages for key, value in size.items()}
-    config = configs.with_overrides(
-        base,
-        {**overrides, "energy.expansion": expansion, "critic.expectile": 0.5, "sampling.temperature": 1.0},
-    )
+    overrides |= {"energy.target": target.partition("/")[0], "critic.expectile": 0.5, "critic.backup_steps": 1}
+    if "/" not in target:  # they learn every beta at once
+        overrides |= {"energy.steps": 4000, "energy.batch_size": 512}
+    else:
+        overrides["energy.expansion"] = target.partition("/")[2]
+    config = configs.with_overrides(base, overrides | {"sampling.temperature": 1.0})
     data = bandit()
     *_, last = pipeline.train(config, data, device=torch.device("cpu"))
     policy = Policy.from_state(config, last.state, data.spaces)
     states = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1))
 
     def mean_reward(guidance_scale):
-        sampling = dataclasses.replace(config.sampling, beta=1.0, guidance_scale=guidance_scale, num_steps=15)
+        sampling = dataclasses.replace(config.sampling, beta=beta, guidance_scale=guidance_scale, num_steps=15)
         actions = policy.with_sampling(sampling).act(states, torch.Generator().manual_seed(2))
         return float(1 - np.square(actions - best_action(states).numpy()).sum(1).mean())
 
     uniform = float(1 - 2 / 3 - best_action(states).square().sum(1).mean())  # exact for uniform actions
     assert mean_reward(0.0) == pytest.approx(uniform, abs=0.1)
-    assert mean_reward(10.0) > 1 - (1 - uniform) / 3, "two thirds of the way to the optimum, which is 1"
+    assert mean_reward(scale) > 1 - (1 - uniform) / 3, "two thirds of the way to the optimum, which is 1"

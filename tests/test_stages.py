@@ -169,14 +169,20 @@ OTHER = {
 
 @pytest.mark.parametrize(
     ("method", "stage"),
-    [("best", "behavior"), ("best", "critic"), ("best", "energy"), ("iql", "actor"), ("td3bc", "actor_critic")],
+    [
+        ("analytic", "behavior"),
+        ("analytic", "critic"),
+        ("analytic", "energy"),
+        ("iql", "actor"),
+        ("td3bc", "actor_critic"),
+    ],
 )
 def test_every_setting_of_a_stage_is_heeded(method, stage, tiny_config, transitions):
     base = tiny_config(method=method)
     fields = {field.name for field in dataclasses.fields(getattr(base, stage))}
     assert set(OTHER[stage]) == fields, "a new setting wants a line here"
     before = finish(base, transitions)
-    other = tiny_config(method="qgpo") if method == "best" else base
+    other = tiny_config(method="qgpo") if method == "analytic" else base
     before_other = finish(other, transitions)
     for name, value in OTHER[stage].items():
         of_other = name in ("num_samples", "num_support_states", "beta_min", "beta_max", "backup_beta")
@@ -241,7 +247,7 @@ def test_a_beta_that_was_not_trained_is_refused(target, tiny_config, transitions
 
 
 def test_a_setting_that_the_target_lacks_is_refused_but_a_presets_gives_way(tiny_config):
-    base = tiny_config(energy__expansion="posterior_mean")
+    base = tiny_config(method="analytic", energy__expansion="posterior_mean")
     changed = configs.with_overrides(base, {"energy.target": "mse"})
     assert changed.energy.expansion == "data_action"
     with pytest.raises(ConfigError, match="mse has no expansion"):

@@ -167,6 +167,7 @@ def loss(
         "analytic_second_order": targets.analytic_second_order,
         "mse": targets.mse,
         "log_expectation": targets.log_expectation,
+        "weighted_denoising": targets.weighted_denoising,
     }[config.target]
     return target(state.net, value, x)
 

@@ -1,10 +1,11 @@
-"""What the energy network learns: six ways to E_t(s, a_t) = log E[exp(beta Q(s, a_0)) | a_t, s]  [M3].
+"""What the energy network learns: seven ways to E_t(s, a_t) = log E[exp(beta Q(s, a_0)) | a_t, s]  [M3].
 
     analytic               [M11], [M12]   the paper's: first order in Q, Gaussian posterior; exact for a linear Q
     analytic_second_order                 the same with Q's Hessian; exact for a quadratic Q
     monte_carlo                           log-mean-exp over draws from the Gaussian posterior
     mse                                   E[beta Q(s, a_0)]: QGPO's ablation (arXiv 2304.12824); below [M3] by Jensen
     log_expectation        [M14]          exact in the limit, data actions only
+    weighted_denoising     [M15]          its gradient: exact in the limit, data actions only
     contrastive                           QGPO's CEP: exact in the limit up to a constant per (s, t), support actions
 
 Each is a function of one noised batch and the network that returns (loss, metrics). Those that are polynomials
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from aepo.diffusion.schedule import alpha_sigma
+
 if TYPE_CHECKING:
     from aepo.stages.energy import EnergyNet
 
@@ -28,6 +31,8 @@ Outcome = tuple[Tensor, dict[str, Tensor]]
 
 MAX_EXPONENT = 5.0
 """Of [M14]: above it exp is continued by its tangent, so that one outlier does not own the step."""
+MAX_WEIGHT = 100.0
+"""Of [M15], as of IQL's advantages: one outlier does not own the step."""
 MIN_PIVOT = 0.1
 """Second order is used where every eigenvalue of I - beta Sigma H is at least this."""
 
@@ -100,6 +105,29 @@ def log_expectation(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
     exp_B = torch.where(gap_B < MAX_EXPONENT, gap_B.clamp(max=MAX_EXPONENT).exp(), tangent_B)
     loss = ((exp_B + energy_B) / x.beta_B.square()).mean()
     return loss, {"energy": energy_B.detach().mean(), "clamped_share": (gap_B.detach() > MAX_EXPONENT).float().mean()}
+
+
+def weighted_denoising(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
+    """Return E[w |a_0 - m_t - sigma_t^2 / alpha_t grad E|^2] / A over E[w], w = exp(beta Q(s, a_0))  [M15].
+
+    Least where m_t + sigma_t^2 / alpha_t grad E is the guided policy's own posterior mean E[w a_0 | a_t] / E[w | a_t],
+    that is, where grad E is the gradient of [M3]. The network is fitted through its gradient, all that guidance uses,
+    and learns from A numbers per sample instead of one; E itself is known up to a constant per (s, t, beta).
+    """
+    with torch.no_grad():
+        weight_B = (x.beta_B * value(x.states_BS, x.actions_BA)).exp().clamp(max=MAX_WEIGHT)
+    alpha_B, sigma_B = alpha_sigma(x.t_B)
+    a_t_BA = x.a_t_BA.detach().requires_grad_()
+    energy_B = net(a_t_BA, x.states_BS, x.t_B, x.beta_B)
+    (slope_BA,) = torch.autograd.grad(energy_B.sum(), a_t_BA, create_graph=True)
+    guided_BA = x.mean_BA + (sigma_B.square() / alpha_B)[:, None] * slope_BA
+    error_B = (x.actions_BA - guided_BA).square().mean(dim=1)
+    loss = (weight_B * error_B).sum() / weight_B.sum()
+    effective = weight_B.sum().square() / weight_B.square().sum()
+    return loss, {
+        "effective_share": effective / len(weight_B),
+        "clamped_share": (weight_B == MAX_WEIGHT).float().mean(),
+    }
 
 
 def contrastive(
