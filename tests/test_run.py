@@ -56,6 +56,29 @@ def test_a_heat_map_of_beta_and_guidance_scale_ends_a_run(make_dataset, tiny_con
     assert (tmp_path / run.GRID).read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_setting_of_the_evaluation_is_heeded(make_dataset, tiny_config, tmp_path):
+    """Each changes how often, how long or with what the policy is rolled out, and so the result."""
+    base = {
+        "num_episodes": 2, "num_curve_points": 1, "num_curve_episodes": 1, "horizon": 5, "num_grid_episodes": 1,
+        "grid_beta": "1", "grid_guidance_scale": "2",
+    }  # fmt: skip
+    other = base | {
+        "num_episodes": 3, "num_curve_points": 2, "num_curve_episodes": 2, "horizon": 6, "num_grid_episodes": 2,
+        "grid_beta": "3", "grid_guidance_scale": "1",
+    }  # fmt: skip
+    dataset = make_dataset()
+
+    def measure(settings):
+        config = tiny_config(dataset, **{f"evaluation__{key}": value for key, value in settings.items()})
+        assert set(settings) == {field.name for field in dataclasses.fields(config.evaluation)}
+        result = execute(config, tmp_path / config.name)
+        return {key: result[key] for key in ("evaluations", "curve", "grid")}
+
+    before = measure(base)
+    for name, value in other.items():
+        assert measure(base | {name: value}) != before, name
+
+
 @pytest.mark.parametrize("method", ["iql", "td3bc"])
 def test_a_baselines_run_ends_like_any_other(method, make_dataset, tiny_config, tmp_path):
     config = tiny_config(

@@ -7,6 +7,7 @@ import io
 from importlib.resources import files
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -217,6 +218,46 @@ def test_every_target_trains_resumes_bit_for_bit_and_guides(target, variance, ti
     assert all(actions.abs().max() <= 1 for actions in drawn)
     assert not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[1], drawn[2])
+
+
+@pytest.mark.parametrize("learner", get_args(configs.CriticLearner))
+@pytest.mark.parametrize("variance", get_args(configs.VarianceEstimate))
+@pytest.mark.parametrize("expansion", get_args(configs.Expansion))
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_combination_of_choices_trains_or_is_refused(
+    target, expansion, variance, learner, tiny_config, transitions
+):
+    choices = {
+        "energy__target": target,
+        "energy__expansion": expansion,
+        "behavior__variance": variance,
+        "critic__learner": learner,
+    }
+    few = {f"{stage}__steps": 2 for stage in STAGES_OF["best"]}
+    default = expansion == next(f.default for f in dataclasses.fields(configs.EnergyConfig) if f.name == "expansion")
+    if target.startswith("analytic") or default:
+        *_, last = pipeline.train(tiny_config(**choices, **few), transitions, device=CPU)
+        assert (last.stage, last.step) == ("energy", 2)
+        assert all(np.isfinite(value) for value in last.metrics.values())
+    else:
+        with pytest.raises(ConfigError, match=f"{target} has no expansion"):
+            tiny_config(**choices, **few)
+
+
+def test_every_setting_of_sampling_changes_the_actions(tiny_config, transitions):
+    config = tiny_config(sampling__temperature=0.5)
+    *_, last = pipeline.train(config, transitions, device=CPU)
+    policy = Policy.from_state(config, last.state, transitions.spaces)
+    states = torch.randn(64, transitions.state_dim, generator=torch.Generator().manual_seed(0))
+
+    def act(**changes):
+        changed = policy.with_sampling(dataclasses.replace(config.sampling, **changes))
+        return changed.sample(states, torch.Generator().manual_seed(1))
+
+    other = {"beta": 3.0, "guidance_scale": 0.5, "num_steps": 4, "temperature": 1.0, "num_candidates": 2}
+    assert set(other) == {field.name for field in dataclasses.fields(config.sampling)}, "a new setting wants a value"
+    for name, value in other.items():
+        assert not torch.equal(act(**{name: value}), act()), name
 
 
 @pytest.mark.parametrize("method", STAGES_OF)
