@@ -119,11 +119,10 @@ class Table:
         return self.energy.detach()
 
 
-def noised(actions_BA, beta, *, variance=0.1):
+def noised(actions_BA, beta):
     zeros = torch.zeros_like(actions_BA)
     t_B = torch.full((len(actions_BA),), 0.5, dtype=actions_BA.dtype)
-    beta_B = torch.full_like(t_B, beta)
-    return targets.Noised(zeros, actions_BA, t_B, zeros, zeros + 0.2, zeros + variance, actions_BA, beta_B)
+    return targets.Noised(zeros, actions_BA, t_B, zeros, torch.full_like(t_B, beta))
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
@@ -179,13 +178,14 @@ def test_the_minimiser_of_weighted_denoising_is_the_gradient_of_the_log_expectat
     exact_A = torch.autograd.functional.jacobian(exact_energy, a_t_A)
     mean_KA = atoms_KA.mean(dim=0).expand(6, 2)
     a_t_KA, zeros = a_t_A.expand(6, 2), torch.zeros(6, 1, dtype=torch.float64)
-    x = targets.Noised(zeros, atoms_KA, t_B, a_t_KA, mean_KA, mean_KA, mean_KA, torch.full_like(t_B, beta))
+    x = targets.Noised(zeros, atoms_KA, t_B, a_t_KA, torch.full_like(t_B, beta))
+    origin = targets.Posterior(mean_KA, mean_KA, mean_KA)
     net = Slope(2)
     optimizer = torch.optim.LBFGS([net.slope_A], line_search_fn="strong_wolfe", max_iter=100, tolerance_grad=1e-12)
 
     def closure():
         optimizer.zero_grad()
-        loss = targets.weighted_denoising(net, lambda s, a: q_K, x)[0]
+        loss = targets.weighted_denoising(net, lambda s, a: q_K, x, origin)[0]
         loss.backward()
         return loss
 
@@ -210,8 +210,10 @@ def test_monte_carlo_tends_to_the_gaussian_integral():
     actions_BA = torch.zeros(1, 1, dtype=torch.float64)
     draws = torch.randn(200_000, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     net, beta = Table(1), 2.0
-    x = noised(actions_BA, beta, variance=0.01)  # six deviations inside [-1, 1]: clipping does nothing
-    got = net.minimise(lambda: targets.monte_carlo(net, linear(0.3, torch.tensor([0.8]).double()), x, draws)[0])
+    x, value = noised(actions_BA, beta), linear(0.3, torch.tensor([0.8]).double())
+    # six deviations inside [-1, 1]: clipping does nothing
+    origin = targets.Posterior(actions_BA + 0.2, actions_BA + 0.01, actions_BA)
+    got = net.minimise(lambda: targets.monte_carlo(net, value, x, origin, draws)[0])
     assert got.item() == pytest.approx(beta * (0.3 + 0.8 * 0.2) + 0.5 * beta**2 * 0.01 * 0.8**2, abs=1e-3)
 
 

@@ -22,7 +22,7 @@ from aepo.stages import targets
 from aepo.stages.behavior import BehaviorState, sample_support
 from aepo.stages.critic import CriticState
 from aepo.stages.optim import Adam, Ema
-from aepo.stages.targets import Noised, Value
+from aepo.stages.targets import Noised, Posterior, Value
 
 NUM_VARIANCE_TIMES = 64
 NUM_VARIANCE_SAMPLES = 4096
@@ -157,19 +157,22 @@ def loss(
     """Return the loss of the config's target on a new batch, a scalar, and metrics."""
     if config.target == "contrastive":
         return _contrastive(state, config, data, value)
-    x = _noised(state, config, data.draw(config.batch_size, state.generator), behavior)
+    x = _noised(state, config, data.draw(config.batch_size, state.generator))
+    if config.target == "mse":
+        return targets.mse(state.net, value, x)
+    if config.target == "log_expectation":
+        return targets.log_expectation(state.net, value, x)
+    origin = _posterior(state, config, x, behavior)
     if config.target == "monte_carlo":
-        shape = (config.num_samples, *x.mean_BA.shape)
+        shape = (config.num_samples, *x.actions_BA.shape)
         draws_KBA = torch.randn(shape, generator=state.generator, device=x.t_B.device)
-        return targets.monte_carlo(state.net, value, x, draws_KBA)
+        return targets.monte_carlo(state.net, value, x, origin, draws_KBA)
     target = {
         "analytic": targets.analytic,
         "analytic_second_order": targets.analytic_second_order,
-        "mse": targets.mse,
-        "log_expectation": targets.log_expectation,
         "weighted_denoising": targets.weighted_denoising,
     }[config.target]
-    return target(state.net, value, x)
+    return target(state.net, value, x, origin)
 
 
 def train_step(
@@ -183,26 +186,27 @@ def train_step(
     return {"loss": value_of_loss.detach(), **metrics}
 
 
-def _noised(state: EnergyState, config: EnergyConfig, batch: Batch, behavior: BehaviorState) -> Noised:
+def _noised(state: EnergyState, config: EnergyConfig, batch: Batch) -> Noised:
     generator = state.generator
     t_B = draw_times(len(batch.actions_BA), generator)
-    a_t_BA = _add_noise(batch.actions_BA, t_B, generator)
-    with torch.no_grad():
-        mean_BA = posterior.posterior_mean(a_t_BA, behavior.ema(a_t_BA, batch.states_BS, t_B), t_B)
-        if behavior.has_variance:
-            variance_BA = behavior.variance(a_t_BA, batch.states_BS, t_B)
-        else:
-            variance_BA = posterior.interpolate_variance(state.variance_K, t_B)[:, None].expand_as(mean_BA)
     return Noised(
         states_BS=batch.states_BS,
         actions_BA=batch.actions_BA,
         t_B=t_B,
-        a_t_BA=a_t_BA,
-        mean_BA=mean_BA,
-        variance_BA=variance_BA,
-        point_BA={"posterior_mean": mean_BA, "data_action": batch.actions_BA}[config.expansion],
+        a_t_BA=_add_noise(batch.actions_BA, t_B, generator),
         beta_B=torch.ones_like(t_B) if not state.net.takes_beta else _draw_betas(config, len(t_B), generator),
     )
+
+
+@torch.no_grad()
+def _posterior(state: EnergyState, config: EnergyConfig, x: Noised, behavior: BehaviorState) -> Posterior:
+    mean_BA = posterior.posterior_mean(x.a_t_BA, behavior.ema(x.a_t_BA, x.states_BS, x.t_B), x.t_B)
+    if behavior.has_variance:
+        variance_BA = behavior.variance(x.a_t_BA, x.states_BS, x.t_B)
+    else:
+        variance_BA = posterior.interpolate_variance(state.variance_K, x.t_B)[:, None].expand_as(mean_BA)
+    point_BA = {"posterior_mean": mean_BA, "data_action": x.actions_BA}[config.expansion]
+    return Posterior(mean_BA, variance_BA, point_BA)
 
 
 def _contrastive(state: EnergyState, config: EnergyConfig, data: Transitions, value: Value) -> targets.Outcome:

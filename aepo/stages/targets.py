@@ -8,8 +8,9 @@
     weighted_denoising     [M15]          its gradient: exact in the limit, data actions only
     contrastive                           QGPO's CEP: exact in the limit up to a constant per (s, t), support actions
 
-Each is a function of one noised batch and the network that returns (loss, metrics). Those that are polynomials
-in beta train two heads, the others a network that takes beta, drawn anew for every sample.
+Each is a function of one noised batch and the network that returns (loss, metrics); some ask the behaviour model for
+the posterior. Those that are polynomials in beta train two heads, the others a network that takes beta, drawn anew
+for every sample.
 """
 
 import math
@@ -38,26 +39,31 @@ MIN_PIVOT = 0.1
 
 
 class Noised(NamedTuple):
-    """Data actions, noised, and what the behaviour model says of where each came from."""
+    """Data actions, noised."""
 
     states_BS: Tensor
     actions_BA: Tensor
     """a_0."""
     t_B: Tensor
     a_t_BA: Tensor
-    mean_BA: Tensor
-    """m_t  [M9]."""
-    variance_BA: Tensor
-    """Diagonal of the posterior's covariance  [M10]."""
-    point_BA: Tensor
-    """c of [M11]."""
     beta_B: Tensor
     """Inverse temperature at which the network is trained on this sample; unused by polynomials in beta."""
 
 
-def analytic(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
+class Posterior(NamedTuple):
+    """What the behaviour model says of where each a_t came from."""
+
+    mean_BA: Tensor
+    """m_t  [M9]."""
+    variance_BA: Tensor
+    """Diagonal of the covariance  [M10]."""
+    point_BA: Tensor
+    """c of [M11]."""
+
+
+def analytic(net: "EnergyNet", value: Value, x: Noised, origin: Posterior) -> Outcome:
     """Return the squared error of both heads  [M12]."""
-    return _fit_heads(net, x, *first_order(value, x.states_BS, x.point_BA, x.mean_BA, x.variance_BA))
+    return _fit_heads(net, x, *first_order(value, x.states_BS, origin.point_BA, origin.mean_BA, origin.variance_BA))
 
 
 def mse(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
@@ -67,23 +73,24 @@ def mse(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
     return _fit_heads(net, x, q_B, torch.zeros_like(q_B))
 
 
-def analytic_second_order(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
+def analytic_second_order(net: "EnergyNet", value: Value, x: Noised, origin: Posterior) -> Outcome:
     """Return the squared error of E / beta to the second-order closed form, and how often it was refused."""
-    target_B, used_B = second_order(value, x.states_BS, x.point_BA, x.mean_BA, x.variance_BA, x.beta_B)
+    target_B, used_B = second_order(value, x.states_BS, origin.point_BA, origin.mean_BA, origin.variance_BA, x.beta_B)
     loss, metrics = _fit_energy(net, x, target_B)
     return loss, metrics | {"first_order_share": 1.0 - used_B.float().mean()}
 
 
-def monte_carlo(net: "EnergyNet", value: Value, x: Noised, draws_KBA: Tensor) -> Outcome:
+def monte_carlo(net: "EnergyNet", value: Value, x: Noised, origin: Posterior, draws_KBA: Tensor) -> Outcome:
     """Return the squared error of E / beta to log-mean-exp of beta Q over draws from N(m_t, v_t), clipped to [-1, 1].
 
     Args:
         net: the energy network.
         value: scaled Q.
         x: the batch.
+        origin: its posterior.
         draws_KBA: standard normal draws.
     """
-    actions_KBA = (x.mean_BA + x.variance_BA.sqrt() * draws_KBA).clamp(-1.0, 1.0)
+    actions_KBA = (origin.mean_BA + origin.variance_BA.sqrt() * draws_KBA).clamp(-1.0, 1.0)
     states_KBS = x.states_BS.expand(len(draws_KBA), -1, -1)
     with torch.no_grad():
         q_KB = value(states_KBS.flatten(0, 1), actions_KBA.flatten(0, 1)).view(len(draws_KBA), -1)
@@ -107,7 +114,7 @@ def log_expectation(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
     return loss, {"energy": energy_B.detach().mean(), "clamped_share": (gap_B.detach() > MAX_EXPONENT).float().mean()}
 
 
-def weighted_denoising(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
+def weighted_denoising(net: "EnergyNet", value: Value, x: Noised, origin: Posterior) -> Outcome:
     """Return E[w |a_0 - m_t - sigma_t^2 / alpha_t grad E|^2] / A over E[w], w = exp(beta Q(s, a_0))  [M15].
 
     Least where m_t + sigma_t^2 / alpha_t grad E is the guided policy's own posterior mean E[w a_0 | a_t] / E[w | a_t],
@@ -120,7 +127,7 @@ def weighted_denoising(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
     a_t_BA = x.a_t_BA.detach().requires_grad_()
     energy_B = net(a_t_BA, x.states_BS, x.t_B, x.beta_B)
     (slope_BA,) = torch.autograd.grad(energy_B.sum(), a_t_BA, create_graph=True)
-    guided_BA = x.mean_BA + (sigma_B.square() / alpha_B)[:, None] * slope_BA
+    guided_BA = origin.mean_BA + (sigma_B.square() / alpha_B)[:, None] * slope_BA
     error_B = (x.actions_BA - guided_BA).square().mean(dim=1)
     loss = (weight_B * error_B).sum() / weight_B.sum()
     effective = weight_B.sum().square() / weight_B.square().sum()
