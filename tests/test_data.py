@@ -82,21 +82,6 @@ def test_no_cache_is_a_warning_and_not_the_end(make_dataset, monkeypatch, capsys
     assert "no cache" in capsys.readouterr().err
 
 
-def spoil(key, value):
-    def edit(arrays):
-        arrays[key] = arrays[key].astype(np.float64)
-        arrays[key][3] = value
-
-    return edit
-
-
-@pytest.mark.parametrize(("key", "value"), [("rewards", np.nan), ("rewards", np.inf)])
-def test_a_value_that_is_not_finite_is_refused_with_its_episode(key, value, make_dataset):
-    dataset_id = make_dataset(edit=spoil(key, value))
-    with pytest.raises(DataError, match=f"{dataset_id} episode 2 holds a value that is not finite"):
-        load_transitions(dataset_id)
-
-
 def test_a_missing_data_set_says_what_to_do():
     with pytest.raises(DataError, match="minari download no/such-v0"):
         load_transitions("no/such-v0")

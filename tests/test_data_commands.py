@@ -54,14 +54,14 @@ def test_the_commands_are_known_before_torch_or_mujoco_are_loaded():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["collect", "list", "show"])
+@pytest.mark.parametrize("command", ["collect", "list", "show", "stats", "verify"])
 def test_help_has_an_example_that_the_parser_takes(command, capsys, monkeypatch):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
     examples = [line.split() for line in out.splitlines() if line.startswith("  aepo data ")]
     assert examples
     called = []
-    for name in ("Collect", "List", "Show"):
+    for name in ("Collect", "List", "Show", "Stats", "Verify"):
         monkeypatch.setattr(f"aepo.data.commands.{name}.run", lambda self: called.append(self) or 0)
     for words in examples:
         assert run(capsys, *words[2:])[0] == 0
@@ -144,3 +144,19 @@ def test_what_goes_wrong_is_said_on_standard_error_with_its_status(words, status
     assert got == status
     assert out == ""
     assert message in " ".join(err.split())
+
+
+def test_stats_are_those_of_the_episodes(capsys, tmp_path):
+    returns = [1.0, -2.0, 4.0, 4.0, 10.0]
+    store("tests/own/set-v0", returns, steps=4)
+    status, out, _ = run(capsys, "stats", "tests/own/set-v0", "--json", "--figure", str(tmp_path / "a" / "b.png"))
+    facts = json.loads(out)
+    assert status == 0
+    assert (facts["num_episodes"], facts["num_steps"], facts["state_dim"], facts["action_dim"]) == (5, 20, 3, 3)
+    assert facts["return_mean"] == pytest.approx(np.mean(returns))
+    assert facts["return_std"] == pytest.approx(np.std(returns))
+    assert [facts[f"return_{key}"] for key in ("min", "q25", "median", "q75", "max")] == [-2, 1, 4, 4, 10]
+    assert facts["length_min"] == facts["length_max"] == 4
+    assert (facts["terminated_percent"], facts["action_at_bound_percent"]) == (0, 0)
+    assert facts["nonzero_reward_percent"] == pytest.approx(25)
+    assert (tmp_path / "a" / "b.png").read_bytes().startswith(b"\x89PNG")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import warnings
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import tyro
@@ -121,10 +122,75 @@ class Show:
         return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Print how a data set's episodes are distributed: returns, lengths, how they end.
+
+    For example:
+      aepo data stats maze2d-umaze --figure umaze.png
+      aepo data stats mujoco/hopper/medium-v0 --json
+    """
+
+    name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="ID_OR_TASK")]]
+    """Name of a task, or id of a local Minari data set."""
+    figure: Path | None = None
+    """Write histograms of returns and lengths as PNG."""
+    json: bool = False
+    """Print one JSON document on standard output and nothing else."""
+
+    def run(self) -> int:
+        """Read, count and print; return the exit status."""
+        from aepo.data.stats import draw, summarise
+        from aepo.data.transitions import load_transitions
+
+        task = tasks.for_dataset(_dataset_id(self.name))
+        data = load_transitions(task.dataset, observation_keys=task.observation_keys)
+        _emit(task.dataset, {"dataset": task.dataset, **summarise(data)}, as_json=self.json)
+        if self.figure is not None:
+            draw(data, self.figure, title=task.dataset)
+            err.print(f"histograms: {self.figure}", soft_wrap=True)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Read a whole data set and say what is wrong with it: each episode, the counts, the references, the environment.
+
+    Training refuses the same things, at the first one; here all are listed. Exit status 3 if there is any.
+
+    For example:
+      aepo data verify maze2d-umaze
+      aepo data verify mujoco/hopper/medium-v0 --json
+    """
+
+    name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="ID_OR_TASK")]]
+    """Name of a task, or id of a local Minari data set."""
+    json: bool = False
+    """Print one JSON document on standard output and nothing else."""
+
+    def run(self) -> int:
+        """Read, check and print; return the exit status."""
+        from aepo.data.verify import verify
+
+        facts, problems = verify(_dataset_id(self.name))
+        if self.json:
+            emit_json({**facts, "problems": problems})
+        else:
+            _emit(facts["dataset"], facts, as_json=False)
+            for problem in problems:
+                err.print(problem, markup=False, soft_wrap=True)
+        if problems:
+            raise DataError(f"{facts['dataset']} has {len(problems)} problems; the first: {problems[0]}")
+        err.print("no problem found")
+        return 0
+
+
 DATA: TypeAlias = (
     Annotated[Collect, tyro.conf.subcommand("collect")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Stats, tyro.conf.subcommand("stats")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
 )
 """What `aepo data` parses."""
 

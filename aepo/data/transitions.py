@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aepo.console import err
+from aepo.data.episodes import DAMAGE, data_file, find_problems, one_line, read_episodes
 from aepo.errors import DataError, ResourceError
 
 CACHE_FORMAT = 2
@@ -142,13 +143,13 @@ def load_transitions(
         ResourceError: if it does not fit into memory.
     """
     dataset = open_dataset(dataset_id)
-    low_A, high_A = _action_bounds(dataset)
+    low_A, high_A = action_bounds(dataset)
     path = Path(dataset.storage.data_path)
     stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.iterdir())]
     key = hashlib.sha256(json.dumps([CACHE_FORMAT, str(path), stamp, observation_keys]).encode()).hexdigest()
     cache = cache_folder() / f"{key[:24]}.safetensors"
     if not (found := _read_cache(cache)):
-        decoded = _decode(dataset, observation_keys, len(low_A))
+        decoded = _decode(dataset, observation_keys, low_A, high_A)
         _write_cache(cache, *decoded)
         found = _read_cache(cache) or decoded
     rows_ND, ends_E, facts = found
@@ -188,13 +189,13 @@ def open_dataset(dataset_id: str) -> Any:
     folder = get_dataset_path("")
     try:
         return minari.load_dataset(dataset_id)
-    except (FileNotFoundError, ValueError, KeyError, OSError) as error:
+    except DAMAGE as error:
         task = next((row for row in table().values() if row.dataset == dataset_id), None)
         if task and task.source == "collected":
             remedy = f"make it: aepo data collect {task.task}"
         else:
             remedy = f"`minari download {dataset_id}`, or put it there, or set MINARI_DATASETS_PATH to its library"
-        raise DataError(f"data set {dataset_id!r} cannot be read in {folder} ({_one_line(error)}); {remedy}") from error
+        raise DataError(f"data set {dataset_id!r} cannot be read in {folder} ({one_line(error)}); {remedy}") from error
 
 
 def cache_folder() -> Path:
@@ -204,7 +205,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aepo"
 
 
-def _action_bounds(dataset: Any) -> tuple[Tensor, Tensor]:
+def action_bounds(dataset: Any) -> tuple[Tensor, Tensor]:
+    """Return the lower and upper bounds of a data set's action space, each [A].
+
+    Raises:
+        DataError: if it is no Box of one axis with finite bounds.
+    """
     space = dataset.action_space
     if type(space).__name__ != "Box" or len(space.shape) != 1:
         raise DataError(f"{dataset.id}: actions must be a Box of one axis, got {space}")
@@ -221,14 +227,16 @@ def _reward_map(rule: str, return_min: float, return_max: float) -> tuple[float,
     return {"raw": (0.0, 1.0), "minus_one": (1.0, 1.0)}[rule]
 
 
-def _decode(dataset: Any, keys: tuple[str, ...], action_dim: int) -> tuple[Tensor, Tensor, dict[str, str]]:
-    num_steps = int(dataset.total_steps)
+def _decode(
+    dataset: Any, keys: tuple[str, ...], action_low_A: Tensor, action_high_A: Tensor
+) -> tuple[Tensor, Tensor, dict[str, str]]:
+    num_steps, action_dim = int(dataset.total_steps), len(action_low_A)
     if num_steps < 1:
         raise DataError(f"{dataset.id} holds no transition")
     rows: NDArray[np.float32] | None = None
     end, ends, returns = 0, [], []
     episodes = track(
-        dataset.iterate_episodes(),
+        read_episodes(dataset),
         total=int(dataset.total_episodes),
         description=f"decoding {dataset.id}",
         console=err,
@@ -236,14 +244,10 @@ def _decode(dataset: Any, keys: tuple[str, ...], action_dim: int) -> tuple[Tenso
         disable=not err.is_terminal,
     )
     for episode in episodes:
+        if problems := find_problems(episode, action_low_A, action_high_A):
+            raise DataError(f"{data_file(dataset)}: episode {episode.id}: {problems[0]}; aepo data verify {dataset.id}")
         states = flatten(episode.observations, keys)
-        actions = flatten(episode.actions)
         steps = len(episode.rewards)
-        if len(states) != steps + 1 or actions.shape != (steps, action_dim):
-            raise DataError(
-                f"{dataset.id} episode {episode.id}: {len(states)} observations and actions "
-                f"{actions.shape} for {steps} rewards; wanted {steps + 1} and {(steps, action_dim)}"
-            )
         if rows is None:
             width = 2 * states.shape[1] + action_dim + 2
             _check_memory(dataset.id, num_steps * width * 4)
@@ -252,18 +256,15 @@ def _decode(dataset: Any, keys: tuple[str, ...], action_dim: int) -> tuple[Tenso
             raise DataError(f"{dataset.id} holds more than the {num_steps} steps that its metadata state")
         parts = [
             states[:-1],
-            actions,
+            np.asarray(episode.actions, dtype=np.float32),
             np.asarray(episode.rewards, dtype=np.float32)[:, None],
             np.asarray(episode.terminations, dtype=np.float32)[:, None],
             states[1:],
         ]
         np.concatenate(parts, axis=1, out=rows[end : end + steps])
-        if not np.isfinite(rows[end : end + steps]).all():
-            raise DataError(f"{dataset.id} episode {episode.id} holds a value that is not finite")
         returns.append(float(np.sum(episode.rewards)))
         end += steps
-        if steps:
-            ends.append(end)
+        ends.append(end)
     if rows is None or end != num_steps:
         raise DataError(f"{dataset.id} holds {end} steps, its metadata state {num_steps}")
     states_NS = rows[:, : (rows.shape[1] - action_dim - 2) // 2]
@@ -303,8 +304,4 @@ def _write_cache(path: Path, rows_ND: Tensor, ends_E: Tensor, facts: dict[str, s
     except OSError as error:  # a full or read-only disk costs time, not the run
         with contextlib.suppress(OSError):
             temporary.unlink()
-        err.print(f"[yellow]warning:[/] no cache of decoded data in {path.parent}: {_one_line(error)}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        err.print(f"[yellow]warning:[/] no cache of decoded data in {path.parent}: {one_line(error)}")
