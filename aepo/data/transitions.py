@@ -27,7 +27,7 @@ from aepo.console import err
 from aepo.data.episodes import DAMAGE, data_file, find_problems, one_line, read_episodes
 from aepo.errors import DataError, ResourceError
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 
 class Batch(NamedTuple):
