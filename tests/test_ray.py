@@ -31,12 +31,13 @@ LONG = [f"{stage}.{key}={value}" for stage in ("behavior", "critic", "energy") f
         (("steps", 1500), ("batch_size", 16), ("hidden_size", 16))]  # fmt: skip
 
 
-def workers():
-    """Processes that train now: those that hold a run's log open."""
+def workers(folder):
+    """Processes that train a run of this sweep now: those that hold its log open. Not a user's own."""
+    runs = f"{folder.resolve()}/runs/"
     found = []
     for process in psutil.process_iter(["name"]):
         try:
-            if any(file.path.endswith("log.txt") and "/runs/" in file.path for file in process.open_files()):
+            if any(file.path.startswith(runs) and file.path.endswith("log.txt") for file in process.open_files()):
                 found.append(process)
         except psutil.Error:
             continue
@@ -126,7 +127,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_unbroken_s
     listening = [c.laddr.ip for p in family for c in net_connections(p) if c.status == psutil.CONN_LISTEN]
     assert listening, "Ray's servers"
     assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
-    victim = wait_for(workers)[0]
+    victim = wait_for(lambda: workers(folder))[0]
     victim.send_signal(signal.SIGKILL)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -144,7 +145,7 @@ def test_a_killed_sweep_goes_on_with_the_same_command(whole):
     wait_for(lambda: "critic" in stages(folder))
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    wait_for(lambda: not workers())
+    wait_for(lambda: not workers(folder))
     process = sweep_process(folder, dataset_id, *LONG)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
