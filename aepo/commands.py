@@ -42,6 +42,9 @@ class Train:
 
     task: str = ""
     """Name of a task (`aepo data list` shows them)."""
+    source: str = ""
+    """Whose data of the task: d4rl (the original file), minari (what Farama regenerated); none = the task's first,
+    d4rl for the benchmark's."""
     dataset: str = ""
     """Instead of a task: id of any local Minari data set with a Box action space."""
     seed: int = 0
@@ -72,7 +75,9 @@ class Train:
         from aepo import run, tasks
         from aepo.presets import preset
 
-        task = tasks.find(self.task) if self.task else tasks.for_dataset(self.dataset)
+        if self.source and self.dataset:
+            raise ConfigError("--source chooses among the data of a --task; --dataset is one data set")
+        task = tasks.find(self.task, self.source) if self.task else tasks.for_dataset(self.dataset)
         config = configs.with_overrides(preset(self.preset, task, self.seed), configs.parse_overrides(self.set))
         run.set_threads(self.threads)
         folder = self.out / config.name
@@ -199,11 +204,7 @@ class Evaluate:
             raise CheckpointError(f"no policy at {path}; `aepo train` writes one into the folder it prints")
         policy = Policy.load(path, run.select_device(self.device))
         config = policy.config
-        evaluator = Evaluator(
-            config.data.dataset,
-            observation_keys=config.data.observation_keys,
-            horizon=config.evaluation.horizon,
-        )
+        evaluator = Evaluator.of(config)
         rows = []
         policies = self._settings(policy)
         for i, each in enumerate(policies):

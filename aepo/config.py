@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from aepo.errors import ConfigError
-from aepo.tasks import RewardRule
+from aepo.tasks import ReturnRule, RewardRule, Source, check_references
 
 Method = Literal["aepo", "aepo-analytic", "qgpo", "iql", "td3bc"]
 """Whose policy it is: the name in tables. Cloning, `diffusion-bc`, is the first three at guidance scale 0."""
@@ -87,11 +87,25 @@ class DataConfig:
 
     dataset: str
     """Minari id."""
-    source: str
-    """`collected` or `user`; stands in every result row."""
+    source: Source
+    """Stands in every result row: data of different sources are different data."""
+    env_id: str = ""
+    """Gymnasium id of the environment that the data set must name, its version aside; empty = any."""
     observation_keys: tuple[str, ...] = ()
     """Entries of a Dict observation, in this order; () = a Box, or all entries sorted."""
     reward_rule: RewardRule = "return_range"
+    return_rule: ReturnRule = "sum"
+    ref_min: float | None = None
+    """Return of score 0; none = the data set's metadata say."""
+    ref_max: float | None = None
+    """Return of score 100."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, source=Source, reward_rule=RewardRule, return_rule=ReturnRule)
+        if (self.ref_min is None) != (self.ref_max is None):
+            raise ConfigError("DataConfig: ref_min and ref_max are given together or not at all")
+        if self.ref_min is not None and self.ref_max is not None:
+            check_references("DataConfig", self.ref_min, self.ref_max)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from aepo.config import RunConfig
 from aepo.data.transitions import flatten, open_dataset
 from aepo.errors import DataError, ResourceError, TrainingError
 from aepo.policy import Policy
+from aepo.tasks import ReturnRule
 
 MAX_ENVS = 50
 """Environments that live at the same time."""
@@ -40,45 +43,86 @@ def references(dataset: Any) -> References | None:
     return None if low is None or high is None else References(random=float(low), expert=float(high))
 
 
-def quiet_robotics() -> None:
-    """Keep gymnasium-robotics from printing a notice about Adroit's rewards whenever it is imported.
+def register_robotics() -> None:
+    """Register the environments of gymnasium-robotics, if it is there, without its notice about Adroit's rewards.
 
     What the notice says stands in docs/method.md, where it concerns scores.
     """
     with contextlib.suppress(ImportError):
         importlib.import_module("farama_notifications").notifications.pop("gymnasium_robotics", None)
+        gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+
+
+def same_environment(one: str, other: str) -> bool:
+    """Return whether two Gymnasium ids name the same environment, in any version."""
+    return one.rpartition("-v")[0] == other.rpartition("-v")[0]
 
 
 class Evaluator:
     """The evaluation environment of a data set, held open between evaluations."""
 
-    def __init__(self, dataset_id: str, *, observation_keys: tuple[str, ...] = (), horizon: int = 0):
+    def __init__(
+        self,
+        dataset_id: str,
+        *,
+        env_id: str = "",
+        observation_keys: tuple[str, ...] = (),
+        horizon: int = 0,
+        return_rule: ReturnRule = "sum",
+        refs: References | None = None,
+    ):
         """Make the first environment, so that what is missing is said before training.
 
         Args:
             dataset_id: Minari id; its evaluation environment is used, or else that of the data.
+            env_id: the environment that it must name, its version aside; made if it names none; empty = any.
             observation_keys: entries of a Dict observation, as in training.
             horizon: steps of an episode; 0 = the environment's own limit.
+            return_rule: what counts in an episode.
+            refs: the task's own reference returns; none = those in the data set's metadata.
 
         Raises:
-            DataError: if the data set names no environment, or one whose episodes need not end.
+            DataError: if the data set names no environment, that of another task, or one whose episodes need not end.
             ResourceError: if the environment cannot be made here.
         """
         self.dataset = open_dataset(dataset_id)
-        self.references = references(self.dataset)
+        self.references = refs or references(self.dataset)
+        self._wanted_env_id = env_id
         self._keys = observation_keys
         self._horizon = horizon
+        self._return_rule = return_rule
+        self._in_data_env = _walls_differ(self.dataset.storage.metadata)
         self._envs = [self._make()]
         spec = self._envs[0].spec
         self.env_id = spec.id if spec else ""
+        if env_id and not same_environment(env_id, self.env_id):
+            raise DataError(
+                f"{dataset_id} is data of {self.env_id or 'an unnamed environment'}, the task is {env_id}: "
+                "a data set of another task; `aepo train --dataset` trains on any"
+            )
         if not horizon and (spec is None or spec.max_episode_steps is None):
             raise DataError(f"{dataset_id}: its environment has no time limit; --set evaluation.horizon=STEPS")
 
+    @classmethod
+    def of(cls, config: RunConfig) -> "Evaluator":
+        """Return the evaluator of a run."""
+        data = config.data
+        known = data.ref_min is not None and data.ref_max is not None
+        return cls(
+            data.dataset,
+            env_id=data.env_id,
+            observation_keys=data.observation_keys,
+            horizon=config.evaluation.horizon,
+            return_rule=data.return_rule,
+            refs=References(random=data.ref_min, expert=data.ref_max) if known else None,  # type: ignore[arg-type]
+        )
+
     def run(self, policy: Policy, *, num_episodes: int, seed: int) -> NDArray[np.float64]:
-        """Return the undiscounted return of each episode, [num_episodes], determined by the seed.
+        """Return what the return rule counts in each episode, [num_episodes], determined by the seed.
 
         Raises:
             TrainingError: if the environment fails or gives a value that is not finite.
+            DataError: if it does not report what the return rule counts.
         """
         while len(self._envs) < min(num_episodes, MAX_ENVS):
             self._envs.append(self._make())
@@ -93,9 +137,9 @@ class Evaluator:
                 actions = policy.act(self._observe([observation for _, _, observation in live]), generator)
                 survivors = []
                 for (episode, env, _), action in zip(live, actions, strict=True):
-                    observation, reward, terminated, truncated, _ = env.step(action)
-                    returns[episode] += float(reward)
-                    if terminated or truncated:
+                    observation, reward, terminated, truncated, info = env.step(action)
+                    over = self._count(returns, episode, float(reward), info)
+                    if terminated or truncated or over:
                         following = next(waiting, None)
                         if following is None:
                             continue
@@ -110,10 +154,27 @@ class Evaluator:
             raise TrainingError(f"the environment {self.env_id} gave a reward that is not finite")
         return returns
 
+    def observation_width(self, *, seed: int) -> int:
+        """Return the number of entries of an observation, after a first reset."""
+        return int(self._observe([self._envs[0].reset(seed=seed)[0]]).shape[1])
+
     def close(self) -> None:
         """Close the environments."""
         for env in self._envs:
             env.close()
+
+    def _count(self, returns: NDArray[np.float64], episode: int, reward: float, info: Mapping[str, Any]) -> bool:
+        """Add a step to its episode's return; return whether the return rule ends the episode."""
+        if self._return_rule == "subtasks":
+            if "episode_task_completions" not in info:
+                raise DataError(f"the environment {self.env_id} reports no sub-tasks; --set data.return_rule=sum")
+            returns[episode] = len(info["episode_task_completions"])
+            return False
+        if self._return_rule == "goal":
+            returns[episode] = float(reward > 0) if np.isfinite(reward) else reward
+            return reward > 0
+        returns[episode] += reward
+        return False
 
     def _observe(self, observations: Sequence[Any]) -> NDArray[np.float32]:
         stacked = _stack(observations)
@@ -125,14 +186,18 @@ class Evaluator:
     def _make(self) -> gymnasium.Env[Any, Any]:
         kwargs: dict[str, Any] = {"disable_env_checker": True}  # it warns of what does not concern us
         kwargs |= {"max_episode_steps": self._horizon} if self._horizon else {}
-        quiet_robotics()
+        register_robotics()
         with warnings.catch_warnings(), _own_temporary_folder():
             warnings.filterwarnings("ignore", message=".*is out of date.*")
             warnings.filterwarnings("ignore", message=".*rewards are currently not .*")
+            metadata = self.dataset.storage.metadata
             try:
-                return self.dataset.recover_environment(eval_env=True, **kwargs)  # type: ignore[no-any-return]
+                if metadata.get("env_spec") is None and metadata.get("eval_env_spec") is None:
+                    return gymnasium.make(self._wanted_env_id, **kwargs)
+                eval_env = not self._in_data_env
+                return self.dataset.recover_environment(eval_env=eval_env, **kwargs)  # type: ignore[no-any-return]
             except (ImportError, gymnasium.error.Error, AttributeError, TypeError) as error:
-                if self.dataset.storage.metadata.get("env_spec") is None:
+                if metadata.get("env_spec") is None and not self._wanted_env_id:
                     raise DataError(
                         f"{self.dataset.id} names no environment, so no policy can be evaluated on it"
                     ) from error
@@ -141,6 +206,14 @@ class Evaluator:
                     f"({type(error).__name__}: {' '.join(str(error).split())}); "
                     f"it asks for {self.dataset.storage.metadata.get('requirements') or 'unknown packages'}"
                 ) from error
+
+
+def _walls_differ(metadata: Mapping[str, Any]) -> bool:
+    """Return whether evaluation would be in another maze than the data's (so in Minari's AntMaze, its issue 304)."""
+    specs = [json.loads(metadata[name]) for name in ("env_spec", "eval_env_spec") if metadata.get(name)]
+    maps = [spec.get("kwargs", {}).get("maze_map") for spec in specs]
+    walls = [[[cell == 1 for cell in line] for line in maze_map] for maze_map in maps if maze_map]
+    return len(walls) == 2 and walls[0] != walls[1]
 
 
 @contextlib.contextmanager

@@ -179,8 +179,12 @@ def _common(task: Task, seed: int, budget: Budget) -> dict[str, Any]:
         "data": DataConfig(
             dataset=task.dataset,
             source=task.source,
+            env_id=task.env_id,
             observation_keys=task.observation_keys,
             reward_rule=task.reward_rule,
+            return_rule=task.return_rule,
+            ref_min=task.ref_min,
+            ref_max=task.ref_max,
         ),
         "evaluation": dataclasses.replace(budget.evaluation, horizon=task.horizon),
     }

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from aepo import __version__, checkpoint, pipeline
 from aepo.config import RunConfig
 from aepo.data.transitions import Transitions, load_transitions
-from aepo.errors import AEPOError, CheckpointError, DataError, ResourceError
+from aepo.errors import AEPOError, CheckpointError, ResourceError
 from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
 from aepo.policy import GuidedPolicy, Policy
@@ -227,12 +227,7 @@ def _train_and_evaluate(
         observation_keys=config.data.observation_keys,
         reward_rule=config.data.reward_rule,
     ).to(device)
-    evaluator = Evaluator(
-        config.data.dataset,
-        observation_keys=config.data.observation_keys,
-        horizon=config.evaluation.horizon,
-    )
-    _check_match(evaluator, data, config)
+    evaluator = Evaluator.of(config)
     saved = store.load()
     seconds_before = _check_saved(saved, config, data)
     stages = list(config.stages)
@@ -372,12 +367,6 @@ def _curve_points(config: RunConfig) -> set[int]:
     log_interval = max(1, num_steps // pipeline.NUM_LOGS)
     count = config.evaluation.num_curve_points
     return {round(num_steps * i / (count + 1) / log_interval) * log_interval for i in range(1, count + 1)}
-
-
-def _check_match(evaluator: Evaluator, data: Transitions, config: RunConfig) -> None:
-    spec = evaluator.dataset.spec
-    if spec.total_steps != len(data):
-        raise DataError(f"{config.data.dataset}: {len(data)} transitions, its metadata state {spec.total_steps}")
 
 
 def _check_saved(saved: dict[str, Any] | None, config: RunConfig, data: Transitions) -> float:

@@ -1,88 +1,175 @@
-"""The tasks: one row of tasks.csv each; what differs between tasks stands there and never in an `if`.
+"""The tasks: rows of tasks.csv; what differs between tasks stands there and never in an `if`.
 
+A task of the benchmark has a row per source: `d4rl`, the original file (arXiv 2004.07219), and `minari`, the data
+that Farama regenerated. They are different data, seen in different environments and normalised by different returns.
 What differs between suites and methods stands in settings.csv (aepo/presets.py).
 """
 
 import csv
 import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from aepo.errors import ConfigError
 
-RewardRule = Literal["raw", "minus_one", "return_range"]
-"""raw: as stored; minus_one: r - 1 (sparse goals, IQL's AntMaze rule);
+Source = Literal["d4rl", "minari", "collected", "user"]
+"""d4rl: the original HDF5 file, imported; minari: downloaded by Minari; collected: made by `aepo data collect`;
+user: any other Minari data set."""
+RewardRule = Literal["raw", "until_goal", "return_range"]
+"""raw: as stored; until_goal: the first reward above 0 ends the episode as its terminal, and r - 1 (sparse goals, IQL's
+AntMaze rule; Minari's AntMaze data go on paying, Minari issue 296);
 return_range: r * 1000 / (best - worst episode return) (IQL's locomotion rule, arXiv 2110.06169)."""
+ReturnRule = Literal["sum", "goal", "subtasks"]
+"""What evaluation counts in an episode. sum: of its rewards; goal: 1 and its end at the first reward above 0 (AntMaze);
+subtasks: the distinct ones that its environment reports as done (Kitchen, which pays each step while one holds)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One row: the data and the rules by which they are read."""
+    """One row: the data of one source and the rules by which they are read and scored."""
 
     task: str
     """Name on the command line and in every table."""
     suite: str
     """Group over which scores are averaged."""
-    source: str
-    """Where the data come from: `collected` (by `aepo data collect`) or `user` (any Minari data set)."""
+    source: Source
+    """Where the data come from."""
     dataset: str
     """Minari id."""
+    env_id: str = ""
+    """Gymnasium id of the environment; empty = whatever the data set names."""
+    horizon: int = 0
+    """Steps of an evaluation episode; 0 = the limit of the data set's environment."""
+    ref_min: float | None = None
+    """Return of score 0; none = the data set's metadata say."""
+    ref_max: float | None = None
+    """Return of score 100."""
+    steps: int | None = None
+    """Rows of the published file; none = not published."""
     observation_keys: tuple[str, ...] = ()
     """Entries of a Dict observation, in the order in which they are joined; () = a plain Box, or all, sorted."""
     reward_rule: RewardRule = "return_range"
-    horizon: int = 0
-    """Steps of an evaluation episode; 0 = the limit of the data set's environment."""
+    return_rule: ReturnRule = "sum"
     discount: float = 0.99
     """gamma, per environment step."""
+    origin: str = ""
+    """Address of the D4RL file; or the ids of the Minari data sets that `aepo data combine` joins."""
 
     def __post_init__(self) -> None:
-        if self.reward_rule not in get_args(RewardRule):
+        for name, kind in (("source", Source), ("reward_rule", RewardRule), ("return_rule", ReturnRule)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"task {self.task}: {name} {getattr(self, name)!r}, wanted one of {get_args(kind)}")
+        if self.horizon < 0 or not 0 < self.discount < 1 or (self.steps is not None and self.steps < 1):
             raise ConfigError(
-                f"task {self.task}: reward_rule {self.reward_rule!r}, wanted one of {get_args(RewardRule)}"
+                f"task {self.task}: wanted horizon >= 0, discount in (0, 1) and steps >= 1; "
+                f"got {self.horizon}, {self.discount} and {self.steps}"
             )
+        if (self.ref_min is None) != (self.ref_max is None):
+            raise ConfigError(f"task {self.task}: one reference return of two")
+        if self.ref_min is not None and self.ref_max is not None:
+            check_references(self.task, self.ref_min, self.ref_max)
+
+    def score(self, return_: float) -> float:
+        """Return the normalized score of a return, 0 at `ref_min` and 100 at `ref_max` (arXiv 2004.07219).
+
+        Raises:
+            ConfigError: if the references stand in the data set and not in the row.
+        """
+        if self.ref_min is None or self.ref_max is None:
+            raise ConfigError(f"{self.task}: the reference returns of {self.source} data stand in the data set")
+        return 100.0 * (return_ - self.ref_min) / (self.ref_max - self.ref_min)
+
+
+def check_references(name: str, ref_min: float, ref_max: float) -> None:
+    """Raise a ConfigError unless two reference returns are finite and ascending."""
+    if not (math.isfinite(ref_min) and math.isfinite(ref_max) and ref_min < ref_max):
+        raise ConfigError(f"{name}: reference returns {ref_min} and {ref_max}, wanted two finite ones, ascending")
 
 
 @cache
-def table() -> dict[str, Task]:
-    """Return all rows of tasks.csv by name."""
-    text = files("aepo").joinpath("tasks.csv").read_text()
-    rows = [_parse(row) for row in csv.DictReader(text.splitlines())]
-    return {row.task: row for row in rows}
+def rows() -> tuple[Task, ...]:
+    """Return all rows of tasks.csv, a task's own sources one after the other in the order of the file.
+
+    Raises:
+        ConfigError: for a row that is not one, or that stands there twice; names its line.
+    """
+    lines = csv.DictReader(files("aepo").joinpath("tasks.csv").read_text().splitlines(), strict=True)
+    found = [_parse(row, line) for line, row in enumerate(lines, 2)]
+    keys = [row.dataset for row in found] + [f"{row.task} of {row.source}" for row in found]
+    if twice := [key for key, count in Counter(keys).items() if count > 1]:
+        raise ConfigError(f"tasks.csv: twice: {', '.join(twice)}")
+    return tuple(found)
 
 
-def find(name: str) -> Task:
+@cache
+def table() -> Mapping[str, Task]:
+    """Return the row of each task by name; of several sources the first: `d4rl` for the benchmark's."""
+    found: dict[str, Task] = {}
+    for row in rows():
+        found.setdefault(row.task, row)
+    return found
+
+
+def find(name: str, source: str = "") -> Task:
     """Return the row of a task.
+
+    Args:
+        name: of the task.
+        source: `d4rl`, `minari` or `collected`; empty = the task's first.
 
     Raises:
         ConfigError: if there is none; names the nearest.
     """
-    if name in (rows := table()):
-        return rows[name]
-    near = get_close_matches(name, rows, n=3, cutoff=0.4) or list(rows)
-    raise ConfigError(
-        f"unknown task {name!r}; did you mean {' or '.join(near)}? "
-        "`aepo data list` shows all; `--dataset ID` trains on any Minari data set"
-    )
+    if name not in table():
+        near = get_close_matches(name, table(), n=3, cutoff=0.4) or list(table())
+        raise ConfigError(
+            f"unknown task {name!r}; did you mean {' or '.join(near)}? "
+            "`aepo data list` shows all; `--dataset ID` trains on any Minari data set"
+        )
+    own = {row.source: row for row in rows() if row.task == name}
+    if not source:
+        return table()[name]
+    if source not in own:
+        raise ConfigError(f"{name} has no data of source {source!r}; it has {', '.join(own)}")
+    return own[source]
 
 
 def for_dataset(dataset: str) -> Task:
     """Return the row that uses this Minari id, or a row with the defaults for a data set of the user's own."""
-    for row in table().values():
+    for row in rows():
         if row.dataset == dataset:
             return row
     return Task(task=dataset, suite="user", source="user", dataset=dataset)
 
 
-def _parse(row: dict[str, str]) -> Task:
-    return Task(
-        task=row["task"],
-        suite=row["suite"],
-        source=row["source"],
-        dataset=row["dataset"],
-        observation_keys=tuple(row["observation_keys"].split()),
-        reward_rule=row["reward_rule"],  # type: ignore[arg-type]  # checked in __post_init__
-        horizon=int(row["horizon"]),
-        discount=float(row["discount"]),
-    )
+def _parse(row: dict[str, str], line: int) -> Task:
+    """Return a row of the file as a Task; an empty cell is the field's default."""
+    hints = get_type_hints(Task)
+    if set(row) != set(hints) or None in row.values():
+        raise ConfigError(f"tasks.csv, line {line}: wanted the columns {', '.join(hints)}")
+    values: dict[str, Any] = {}
+    for name, text in row.items():
+        if text == "":
+            continue
+        try:
+            values[name] = _convert(hints[name], text)
+        except ValueError as error:
+            raise ConfigError(f"tasks.csv, line {line}: {name}: {error}") from error
+    try:
+        return Task(**values)
+    except TypeError as error:
+        raise ConfigError(f"tasks.csv, line {line}: {error}") from error
+
+
+def _convert(hint: Any, text: str) -> Any:
+    if hint == tuple[str, ...]:
+        return tuple(text.split())
+    for kind in (int, float):
+        if hint in (kind, kind | None):
+            return kind(text)
+    return text

@@ -10,22 +10,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from aepo.console import emit_json, emit_table
+from aepo.tasks import rows, table
 
 Status = Literal["pass", "warn", "fail"]
 PACKAGES = ["torch", "ray", "mlflow", "minari", "gymnasium", "gymnasium-robotics", "mujoco", "pandas"]
-ENVIRONMENTS = (
-    "PointMaze_UMaze-v3",
-    "HalfCheetah-v5",
-    "Hopper-v5",
-    "Walker2d-v5",
-    "AntMaze_UMaze-v4",
-    "AdroitHandPen-v1",
-    "FrankaKitchen-v1",
-)
-"""One of each suite."""
 FREE_DISK_GIB = 5.0
 FREE_MEMORY_GIB = 2.5
 """A private Ray and one running trial."""
@@ -43,7 +34,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-    """Check this machine: packages, cores, memory, disk, GPU, environments, data sets.
+    """Check this machine: packages, cores, memory, disk, GPU, environments, and which tasks it can train and evaluate.
 
     Exits 6 if something that training needs fails.
 
@@ -67,6 +58,7 @@ class Doctor:
 
 def examine() -> list[Check]:
     """Return all findings."""
+    environments = [_environment(env_id) for env_id in dict.fromkeys(row.env_id for row in rows())]
     return [
         _python(),
         *map(_package, PACKAGES),
@@ -74,8 +66,8 @@ def examine() -> list[Check]:
         _memory(),
         _disk(),
         _gpu(),
-        *map(_environment, ENVIRONMENTS),
-        *_data(),
+        *environments,
+        *_tasks({check.check for check in environments if check.status == "pass"}),
     ]
 
 
@@ -134,7 +126,7 @@ def _environment(env_id: str) -> Check:
 
     def step() -> str:
         gymnasium = importlib.import_module("gymnasium")
-        _register_robotics()
+        importlib.import_module("aepo.evaluate").register_robotics()
         env = gymnasium.make(env_id)
         try:
             env.reset(seed=0)
@@ -157,27 +149,22 @@ def _attempt(name: str, action: Callable[[], str], remedy: str) -> Check:
         return Check(name, "warn", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}", remedy)
 
 
-def _register_robotics() -> None:
-    import gymnasium
+def _tasks(env_ids: set[str]) -> Sequence[Check]:
+    """Say of every task whether its data are here, of which source, and whether its environment steps."""
+    from minari import list_local_datasets
 
-    from aepo.evaluate import quiet_robotics
-
-    quiet_robotics()
-    gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
-
-
-def _data() -> Sequence[Check]:
-    """Say of every task whether its data are here."""
-    from aepo.errors import DataError
-    from aepo.tasks import table
-
+    local = list_local_datasets()
     checks = []
-    for row in table().values():
-        try:
-            dataset: Any = importlib.import_module("aepo.data.transitions").open_dataset(row.dataset)
-            found = f"{row.dataset}, {dataset.spec.total_steps:,} steps"
-            checks.append(Check(f"task {row.task}", "pass", found))
-        except DataError:
-            remedy = f"aepo data collect {row.task}"
-            checks.append(Check(f"task {row.task}", "warn", f"{row.dataset} is not here", remedy))
+    for name in table():
+        own = [row for row in rows() if row.task == name]
+        here = [row for row in own if row.dataset in local]
+        able = [row for row in here if row.env_id in env_ids]
+        data = ", ".join(f"{row.source} {local[row.dataset]['total_steps']:,} steps" for row in here) or "none"
+        steps = [row.env_id for row in own if row.env_id in env_ids]
+        found = f"data: {data}; evaluates in: {', '.join(dict.fromkeys(steps)) or 'none'}"
+        if able:
+            checks.append(Check(f"task {name}", "pass", found))
+        else:
+            remedy = f"{here[0].env_id}, above" if here else f"aepo data show {name} says how to get them"
+            checks.append(Check(f"task {name}", "warn", found, remedy))
     return checks

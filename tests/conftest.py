@@ -41,8 +41,9 @@ def write_pendulum(
     num_episodes: int = 3,
     references: bool = True,
     edit: Callable[[dict[str, np.ndarray]], None] | None = None,
+    edit_all: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> str:
-    """Write episodes of 40 steps; `edit` may spoil the last episode's arrays."""
+    """Write episodes of 40 steps; `edit` may spoil the last episode's arrays, `edit_all` those of each."""
     import gymnasium
     import minari
     from minari.data_collector.episode_buffer import EpisodeBuffer
@@ -65,6 +66,8 @@ def write_pendulum(
             "terminations": np.zeros(len(rewards), dtype=bool),
             "truncations": np.arange(1, len(rewards) + 1) == len(rewards),
         }
+        if edit_all is not None:
+            edit_all(arrays)
         if edit is not None and episode == num_episodes - 1:
             edit(arrays)
         buffers.append(EpisodeBuffer(id=episode, **arrays))

@@ -131,7 +131,7 @@ def test_a_baseline_trains_and_evaluates_from_the_command_line(make_dataset, cap
         (["train", "--task", "maze2d-umaze", "--threads", "0"], 2, "at least 1"),
         (["train", "--task", "maze2d-umaze", "--device", "abacus"], 6, "no device 'abacus'"),
         (["train", "--task", "maze2d-umaze"], 3, "aepo data collect maze2d-umaze"),
-        (["train", "--dataset", "no/such-v0"], 3, "minari download no/such-v0"),
+        (["train", "--dataset", "no/such-v0"], 3, "aepo data download no/such-v0"),
         (["train", "--dataset", "../../etc"], 3, "cannot be read"),
         (["evaluate", "nowhere"], 4, "no policy at nowhere"),
         (["sweep"], 2, "at least one task"),
@@ -160,7 +160,7 @@ def test_debug_shows_where_an_error_came_from():
 
 
 def test_a_bug_is_one_line_too_and_exit_status_one(capsys, monkeypatch):
-    monkeypatch.setattr("aepo.tasks.find", lambda _: 1 / 0)
+    monkeypatch.setattr("aepo.tasks.find", lambda *_: 1 / 0)
     status, _, err = run(capsys, "train", "--task", "x")
     assert status == 1
     assert "unexpected error: ZeroDivisionError" in err

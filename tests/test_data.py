@@ -37,7 +37,7 @@ def test_only_terminations_are_terminals(make_dataset):
     assert data.batch(data.rows_ND).terminals_B.nonzero().tolist() == [[119]]
 
 
-@pytest.mark.parametrize("rule", ["raw", "minus_one", "return_range"])
+@pytest.mark.parametrize("rule", ["raw", "return_range"])
 def test_rewards_follow_the_rule_of_the_row(rule, make_dataset):
     import minari
 
@@ -45,9 +45,26 @@ def test_rewards_follow_the_rule_of_the_row(rule, make_dataset):
     episodes = [e.rewards for e in minari.load_dataset(dataset_id).iterate_episodes()]
     returns = [r.sum() for r in episodes]
     raw = np.concatenate(episodes)
-    exact = {"raw": raw, "minus_one": raw - 1, "return_range": raw * 1000 / (max(returns) - min(returns))}[rule]
+    exact = {"raw": raw, "return_range": raw * 1000 / (max(returns) - min(returns))}[rule]
     data = load_transitions(dataset_id, reward_rule=rule)
     np.testing.assert_allclose(data.batch(data.rows_ND).rewards_B, exact, rtol=1e-4)
+
+
+def test_until_goal_ends_an_episode_at_its_first_reward(make_dataset):
+    rewards = [[0] * 40, [0] * 7 + [1, 1, 0, 1] + [0] * 29, [1] + [0] * 39]
+    paid = iter(rewards)
+
+    def pay(arrays):
+        arrays["rewards"][:] = next(paid)
+
+    data = load_transitions(make_dataset(edit_all=pay), reward_rule="until_goal")
+    batch = data.batch(data.rows_ND)
+    assert data.episode_ends_E.tolist() == [40, 48, 49]
+    assert batch.rewards_B.tolist() == [-1.0] * 47 + [0.0, 0.0]
+    assert batch.terminals_B.nonzero().flatten().tolist() == [47, 48]
+    as_stored = load_transitions("tests/pendulum/random-v0", reward_rule="raw")  # another cache
+    assert len(as_stored) == 120
+    assert as_stored.batch(as_stored.rows_ND).rewards_B.tolist() == np.concatenate(rewards).tolist()
 
 
 def test_actions_go_to_minus_one_and_one_and_back(make_dataset):
@@ -83,7 +100,7 @@ def test_no_cache_is_a_warning_and_not_the_end(make_dataset, monkeypatch, capsys
 
 
 def test_a_missing_data_set_says_what_to_do():
-    with pytest.raises(DataError, match="minari download no/such-v0"):
+    with pytest.raises(DataError, match="aepo data download no/such-v0"):
         load_transitions("no/such-v0")
     with pytest.raises(DataError, match="aepo data collect maze2d-umaze"):
         load_transitions(tasks.find("maze2d-umaze").dataset)

@@ -54,14 +54,14 @@ def test_the_commands_are_known_before_torch_or_mujoco_are_loaded():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["collect", "list", "show", "stats", "verify"])
+@pytest.mark.parametrize("command", ["collect", "combine", "download", "import", "list", "show", "stats", "verify"])
 def test_help_has_an_example_that_the_parser_takes(command, capsys, monkeypatch):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
     examples = [line.split() for line in out.splitlines() if line.startswith("  aepo data ")]
     assert examples
     called = []
-    for name in ("Collect", "List", "Show", "Stats", "Verify"):
+    for name in ("Collect", "Combine", "Download", "Import", "List", "Show", "Stats", "Verify"):
         monkeypatch.setattr(f"aepo.data.commands.{name}.run", lambda self: called.append(self) or 0)
     for words in examples:
         assert run(capsys, *words[2:])[0] == 0
@@ -101,7 +101,8 @@ def test_list_has_one_row_per_task_and_then_the_users_own(capsys):
     rows = json.loads(out)
     assert status == 0
     assert [row["task"] for row in rows] == [*tasks.table(), None]
-    assert rows[-1] == {"task": None, "dataset": "mine/walk-v0", "local": True, "steps": 8, "episodes": 2}
+    last = {key: rows[-1][key] for key in ("task", "suite", "dataset", "local", "steps", "episodes", "ref_min")}
+    assert list(last.values()) == [None, "user", "mine/walk-v0", True, 8, 2, None]
     table = run(capsys, "list")[1]
     assert all(row["dataset"] in table for row in rows)
 
@@ -133,7 +134,9 @@ def test_show_returns_of_a_data_set_without_environment_or_references(capsys):
         (["collect", "maze2d-umaze", "--steps", "0"], 2, "wanted steps >= 1"),
         (["show", "maze2d-umze"], 3, "did you mean maze2d-umaze"),
         (["show", "qqq"], 3, "`aepo data list` shows all"),
-        (["show", "maze2d-large"], 3, "aepo data collect maze2d-large"),
+        (["stats", "maze2d-large"], 3, "aepo data collect maze2d-large"),
+        (["show", "maze2d-large", "--source", "minari"], 2, "has no data of source 'minari'; it has collected"),
+        (["show", "maze2d-large", "--returns", "1"], 3, "no reference returns"),
         (["show"], 2, "required"),
         ([], 2, "collect"),
         (["collect", "maze2d-umaze", "--stepz", "1"], 2, "--stepz"),

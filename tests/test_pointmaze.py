@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -17,12 +18,14 @@ from scipy.sparse.csgraph import shortest_path
 
 from aepo import tasks
 from aepo.data import pointmaze
-from aepo.data.pointmaze import MAZES, PROTOCOLS, Navigator, collect, measure_references, record
+from aepo.data.pointmaze import GOAL_CELLS, PROTOCOLS, PUBLISHED, Navigator, collect, measure_references, record
 from aepo.errors import ConfigError, DataError, ResourceError
 
 gymnasium.register_envs(gymnasium_robotics)
 
 HORIZON = 50
+POINTMAZES = [task for task in GOAL_CELLS if task.startswith("pointmaze")]
+DENSE = [task for task in POINTMAZES if task.endswith("dense")]
 
 MAPS = {
     "PointMaze_UMaze-v3": maps.U_MAZE,
@@ -144,10 +147,9 @@ def test_maze2d_pays_for_the_evaluation_goal_and_hides_every_goal():
     episodes = list(dataset)
     assert [len(episode) for episode in episodes] == [1000, 1000, 1000, 1000, 500]
     centre = np.array([-1.0, 1.0])  # cell (1, 1) of 5 x 5 cells of 1 m around the origin
-    env = gymnasium.make("PointMaze_UMaze-v3")
     for episode in episodes:
         assert episode.observations.shape == (len(episode) + 1, 4)
-        paid = env.unwrapped.compute_reward(episode.observations[1:, :2], centre, {})
+        paid = [math.dist(state[:2], centre) <= 0.45 for state in episode.observations[1:]]
         np.testing.assert_array_equal(episode.rewards, paid)
         assert not episode.terminations.any()
         assert np.flatnonzero(episode.truncations).tolist() == [len(episode) - 1]
@@ -155,12 +157,12 @@ def test_maze2d_pays_for_the_evaluation_goal_and_hides_every_goal():
         np.testing.assert_array_equal(one.observations[-1], next_one.observations[0])
     assert summary.mean_return == pytest.approx(np.mean([episode.rewards.sum() for episode in episodes]))
     assert summary.mean_return > 0
-    env.close()
 
 
-def test_pointmaze_shows_the_goal_and_ends_where_it_is_reached(monkeypatch):
+@pytest.mark.parametrize("task", ["pointmaze-umaze", "pointmaze-umaze-dense"])
+def test_pointmaze_shows_the_goal_and_ends_where_it_is_reached(task, monkeypatch):
     monkeypatch.setattr(pointmaze, "CHUNK_EPISODES", 7)
-    summary = collect_little("pointmaze-umaze", num_steps=3000)
+    summary = collect_little(task, num_steps=3000)
     episodes = list(minari.load_dataset(summary.dataset))
     assert summary.num_episodes == len(episodes) > 14
     assert sum(map(len, episodes)) == summary.num_steps == 3000
@@ -170,7 +172,6 @@ def test_pointmaze_shows_the_goal_and_ends_where_it_is_reached(monkeypatch):
         assert (seen["desired_goal"] == seen["desired_goal"][0]).all()
         distance = np.linalg.norm(seen["achieved_goal"] - seen["desired_goal"], axis=1)
         arrived = distance[1:] <= 0.45
-        np.testing.assert_array_equal(episode.rewards, arrived)
         assert not arrived[:-1].any()
         assert arrived[-1] or episode is episodes[-1]
         assert not episode.terminations.any()
@@ -179,7 +180,48 @@ def test_pointmaze_shows_the_goal_and_ends_where_it_is_reached(monkeypatch):
         np.testing.assert_array_equal(one.observations["observation"][-1], next_one.observations["observation"][0])
 
 
-@pytest.mark.parametrize("task", MAZES)
+@pytest.mark.parametrize("task", POINTMAZES)
+def test_rewards_are_those_of_the_distance_to_the_goal_of_the_step(task):
+    pay = (lambda metres: math.exp(-metres)) if task in DENSE else (lambda metres: float(metres <= 0.45))
+    summary = collect_little(task, num_steps=1500)
+    episodes = list(minari.load_dataset(summary.dataset))
+    for episode in episodes:
+        seen = episode.observations
+        paid = [
+            pay(math.dist(state[:2], goal))
+            for state, goal in zip(seen["observation"][1:], seen["desired_goal"][:-1], strict=True)
+        ]
+        np.testing.assert_allclose(episode.rewards, paid, rtol=1e-14)
+    assert summary.mean_return == pytest.approx(np.mean([episode.rewards.sum() for episode in episodes]))
+
+
+@pytest.mark.parametrize("task", POINTMAZES)
+def test_the_recovered_environment_pays_the_recorded_rewards_for_the_recorded_actions(task):
+    dataset = minari.load_dataset(collect_little(task, num_steps=1500, seed=3).dataset)
+    env = dataset.recover_environment()
+    observation, _ = env.reset(seed=3)
+    for episode in dataset:
+        for t, action in enumerate(episode.actions):
+            np.testing.assert_array_equal(observation["observation"], episode.observations["observation"][t])
+            np.testing.assert_array_equal(env.unwrapped.goal, episode.observations["desired_goal"][t])
+            observation, reward, *_ = env.step(action)
+            assert reward == episode.rewards[t]
+    assert dataset.total_episodes > 2
+    env.close()
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_dense_and_sparse_data_of_a_maze_differ_in_nothing_but_rewards(task):
+    dense = minari.load_dataset(collect_little(task, num_steps=600).dataset)
+    sparse = minari.load_dataset(collect_little(task.removesuffix("-dense"), num_steps=600).dataset)
+    for one, other in zip(dense, sparse, strict=True):
+        assert (one.rewards != other.rewards).all()
+        np.testing.assert_array_equal(one.actions, other.actions)
+        for key in one.observations:
+            np.testing.assert_array_equal(one.observations[key], other.observations[key])
+
+
+@pytest.mark.parametrize("task", GOAL_CELLS)
 def test_both_environments_can_be_rebuilt_and_show_what_the_data_show(task):
     dataset = minari.load_dataset(collect_little(task).dataset)
     first = dataset[0].observations
@@ -187,6 +229,7 @@ def test_both_environments_can_be_rebuilt_and_show_what_the_data_show(task):
         env = dataset.recover_environment(eval_env=eval_env)
         assert env.observation_space == dataset.observation_space
         assert env.action_space == dataset.action_space
+        assert env.unwrapped.reward_type == ("dense" if task in DENSE else "sparse")
         env.close()
     if PROTOCOLS[tasks.find(task).suite] is PROTOCOLS["maze2d"]:
         assert dataset.observation_space == gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float64)
@@ -195,7 +238,7 @@ def test_both_environments_can_be_rebuilt_and_show_what_the_data_show(task):
         assert set(dataset.observation_space) == set(first) == {"observation", "achieved_goal", "desired_goal"}
 
 
-@pytest.mark.parametrize("task", MAZES)
+@pytest.mark.parametrize("task", GOAL_CELLS)
 def test_evaluation_starts_anywhere_else_and_lasts_the_horizon_with_one_goal(task):
     # D4RL's maze_model.py, OPEN, U_MAZE, MEDIUM_MAZE, LARGE_MAZE: row and column of G
     row, column = {"open": (2, 3), "umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}[task.split("-")[1]]
@@ -218,12 +261,14 @@ def test_evaluation_starts_anywhere_else_and_lasts_the_horizon_with_one_goal(tas
         steps, total = steps + 1, total + reward
         assert not terminated
     np.testing.assert_array_equal(env.unwrapped.goal, goal)
-    assert steps == total == HORIZON
+    assert steps == HORIZON
+    assert total == pytest.approx(HORIZON)  # dense pays 1 at the goal itself
     env.close()
 
 
-def test_references_are_mean_returns_of_the_recovered_evaluation_environment():
-    task, num_episodes = dataclasses.replace(tasks.find("maze2d-umaze"), horizon=120), 3
+@pytest.mark.parametrize("name", ["maze2d-umaze", "pointmaze-umaze", "pointmaze-umaze-dense"])
+def test_references_are_mean_returns_of_the_recovered_evaluation_environment(name):
+    task, num_episodes = dataclasses.replace(tasks.find(name), horizon=120), 3
     summary = collect(task, num_steps=10, seed=0, num_reference_episodes=num_episodes)
     dataset = minari.load_dataset(task.dataset)
     metadata = dataset.storage.metadata
@@ -232,20 +277,20 @@ def test_references_are_mean_returns_of_the_recovered_evaluation_environment():
 
     def mean_return(act):
         total = 0.0
-        observation, _ = env.reset(seed=pointmaze.REFERENCE_SEED)
+        env.reset(seed=pointmaze.REFERENCE_SEED)
         for _ in range(num_episodes):
             truncated = False
             while not truncated:
-                observation, reward, _, truncated, _ = env.step(np.array(act(observation), dtype=np.float32))
+                state = env.unwrapped.point_env.state_vector()
+                _, reward, _, truncated, _ = env.step(np.array(act(state), dtype=np.float32))
                 total += reward
-            observation, _ = env.reset()
+            env.reset()
         return total / num_episodes
 
-    assert metadata["ref_min_score"] == summary.ref_min == mean_return(lambda _: random.uniform(-1, 1, 2))
-    assert metadata["ref_max_score"] == summary.ref_max
-    assert summary.ref_max == mean_return(
-        lambda state: navigator.act(state, navigator.way_points(tuple(env.unwrapped.goal)))
-    )
+    wander = mean_return(lambda _: random.uniform(-1, 1, 2))
+    pursue = mean_return(lambda state: navigator.act(state, navigator.way_points(tuple(env.unwrapped.goal))))
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (summary.ref_min, summary.ref_max)
+    assert (summary.ref_min, summary.ref_max) == pytest.approx((wander, pursue), rel=1e-12)
     assert metadata["num_episodes_average_score"] == num_episodes
     assert 0 <= summary.ref_min < summary.ref_max <= task.horizon
     env.close()
@@ -285,10 +330,47 @@ def test_requirements_are_those_of_the_package():
 
 
 def test_all_tasks_that_the_table_calls_collected_can_be_collected():
-    rows = [row for row in tasks.table().values() if row.source == "collected"]
-    assert {row.task for row in rows} == set(MAZES)
+    rows = [row for row in tasks.rows() if row.source == "collected"]
+    assert {row.task for row in rows} == set(GOAL_CELLS)
     assert {row.suite for row in rows} == set(PROTOCOLS)
     assert min(row.horizon for row in rows) > 0
+
+
+@pytest.mark.parametrize("task", POINTMAZES)
+def test_a_summary_shows_the_published_data_set_beside_the_own(task):
+    made = collect_little(task, num_steps=900)
+    there = collect_little(task)
+    assert there == dataclasses.replace(made, collected=False)
+    assert made.mean_length == 900 / made.num_episodes
+    maze, _, dense = task.removeprefix("pointmaze-").partition("-")
+    assert made.published_dataset == f"D4RL/pointmaze/{maze}{'-dense' if dense else ''}-v2"
+    assert made.published_num_steps == 1_000_000
+    # read on minari.farama.org/datasets/D4RL/pointmaze
+    assert made.published_num_episodes == {"open": 9525, "umaze": 13210, "medium": 4752, "large": 3360}[maze]
+    assert made.published_mean_length == pytest.approx(
+        {"open": 105.0, "umaze": 75.7, "medium": 210.4, "large": 297.6}[maze], abs=0.05
+    )
+
+
+def test_maze2d_has_no_published_data_set_beside_it():
+    summary = dataclasses.asdict(collect_little("maze2d-umaze"))
+    assert summary["mean_length"] == 10
+    published = {name: value for name, value in summary.items() if name.startswith("published")}
+    assert len(published) == 4
+    assert set(published.values()) == {None}
+
+
+def test_published_data_sets_are_those_of_the_task_table():
+    rows = {row.dataset: row for row in tasks.rows() if row.dataset.startswith("D4RL/pointmaze/")}
+    published = {other.dataset: other for other in PUBLISHED.values()}
+    assert set(PUBLISHED) == set(POINTMAZES)
+    assert len(published) == len(PUBLISHED)
+    assert set(rows) <= set(published)
+    for dataset, row in rows.items():
+        assert published[dataset].num_steps == row.steps
+    for name, other in PUBLISHED.items():
+        if other.dataset in rows:
+            assert tasks.find(name).env_id == rows[other.dataset].env_id
 
 
 def test_a_data_set_that_is_there_is_left_alone_unless_told_otherwise(capsys):

@@ -26,6 +26,9 @@ class Sweep:
 
     task: tuple[str, ...] = ()
     """Names of tasks (`aepo data list` shows them)."""
+    source: str = ""
+    """Whose data of the tasks: d4rl (the original files), minari (what Farama regenerated); none = each task's first,
+    d4rl for the benchmark's."""
     dataset: tuple[str, ...] = ()
     """Ids of local Minari data sets of your own."""
     seeds: tuple[int, ...] = (0,)
@@ -70,6 +73,7 @@ class Sweep:
             self.seeds,
             presets=self.preset,
             overrides=configs.parse_overrides(self.set),
+            source=self.source,
         )
         resources = Resources(
             address=self.address,

@@ -31,15 +31,17 @@ def make_plan(
     *,
     presets: Sequence[str],
     overrides: Mapping[str, Any],
+    source: str = "",
 ) -> list[RunConfig]:
     """Return one config per (task or data set), preset and seed, seeds innermost.
 
     An override changes the runs whose method has that setting; one that no method of the plan has is refused.
+    `source` holds for all tasks; empty = each task's first.
 
     Raises:
         ConfigError: for no or unknown tasks, no seeds, a setting that none has, or the same run twice.
     """
-    rows = [tasks.find(name) for name in task_names] + [tasks.for_dataset(name) for name in datasets]
+    rows = [tasks.find(name, source) for name in task_names] + [tasks.for_dataset(name) for name in datasets]
     if not rows or not seeds or not presets:
         raise ConfigError("a sweep wants at least one task, preset and seed; `aepo data list` shows the tasks")
     bases = [preset(name, row, seed) for row in rows for name in presets for seed in seeds]

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from aepo.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ACTION_TOLERANCE = 1e-4
 """Of the action range: what float32 and a recorder's rounding may put outside of it."""
@@ -44,7 +46,7 @@ def read_episodes(dataset: Any) -> Iterator[Any]:
         yield episode
 
 
-def find_problems(episode: Any, action_low_A: Tensor, action_high_A: Tensor) -> list[str]:
+def find_problems(episode: Any, action_low_A: "Tensor", action_high_A: "Tensor") -> list[str]:
     """Return what is wrong with an episode, a line each, field first; an empty list if nothing is.
 
     Args:

@@ -1,13 +1,19 @@
-"""Data of PointMaze environments, collected here: shortest paths, a PD controller, noise on its actions.
+"""Data of PointMaze environments, collected here: a path through the maze, a PD controller, noise on its actions.
 
 The published files come from an old simulator (D4RL) or must be downloaded (Minari); this makes data of the
 same kind from gymnasium-robotics alone. They are not the published data: a score on them is no D4RL score.
 
-One continuing run feeds both protocols, which differ in how it is cut, seen and paid:
+One continuing run becomes a data set. The protocols differ in who steers, and in how it is cut, seen and paid:
 
     maze2d      D4RL (arXiv 2004.07219): the goal that the controller pursues is hidden, and rewards are
                 relabelled for one evaluation goal. The learner must stitch its way from other journeys.
     pointmaze   Minari (D4RL/pointmaze): the goal is observed, and an episode ends where it is reached.
+
+The task's environment says what a step pays: sparse, 1 within GOAL_RADIUS of a goal, or dense, exp(-metres to it).
+No reward enters the run: with the same seed, sparse and dense data of a maze have the same states and actions.
+
+Score 100 is the mean return of the protocol's own controller without noise. For pointmaze, as for Minari's sets, that
+is one which takes detours (`steer_depth_first`): who goes straight scores more, up to 120 in Medium and Large.
 
 N = steps of the run, T = steps of an episode, S = 4 entries of a state (x, y in m; vx, vy in m/s), A = 2 of
 an action (force, -1..1), X = 2 of a position. An array's name ends in its shape. This module does not know
@@ -22,20 +28,17 @@ import functools
 import importlib
 import itertools
 import math
-import os
-import tempfile
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import aepo
 from aepo.console import err
+from aepo.data.staging import progress_bars, staged, write_episodes
 from aepo.errors import ConfigError, DataError, ResourceError
 from aepo.tasks import Task
 
@@ -49,31 +52,29 @@ Cell: TypeAlias = tuple[int, int]
 Position: TypeAlias = tuple[float, float]
 """x and y in metres; the map's centre is the origin and a cell is 1 m wide."""
 Policy: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
-"""State (x, y, vx, vy) -> action."""
+"""State (x, y, vx, vy) -> force, to which noise is added; the environment clips the sum."""
+Controller: TypeAlias = "Callable[[Navigator, Sequence[float], Position, np.random.Generator], Policy]"
+"""Maze, state, goal, random numbers -> the policy that pursues this goal from there on."""
 
 GOAL_RADIUS = 0.45
 """Metres from a goal within which a state is paid and the goal counts as reached; gymnasium-robotics' own."""
 POSITION_GAIN, VELOCITY_GAIN = 10.0, -1.0
 """Force per metre to the way-point and per m/s: D4RL's. Stronger damping only lowered the reference score."""
 NOISE_STD = 0.5
-"""Standard deviation of the Gaussian noise on each entry of an action, before clipping to -1..1; D4RL's."""
+"""Standard deviation of the Gaussian noise on each entry of an action, before clipping to -1..1; D4RL's, Minari's."""
+TURN_RADIUS, JITTER = 0.1, 0.2
+"""Metres from a way-point within which Minari's controller turns to the next, and by which it moves them at most."""
+BREADTH_FIRST_MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))
+DEPTH_FIRST_MOVES = ((0, 1), (0, -1), (-1, 0), (1, 0))
+"""Rows and columns from a cell to its neighbours, in the order in which the searches look; the second is Minari's."""
 EPISODE_STEPS = 1_000
 """Steps of a maze2d data episode: few and long ones, because Minari reads 3 ms per episode."""
 REFERENCE_SEED = 0
 """Seeds the reference episodes. They describe the evaluation, not the data: all seeds share one scale."""
 REQUIREMENTS = ("gymnasium-robotics>=1.4.2,<1.5", "mujoco>=3.3.7,<3.12")
 """As in pyproject.toml; stored in the data set, so that Minari warns where it is used with others."""
-CHUNK_STEPS, CHUNK_EPISODES = 1_000, 100
-"""Environment steps and written episodes between two updates of a progress bar."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Maze:
-    """A registered environment, and the cell of its map that evaluation pays for."""
-
-    env_id: str
-    goal_cell: Cell
-    """Where D4RL's map of the same maze says G."""
+CHUNK_STEPS = 1_000
+"""Environment steps between two updates of a progress bar."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,16 +92,20 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """How a run becomes a data set, and what an agent sees of it."""
+    """How a run is steered and becomes a data set, and what an agent sees of it."""
 
+    controller: Controller
+    algorithm: str
+    """The controller's name in the metadata."""
     wrap: Callable[[Any], Any]
     """Gives an environment the observations that the data set holds."""
     ends: Callable[[Run], NDArray[np.intp]]
     """The index after the last step of each episode, rising to N."""
     observations: Callable[[Floats, Floats], Any]
     """Of an episode, from its T + 1 states and as many goals."""
-    rewards: Callable[[Run, Position], Floats]
-    """Of each step, from the run and the centre of the evaluation goal's cell."""
+    paid_goals: Callable[[Run, Position], Floats]
+    """Goals that the steps are paid for, N x 2 or one for all; from the run and the centre of the evaluation goal's
+    cell."""
     arrival_radius: float
     """Metres from the goal within which the run turns to a new one; at most GOAL_RADIUS."""
     max_episode_steps: int
@@ -108,9 +113,21 @@ class Protocol:
     description: str
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Published:
+    """Minari's own data set of the same maze, reward and protocol."""
+
+    dataset: str
+    """Minari id."""
+    num_episodes: int
+    ref_min: float
+    ref_max: float
+    num_steps: int = 1_000_000
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CollectSummary:
-    """A collected data set. What a data set of another origin does not say is NaN or None."""
+    """A collected data set beside the published one. What nobody says of it is NaN or None."""
 
     dataset: str
     """Minari id."""
@@ -120,6 +137,13 @@ class CollectSummary:
     """False: it was there before and has been left alone."""
     num_steps: int
     num_episodes: int
+    mean_length: float
+    """Steps per episode."""
+    published_dataset: str | None
+    """Minari id; None = nothing of this kind is published."""
+    published_num_steps: int | None
+    published_num_episodes: int | None
+    published_mean_length: float | None
     seed: int | None
     mean_return: float
     """Over the data's episodes."""
@@ -127,6 +151,8 @@ class CollectSummary:
     """Mean return of the uniform random policy in the evaluation environment: score 0."""
     ref_max: float
     """Mean return of the noiseless controller, which knows the goal, in the same environment: score 100."""
+    published_ref_min: float | None
+    published_ref_max: float | None
     env_steps_per_s: float
     """Of the data run."""
     collect_s: float
@@ -138,11 +164,7 @@ class CollectSummary:
 
 
 class Navigator:
-    """The shortest paths of a maze, and the controller that follows them.
-
-    It has no memory: an action depends on state and goal only. The way-point is the centre of the next cell
-    on a shortest path, or the goal where that cell is the goal's. Two cells that share a side are a rectangle
-    without a wall in it, so the straight line to the way-point is always free.
+    """The cells of a maze and the paths between them.
 
     Args:
         maze_map: rows of cells, 1 = wall, all else free (as in `gymnasium_robotics.envs.maze.maps`).
@@ -154,6 +176,7 @@ class Navigator:
             (row, column) for row, line in enumerate(maze_map) for column, cell in enumerate(line) if cell != 1
         )
         self._next_cells = {goal: self._search(goal) for goal in self.free_cells}
+        self._cells_before = {start: self._search(start, depth_first=True) for start in self.free_cells}
 
     def centre(self, cell: Cell) -> Position:
         """Return the centre of a cell."""
@@ -163,12 +186,12 @@ class Navigator:
         """Return the cell around a position."""
         return math.floor(self.num_rows / 2 - position[1]), math.floor(position[0] + self.num_columns / 2)
 
-    def next_cell(self, cell: Cell, goal: Cell) -> Cell:
-        """Return the cell after `cell` on a shortest path to `goal`; after the goal comes the goal."""
-        return self._next_cells[goal][cell]
-
     def way_points(self, goal: Position) -> list[Position]:
-        """Return the way-point to a goal for each cell, row by row; in a wall it is the goal."""
+        """Return the next way-point on a shortest path to a goal for each cell, row by row; in a wall it is the goal.
+
+        It is the centre of the next cell, or the goal where that cell is the goal's. Two cells that share a side are a
+        rectangle without a wall in it, so the straight line to the way-point is always free.
+        """
         goal_cell = self.cell(goal)
         table = [goal] * (self.num_rows * self.num_columns)
         for (row, column), following in self._next_cells[goal_cell].items():
@@ -176,25 +199,77 @@ class Navigator:
                 table[row * self.num_columns + column] = self.centre(following)
         return table
 
-    def act(self, state: Sequence[float], way_points: Sequence[Position]) -> tuple[float, float]:
-        """Return the noiseless controller's action; `way_points` is the table of the goal."""
-        x, y, vx, vy = state
-        row, column = int(self.num_rows / 2 - y), int(x + self.num_columns / 2)
-        way_x, way_y = way_points[row * self.num_columns + column]
-        force_x = POSITION_GAIN * (way_x - x) + VELOCITY_GAIN * vx
-        force_y = POSITION_GAIN * (way_y - y) + VELOCITY_GAIN * vy
+    def depth_first_path(self, start: Cell, goal: Cell) -> list[Cell]:
+        """Return the cells after the start's on a path to the goal, as a depth-first search finds it: with detours."""
+        path, cell = [], goal
+        while cell != start:
+            path.append(cell)
+            cell = self._cells_before[start][cell]
+        return path[::-1]
+
+    def _search(self, root: Cell, *, depth_first: bool = False) -> dict[Cell, Cell]:
+        """Return of each cell the one from which it was found; breadth first, it is the next on a way to the root."""
+        moves = DEPTH_FIRST_MOVES if depth_first else BREADTH_FIRST_MOVES
+        found_from, waiting = {root: root}, deque([root])
+        while waiting:
+            row, column = cell = waiting.pop() if depth_first else waiting.popleft()
+            for down, right in moves:
+                near = row + down, column + right
+                if near in self.free_cells and near not in found_from:
+                    found_from[near] = cell
+                    waiting.append(near)
+        return found_from
+
+
+def steer_shortest(navigator: Navigator, _: Sequence[float], goal: Position, __: np.random.Generator) -> Policy:
+    """Follow a shortest path without memory of the way; the force is clipped to -1..1."""
+    way_points, num_columns = navigator.way_points(goal), navigator.num_columns
+    half_height, half_width = navigator.num_rows / 2, num_columns / 2
+
+    def steer(state: Sequence[float]) -> Sequence[float]:
+        way_point = way_points[int(half_height - state[1]) * num_columns + int(state[0] + half_width)]
+        force_x, force_y = _pull(way_point, state)
         return min(max(force_x, -1.0), 1.0), min(max(force_y, -1.0), 1.0)
 
-    def _search(self, goal: Cell) -> dict[Cell, Cell]:
-        """Return the next cell from every cell that can reach the goal, breadth first from the goal."""
-        following, queue = {goal: goal}, deque([goal])
-        while queue:
-            row, column = cell = queue.popleft()
-            for near in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
-                if near in self.free_cells and near not in following:
-                    following[near] = cell
-                    queue.append(near)
-        return following
+    return steer
+
+
+def steer_depth_first(
+    navigator: Navigator, start: Sequence[float], goal: Position, random: np.random.Generator
+) -> Policy:
+    """Follow a depth-first path; the force is not clipped.
+
+    As Farama's minari-dataset-generation-scripts do, which never ask for the QIteration that their metadata name. They
+    turn to the next way-point within TURN_RADIUS of the last. These are the centres of the path's cells, all but the
+    first moved by up to JITTER towards lower x and y, and then the goal; but of a single cell it is the centre.
+    """
+    path = navigator.depth_first_path(navigator.cell((start[0], start[1])), navigator.cell(goal))
+    centres = [navigator.centre(cell) for cell in path]
+    jitter = random.uniform(high=JITTER, size=(len(path), 2)).tolist()
+    moved = [(x - dx, y - dy) for (x, y), (dx, dy) in zip(centres, jitter, strict=True)]
+    ahead = iter(centres if len(path) == 1 else [*centres[:1], *moved[1:-1], goal])
+    way_point = next(ahead)
+
+    def steer(state: Sequence[float]) -> Sequence[float]:
+        nonlocal way_point
+        if math.hypot(way_point[0] - state[0], way_point[1] - state[1]) <= TURN_RADIUS:
+            way_point = next(ahead, way_point)
+        return _pull(way_point, state)
+
+    return steer
+
+
+def wander(_: Navigator, __: Sequence[float], ___: Position, random: np.random.Generator) -> Policy:
+    """Push in uniform random directions."""
+    return lambda _: random.uniform(-1.0, 1.0, 2).tolist()
+
+
+def _pull(way_point: Position, state: Sequence[float]) -> Sequence[float]:
+    """Return the PD controller's force."""
+    return (
+        POSITION_GAIN * (way_point[0] - state[0]) + VELOCITY_GAIN * state[2],
+        POSITION_GAIN * (way_point[1] - state[1]) + VELOCITY_GAIN * state[3],
+    )
 
 
 def _hide_goal(env: Any) -> Any:
@@ -203,65 +278,67 @@ def _hide_goal(env: Any) -> Any:
     return FlattenObservation(FilterObservation(env, ["observation"]))
 
 
-def _ends_by_length(run: Run) -> NDArray[np.intp]:
-    num_steps = len(run.actions_NA)
-    return np.append(np.arange(EPISODE_STEPS, num_steps, EPISODE_STEPS), num_steps)
-
-
-def _ends_by_arrival(run: Run) -> NDArray[np.intp]:
-    return np.union1d(np.flatnonzero(run.reached_N) + 1, [len(run.actions_NA)])
-
-
-def _goal_observations(states_TS: Floats, goals_TX: Floats) -> dict[str, Floats]:
-    return {"observation": states_TS, "achieved_goal": states_TS[:, :2], "desired_goal": goals_TX}
-
-
-def _relabelled_rewards(run: Run, goal: Position) -> Floats:
-    distance_N = np.hypot(run.states_NS[1:, 0] - goal[0], run.states_NS[1:, 1] - goal[1])
-    return np.where(distance_N <= GOAL_RADIUS, 1.0, 0.0)
+def _ends(run: Run, ends: NDArray[np.intp]) -> NDArray[np.intp]:
+    return np.union1d(ends, [len(run.actions_NA)])
 
 
 PROTOCOLS = {
     "maze2d": Protocol(
+        controller=steer_shortest,
+        algorithm="shortest path, PD controller",
         wrap=_hide_goal,
-        ends=_ends_by_length,
+        ends=lambda run: _ends(run, np.arange(EPISODE_STEPS, len(run.actions_NA), EPISODE_STEPS)),
         observations=lambda states_TS, _: states_TS,
-        rewards=_relabelled_rewards,
+        paid_goals=lambda _, centre: np.array(centre),
         arrival_radius=0.1,  # D4RL's controller; so the data show how to brake at a goal
         max_episode_steps=EPISODE_STEPS,
-        description="D4RL's maze2d protocol: observations are x, y, vx, vy without the goal; the reward is 1 "
-        f"where the state after the step is within {GOAL_RADIUS} m of the centre of the evaluation goal's "
-        f"cell, whatever goal was pursued; episodes are truncated slices of {EPISODE_STEPS} steps.",
+        description="D4RL's maze2d protocol: observations are x, y, vx, vy without the goal; steps are paid for the "
+        "centre of the evaluation goal's cell, whatever goal was pursued; episodes are truncated slices of "
+        f"{EPISODE_STEPS} steps.",
     ),
     "pointmaze": Protocol(
+        controller=steer_depth_first,
+        algorithm="depth-first path, PD controller",
         wrap=lambda env: env,
-        ends=_ends_by_arrival,
-        observations=_goal_observations,
-        rewards=lambda run, _: run.reached_N.astype(np.float64),
+        ends=lambda run: _ends(run, np.flatnonzero(run.reached_N) + 1),
+        observations=lambda states_TS, goals_TX: {
+            "observation": states_TS,
+            "achieved_goal": states_TS[:, :2],
+            "desired_goal": goals_TX,
+        },
+        paid_goals=lambda run, _: run.goals_NX,
         arrival_radius=GOAL_RADIUS,
         max_episode_steps=-1,
-        description="Minari's pointmaze protocol: the goal is observed; reaching it pays 1 and truncates the "
-        "episode; the next one goes on from there towards a new goal.",
+        description="Minari's pointmaze protocol: the goal is observed, and steps are paid for it; reaching it "
+        f"({GOAL_RADIUS} m) truncates the episode; the next one goes on from there towards a new goal.",
     ),
 }
 """By suite."""
 
-_UMAZE = Maze(env_id="PointMaze_UMaze-v3", goal_cell=(1, 1))
-_MEDIUM = Maze(env_id="PointMaze_Medium-v3", goal_cell=(6, 6))
-_LARGE = Maze(env_id="PointMaze_Large-v3", goal_cell=(7, 9))
-_OPEN = Maze(env_id="PointMaze_Open-v3", goal_cell=(2, 3))
-
-MAZES = {
-    "maze2d-open": _OPEN,
-    "maze2d-umaze": _UMAZE,
-    "maze2d-medium": _MEDIUM,
-    "maze2d-large": _LARGE,
-    "pointmaze-open": _OPEN,
-    "pointmaze-umaze": _UMAZE,
-    "pointmaze-medium": _MEDIUM,
-    "pointmaze-large": _LARGE,
+REWARD_DESCRIPTIONS = {
+    "sparse": f"A step pays 1 where the state after it is within {GOAL_RADIUS} m of that goal, else 0.",
+    "dense": "A step pays exp(-d) where the state after it is d metres from that goal.",
 }
-"""By task: all that can be collected."""
+"""By `reward_type` of gymnasium-robotics."""
+
+GOAL_CELLS: dict[str, Cell] = {
+    task: cell
+    for maze, cell in {"open": (2, 3), "umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}.items()
+    for task in (f"maze2d-{maze}", f"pointmaze-{maze}", f"pointmaze-{maze}-dense")
+}
+"""The cell that evaluation pays for, where D4RL's map says G; by task: all that can be collected."""
+
+PUBLISHED = {
+    "pointmaze-open": Published("D4RL/pointmaze/open-v2", 9_525, 7.199999809265137, 229.86000061035156),
+    "pointmaze-umaze": Published("D4RL/pointmaze/umaze-v2", 13_210, 13.489999771118164, 218.6999969482422),
+    "pointmaze-medium": Published("D4RL/pointmaze/medium-v2", 4_752, 17.65999984741211, 361.04998779296875),
+    "pointmaze-large": Published("D4RL/pointmaze/large-v2", 3_360, 3.549999952316284, 462.260009765625),
+    "pointmaze-open-dense": Published("D4RL/pointmaze/open-dense-v2", 9_525, 70.7329330444336, 229.4267120361328),
+    "pointmaze-umaze-dense": Published("D4RL/pointmaze/umaze-dense-v2", 13_210, 59.25226974487305, 223.9688720703125),
+    "pointmaze-medium-dense": Published("D4RL/pointmaze/medium-dense-v2", 4_752, 49.2408447265625, 368.8089599609375),
+    "pointmaze-large-dense": Published("D4RL/pointmaze/large-dense-v2", 3_360, 27.165931701660156, 481.5344543457031),
+}
+"""By task; from Minari's documentation pages and the metadata of its data sets."""
 
 
 def collect(
@@ -274,7 +351,7 @@ def collect(
     at a time. The same arguments give the same arrays.
 
     Args:
-        task: a row of the task table that MAZES and PROTOCOLS know.
+        task: a row of the task table that GOAL_CELLS and PROTOCOLS know.
         num_steps: environment steps to record, >= 1.
         seed: of start, goals and noise, >= 0; the reference scores do not depend on it.
         num_reference_episodes: episodes of `task.horizon` steps behind each reference score, >= 1.
@@ -285,9 +362,9 @@ def collect(
         DataError: if something that cannot be read lies where the data set belongs.
         ResourceError: if the environments cannot be imported.
     """
-    if task.task not in MAZES or task.suite not in PROTOCOLS:
+    if task.task not in GOAL_CELLS or task.suite not in PROTOCOLS:
         raise ConfigError(
-            f"{task.task!r} of suite {task.suite!r} cannot be collected; these tasks can: {', '.join(MAZES)}"
+            f"{task.task!r} of suite {task.suite!r} cannot be collected; these tasks can: {', '.join(GOAL_CELLS)}"
         )
     if num_steps < 1 or seed < 0 or num_reference_episodes < 1:
         raise ConfigError(
@@ -297,10 +374,10 @@ def collect(
     _import_environments()
     from minari.storage.datasets_root_dir import get_dataset_path
 
-    maze, protocol = MAZES[task.task], PROTOCOLS[task.suite]
+    protocol = PROTOCOLS[task.suite]
     path = get_dataset_path(task.dataset).resolve()
     if path.exists() and not overwrite:
-        found = _summary(path, collected=False)
+        found = _summary(path, task)
         err.print(
             f"{found.dataset} is there ({found.num_steps:,} steps, seed {found.seed}) and was left alone; "
             "--overwrite replaces it",
@@ -308,42 +385,46 @@ def collect(
         )
         return found
 
-    _make_namespace(task.dataset)
-    with _scratch_library() as library, _progress() as progress:
-        data_env, eval_env = _make_environments(task, maze, protocol)
+    with staged(task.dataset, overwrite=overwrite), progress_bars() as bar:
+        data_env, eval_env = _make_environments(task, protocol)
         navigator = Navigator(data_env.unwrapped.maze.maze_map)
         clock_s = [time.perf_counter()]
         run = record(
             data_env.unwrapped,
             navigator,
-            arrival_radius=protocol.arrival_radius,
+            protocol,
             num_steps=num_steps,
             seed=seed,
-            advance=_bar(progress, "collecting", num_steps),
+            advance=bar("collecting", num_steps),
         )
         clock_s.append(time.perf_counter())
         ref_min, ref_max = measure_references(
             eval_env.unwrapped,
             navigator,
+            protocol.controller,
             horizon=task.horizon,
             num_episodes=num_reference_episodes,
-            advance=_bar(progress, "reference scores", 2 * num_reference_episodes * task.horizon),
+            advance=bar("reference scores", 2 * num_reference_episodes * task.horizon),
         )
         clock_s.append(time.perf_counter())
-        rewards_N, ends = protocol.rewards(run, navigator.centre(maze.goal_cell)), protocol.ends(run)
-        dataset = _write(
+        rewards_N = data_env.unwrapped.compute_reward(
+            run.states_NS[1:, :2], protocol.paid_goals(run, navigator.centre(GOAL_CELLS[task.task])), {}
+        )
+        ends = protocol.ends(run)
+        dataset = write_episodes(
             _episodes(run, rewards_N, ends, protocol),
-            advance=_bar(progress, "writing", len(ends)),
+            advance=bar("writing", len(ends)),
             dataset_id=task.dataset,
             env=data_env,
             eval_env=eval_env,
-            algorithm_name=f"shortest path, PD controller, action noise {NOISE_STD}",
+            algorithm_name=f"{protocol.algorithm}, action noise {NOISE_STD}",
             author=f"aepo {aepo.__version__}",
             ref_min_score=ref_min,
             ref_max_score=ref_max,
             num_episodes_average_score=num_reference_episodes,
-            description=f"Collected in {maze.env_id} by `aepo data collect {task.task} --steps {num_steps} "
-            f"--seed {seed}`: not a published D4RL or Minari file. {protocol.description}",
+            description=f"Collected in {task.env_id} by `aepo data collect {task.task} --steps {num_steps} "
+            f"--seed {seed}`: not a published D4RL or Minari file. {protocol.description} "
+            f"{REWARD_DESCRIPTIONS[data_env.unwrapped.reward_type]}",
             requirements=list(REQUIREMENTS),
         )
         clock_s.append(time.perf_counter())
@@ -359,24 +440,19 @@ def collect(
         dataset.storage.update_metadata({"aepo": origin})
         data_env.close()
         eval_env.close()
-        publish = overwrite or not path.exists()  # or another process was faster
-        if publish:
-            if path.exists():
-                path.rename(library / "replaced")
-            (library / task.dataset).rename(path)
-    return _summary(path, collected=publish)
+    return _summary(path, task, origin=origin)
 
 
 def record(
     env: Any,
     navigator: Navigator,
+    protocol: Protocol,
     *,
     num_steps: int,
     seed: int,
-    arrival_radius: float = GOAL_RADIUS,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Run:
-    """Return a continuing run of the noisy controller.
+    """Return a continuing run of the protocol's controller with noise.
 
     Steps the environment's physics and lets it draw a new goal where one is reached: what `PointMazeEnv.step`
     does, but for the three distances that it computes at every step (they are 40 % of its time).
@@ -384,9 +460,9 @@ def record(
     Args:
         env: an unwrapped PointMazeEnv with `continuing_task` and `reset_target`.
         navigator: of its maze.
+        protocol: its controller and arrival radius count.
         num_steps: >= 1.
-        seed: of start, goals and noise.
-        arrival_radius: metres from the goal within which the next one is drawn, at most GOAL_RADIUS.
+        seed: of start, goals, way-points and noise.
         advance: is told, now and then, how many steps were done.
     """
     run = Run(
@@ -395,18 +471,18 @@ def record(
         goals_NX=np.empty((num_steps, 2)),
         reached_N=np.zeros(num_steps, dtype=np.bool_),
     )
-    noise = np.random.default_rng([seed, 1])  # not [seed]: that is the environment's own stream
+    random = np.random.default_rng([seed, 1])  # not [seed]: that is the environment's own stream
     env.reset(seed=seed)
-    step, hypot = env.point_env.step, math.hypot
+    step, hypot, arrival_radius = env.point_env.step, math.hypot, protocol.arrival_radius
     run.states_NS[0] = env.point_env.state_vector()
     state = run.states_NS[0].tolist()
     goal_x, goal_y = goal = tuple(env.goal.tolist())
-    way_points = navigator.way_points(goal)
+    policy = protocol.controller(navigator, state, goal, random)
     for start in range(0, num_steps, CHUNK_STEPS):
         stop = min(start + CHUNK_STEPS, num_steps)
-        noise_TA = noise.normal(scale=NOISE_STD, size=(stop - start, 2)).tolist()
+        noise_TA = random.normal(scale=NOISE_STD, size=(stop - start, 2)).tolist()
         for t, (noise_x, noise_y) in enumerate(noise_TA, start):
-            force_x, force_y = navigator.act(state, way_points)
+            force_x, force_y = policy(state)
             action_A = run.actions_NA[t]
             action_A[0] = min(max(force_x + noise_x, -1.0), 1.0)
             action_A[1] = min(max(force_y + noise_y, -1.0), 1.0)
@@ -417,7 +493,7 @@ def record(
                 run.reached_N[t] = True
                 env.update_goal(state_S[:2])
                 goal_x, goal_y = goal = tuple(env.goal.tolist())
-                way_points = navigator.way_points(goal)
+                policy = protocol.controller(navigator, state, goal, random)
         advance(stop - start)
     return run
 
@@ -425,44 +501,39 @@ def record(
 def measure_references(
     env: Any,
     navigator: Navigator,
+    controller: Controller,
     *,
     horizon: int,
     num_episodes: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[float, float]:
-    """Return the mean returns of the uniform random policy and of the noiseless controller.
+    """Return the mean returns of the uniform random policy and of a controller without noise.
 
     The controller knows the goal of each episode, also where the protocol hides it from the learner.
 
     Args:
         env: an unwrapped PointMazeEnv with one goal cell and without `reset_target`.
         navigator: of its maze.
-        horizon: steps of an episode; a return is the number of them that end within GOAL_RADIUS of the goal.
+        controller: of score 100.
+        horizon: steps of an episode; a return is the sum of what the environment pays for them.
         num_episodes: per policy, >= 1.
         advance: is told, now and then, how many steps were done.
     """
     random = np.random.default_rng([REFERENCE_SEED, 1])
-
-    def wander(_: Position) -> Policy:
-        actions = iter(random.uniform(-1.0, 1.0, size=(horizon, 2)).tolist())
-        return lambda _: next(actions)
-
-    def pursue(goal: Position) -> Policy:
-        return functools.partial(navigator.act, way_points=navigator.way_points(goal))
-
-    step, hypot, means = env.point_env.step, math.hypot, []
-    for policy_for in (wander, pursue):
+    step, positions_TX, means = env.point_env.step, np.empty((horizon, 2)), []
+    for steer in (wander, controller):
         env.reset(seed=REFERENCE_SEED)  # both policies meet the same starts and goals
-        num_paid = 0
+        total = 0.0
         for _ in range(num_episodes):
-            goal_x, goal_y = goal = tuple(env.goal.tolist())
-            policy, state = policy_for(goal), env.point_env.state_vector().tolist()
-            for _ in range(horizon):
+            state = env.point_env.state_vector().tolist()
+            policy = steer(navigator, state, tuple(env.goal.tolist()), random)
+            for t in range(horizon):
                 state = step(np.array(policy(state), dtype=np.float32))[0].tolist()
-                num_paid += hypot(state[0] - goal_x, state[1] - goal_y) <= GOAL_RADIUS
+                positions_TX[t] = state[:2]
+            total += float(env.compute_reward(positions_TX, env.goal, {}).sum())
             env.reset()
             advance(horizon)
-        means.append(num_paid / num_episodes)
+        means.append(total / num_episodes)
     return means[0], means[1]
 
 
@@ -478,24 +549,23 @@ def _import_environments() -> None:
         raise ResourceError(f"no PointMaze here ({error}); pip install {wanted} minari") from error
 
 
-def _make_environments(task: Task, maze: Maze, protocol: Protocol) -> tuple[Any, Any]:
+def _make_environments(task: Task, protocol: Protocol) -> tuple[Any, Any]:
     """Return the environments of the data and of the evaluation; Minari can store and rebuild both.
 
-    gymnasium-robotics moves the evaluation's goal by up to 0.25 m in x and y from its cell's centre, anew for
-    each episode; a ball at the centre is paid all the same. The start is in any other cell.
+    The reward is the one that the task's environment is registered with. gymnasium-robotics moves the
+    evaluation's goal by up to 0.25 m in x and y from its cell's centre, anew for each episode; a ball at the
+    centre has still arrived. The start is in any other cell.
     """
     import gymnasium
 
-    maze_map = gymnasium.spec(maze.env_id).kwargs["maze_map"]
+    maze_map = gymnasium.spec(task.env_id).kwargs["maze_map"]
     one_goal: list[list[int | str]] = [["r" if cell == 0 else cell for cell in line] for line in maze_map]
-    row, column = maze.goal_cell
-    assert one_goal[row][column] == "r", f"{maze.env_id}: no free cell at {maze.goal_cell}"
+    row, column = GOAL_CELLS[task.task]
+    assert one_goal[row][column] == "r", f"{task.env_id}: no free cell at {row, column}"
     one_goal[row][column] = "g"
-    common: dict[str, Any] = {"reward_type": "sparse", "continuing_task": True}
-    data_env = gymnasium.make(maze.env_id, max_episode_steps=protocol.max_episode_steps, reset_target=True, **common)
-    eval_env = gymnasium.make(
-        maze.env_id, max_episode_steps=task.horizon, reset_target=False, maze_map=one_goal, **common
-    )
+    make = functools.partial(gymnasium.make, task.env_id, continuing_task=True)
+    data_env = make(max_episode_steps=protocol.max_episode_steps, reset_target=True)
+    eval_env = make(max_episode_steps=task.horizon, reset_target=False, maze_map=one_goal)
     return protocol.wrap(data_env), protocol.wrap(eval_env)
 
 
@@ -516,80 +586,32 @@ def _episodes(run: Run, rewards_N: Floats, ends: NDArray[np.intp], protocol: Pro
         )
 
 
-def _write(episodes: Iterator[Any], *, advance: Callable[[int], None], **metadata: Any) -> Any:
-    """Write a data set into Minari's library and return it."""
-    import minari
-
-    dataset: Any = None
-    while chunk := list(itertools.islice(episodes, CHUNK_EPISODES)):
-        if dataset is not None:
-            dataset.update_dataset_from_buffer(chunk)
-        else:
-            with warnings.catch_warnings():
-                for field in ("code_permalink", "author_email"):  # advice for publishers
-                    warnings.filterwarnings("ignore", message=f"`{field}` is set to None", category=UserWarning)
-                dataset = minari.create_dataset_from_buffers(buffer=chunk, **metadata)
-        advance(len(chunk))
-    return dataset
-
-
-def _make_namespace(dataset_id: str) -> None:
-    from minari.dataset.minari_dataset import parse_dataset_id
-    from minari.namespace import create_namespace, list_local_namespaces
-
-    namespace = parse_dataset_id(dataset_id)[0]
-    if namespace is not None and namespace not in list_local_namespaces():
-        create_namespace(namespace)
-
-
-@contextlib.contextmanager
-def _scratch_library() -> Iterator[Path]:
-    """Yield a hidden folder in Minari's library that this process takes for the library, then delete it.
-
-    Minari lists no hidden folders: what a killed process leaves there never looks like a data set. The MuJoCo
-    models that gymnasium-robotics leaves among the temporary files go with it.
-    """
-    from minari.storage.datasets_root_dir import get_dataset_path
-
-    library, tempdir = os.environ.get("MINARI_DATASETS_PATH"), tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix=".collecting-", dir=get_dataset_path()) as folder:
-        os.environ["MINARI_DATASETS_PATH"] = tempfile.tempdir = folder
-        try:
-            yield Path(folder)
-        finally:
-            tempfile.tempdir = tempdir
-            if library is None:
-                del os.environ["MINARI_DATASETS_PATH"]
-            else:
-                os.environ["MINARI_DATASETS_PATH"] = library
-
-
-def _summary(path: Path, *, collected: bool) -> CollectSummary:
+def _summary(path: Path, task: Task, *, origin: dict[str, Any] | None = None) -> CollectSummary:
+    """Return what the metadata say; `origin` is what this process wrote, unless another was faster."""
     from minari.dataset.minari_storage import MinariStorage
 
+    published = PUBLISHED.get(task.task)
     measured = ("mean_return", "env_steps_per_s", "collect_s", "reference_s", "write_s")
     try:
         metadata = MinariStorage.read_raw_metadata(path / "data")
-        origin = metadata.get("aepo", {})
+        found = metadata.get("aepo", {})
         return CollectSummary(
             dataset=metadata["dataset_id"],
             path=str(path),
-            collected=collected,
+            collected=found == origin,
             num_steps=metadata["total_steps"],
             num_episodes=metadata["total_episodes"],
+            mean_length=metadata["total_steps"] / metadata["total_episodes"],
+            published_dataset=published.dataset if published else None,
+            published_num_steps=published.num_steps if published else None,
+            published_num_episodes=published.num_episodes if published else None,
+            published_mean_length=published.num_steps / published.num_episodes if published else None,
             ref_min=metadata.get("ref_min_score", math.nan),
             ref_max=metadata.get("ref_max_score", math.nan),
-            seed=origin.get("seed"),
-            **{name: origin.get(name, math.nan) for name in measured},
+            published_ref_min=published.ref_min if published else None,
+            published_ref_max=published.ref_max if published else None,
+            seed=found.get("seed"),
+            **{name: found.get(name, math.nan) for name in measured},
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ZeroDivisionError) as error:
         raise DataError(f"{path} is no data set ({error}); --overwrite replaces it") from error
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
-
-
-def _bar(progress: Progress, description: str, total: int) -> Callable[[int], None]:
-    return functools.partial(progress.advance, progress.add_task(description, total=total))

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from aepo import tasks
 from aepo.console import err
 from aepo.data.episodes import DAMAGE, data_file, find_problems, one_line, read_episodes
 from aepo.errors import DataError, ResourceError
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 
 
 class Batch(NamedTuple):
@@ -146,10 +148,11 @@ def load_transitions(
     low_A, high_A = action_bounds(dataset)
     path = Path(dataset.storage.data_path)
     stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.iterdir())]
-    key = hashlib.sha256(json.dumps([CACHE_FORMAT, str(path), stamp, observation_keys]).encode()).hexdigest()
+    cut = reward_rule == "until_goal"
+    key = hashlib.sha256(json.dumps([CACHE_FORMAT, str(path), stamp, observation_keys, cut]).encode()).hexdigest()
     cache = cache_folder() / f"{key[:24]}.safetensors"
     if not (found := _read_cache(cache)):
-        decoded = _decode(dataset, observation_keys, low_A, high_A)
+        decoded = _decode(dataset, observation_keys, low_A, high_A, until_goal=cut)
         _write_cache(cache, *decoded)
         found = _read_cache(cache) or decoded
     rows_ND, ends_E, facts = found
@@ -184,18 +187,31 @@ def open_dataset(dataset_id: str) -> Any:
     import minari
     from minari.storage.local import get_dataset_path
 
-    from aepo.tasks import table
-
     folder = get_dataset_path("")
     try:
         return minari.load_dataset(dataset_id)
     except DAMAGE as error:
-        task = next((row for row in table().values() if row.dataset == dataset_id), None)
-        if task and task.source == "collected":
-            remedy = f"make it: aepo data collect {task.task}"
-        else:
-            remedy = f"`minari download {dataset_id}`, or put it there, or set MINARI_DATASETS_PATH to its library"
-        raise DataError(f"data set {dataset_id!r} cannot be read in {folder} ({one_line(error)}); {remedy}") from error
+        raise DataError(
+            f"data set {dataset_id!r} cannot be read in {folder} ({one_line(error)}); {remedy(dataset_id)}"
+        ) from error
+
+
+def remedy(dataset_id: str) -> str:
+    """Return in words how a data set gets into the local library."""
+    task = tasks.for_dataset(dataset_id)
+    if task.source == "collected":
+        return f"make it: aepo data collect {task.task}"
+    if task.source == "d4rl":
+        file = task.origin.rpartition("/")[2]
+        others = [row.source for row in tasks.rows() if row.task == task.task and row.source != "d4rl"]
+        other = "".join(f"; other data of this task: --source {source}" for source in others)
+        return f"bring D4RL's {file} ({task.origin}), then: aepo data import d4rl {file} --task {task.task}{other}"
+    if task.source == "minari" and task.origin:
+        return f"make it of its parts: aepo data download {task.task}"
+    return (
+        f"`aepo data download {dataset_id}` where there is a network, or put its folder there, "
+        "or set MINARI_DATASETS_PATH to the library that has it"
+    )
 
 
 def cache_folder() -> Path:
@@ -205,17 +221,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aepo"
 
 
-def action_bounds(dataset: Any) -> tuple[Tensor, Tensor]:
-    """Return the lower and upper bounds of a data set's action space, each [A].
+def action_bounds(dataset: Any, *, name: str = "") -> tuple[Tensor, Tensor]:
+    """Return the lower and upper bounds of the action space of a data set (or of an environment of that name), [A].
 
     Raises:
         DataError: if it is no Box of one axis with finite bounds.
     """
-    space = dataset.action_space
+    space, name = dataset.action_space, name or dataset.id
     if type(space).__name__ != "Box" or len(space.shape) != 1:
-        raise DataError(f"{dataset.id}: actions must be a Box of one axis, got {space}")
+        raise DataError(f"{name}: actions must be a Box of one axis, got {space}")
     if not (np.isfinite(space.low).all() and np.isfinite(space.high).all() and (space.low < space.high).all()):
-        raise DataError(f"{dataset.id}: actions must have finite bounds, got {space}")
+        raise DataError(f"{name}: actions must have finite bounds, got {space}")
     return torch.tensor(space.low, dtype=torch.float32), torch.tensor(space.high, dtype=torch.float32)
 
 
@@ -224,17 +240,17 @@ def _reward_map(rule: str, return_min: float, return_max: float) -> tuple[float,
     if rule == "return_range":
         spread = return_max - return_min
         return 0.0, 1000.0 / spread if spread > 0 else 1.0
-    return {"raw": (0.0, 1.0), "minus_one": (1.0, 1.0)}[rule]
+    return {"raw": (0.0, 1.0), "until_goal": (1.0, 1.0)}[rule]
 
 
 def _decode(
-    dataset: Any, keys: tuple[str, ...], action_low_A: Tensor, action_high_A: Tensor
+    dataset: Any, keys: tuple[str, ...], action_low_A: Tensor, action_high_A: Tensor, *, until_goal: bool
 ) -> tuple[Tensor, Tensor, dict[str, str]]:
     num_steps, action_dim = int(dataset.total_steps), len(action_low_A)
     if num_steps < 1:
         raise DataError(f"{dataset.id} holds no transition")
     rows: NDArray[np.float32] | None = None
-    end, ends, returns = 0, [], []
+    end, read, ends, returns = 0, 0, [], []
     episodes = track(
         read_episodes(dataset),
         total=int(dataset.total_episodes),
@@ -247,26 +263,28 @@ def _decode(
         if problems := find_problems(episode, action_low_A, action_high_A):
             raise DataError(f"{data_file(dataset)}: episode {episode.id}: {problems[0]}; aepo data verify {dataset.id}")
         states = flatten(episode.observations, keys)
-        steps = len(episode.rewards)
+        rewards = np.asarray(episode.rewards, dtype=np.float32)
+        terminals = np.asarray(episode.terminations, dtype=np.float32)
+        steps = len(rewards)
         if rows is None:
             width = 2 * states.shape[1] + action_dim + 2
             _check_memory(dataset.id, num_steps * width * 4)
             rows = np.empty((num_steps, width), dtype=np.float32)
-        if end + steps > num_steps:
+        read += steps
+        if read > num_steps:
             raise DataError(f"{dataset.id} holds more than the {num_steps} steps that its metadata state")
-        parts = [
-            states[:-1],
-            np.asarray(episode.actions, dtype=np.float32),
-            np.asarray(episode.rewards, dtype=np.float32)[:, None],
-            np.asarray(episode.terminations, dtype=np.float32)[:, None],
-            states[1:],
-        ]
-        np.concatenate(parts, axis=1, out=rows[end : end + steps])
-        returns.append(float(np.sum(episode.rewards)))
+        if until_goal and (rewards > 0).any():
+            steps = int(np.argmax(rewards > 0)) + 1
+            terminals[steps - 1] = 1.0
+        actions = np.asarray(episode.actions, dtype=np.float32)
+        parts = [states[:-1], actions, rewards[:, None], terminals[:, None], states[1:]]
+        np.concatenate([part[:steps] for part in parts], axis=1, out=rows[end : end + steps])
+        returns.append(float(np.sum(episode.rewards[:steps])))
         end += steps
         ends.append(end)
-    if rows is None or end != num_steps:
-        raise DataError(f"{dataset.id} holds {end} steps, its metadata state {num_steps}")
+    if rows is None or read != num_steps:
+        raise DataError(f"{dataset.id} holds {read} steps, its metadata state {num_steps}")
+    rows = rows[:end]
     states_NS = rows[:, : (rows.shape[1] - action_dim - 2) // 2]
     facts = {
         "digest": hashlib.sha256(rows.tobytes()).hexdigest()[:16],
@@ -296,7 +314,7 @@ def _read_cache(path: Path) -> tuple[Tensor, Tensor, dict[str, str]] | None:
 
 
 def _write_cache(path: Path, rows_ND: Tensor, ends_E: Tensor, facts: dict[str, str]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"rows": rows_ND, "episode_ends": ends_E}, temporary, metadata=facts)

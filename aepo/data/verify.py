@@ -7,22 +7,29 @@ from rich.progress import track
 
 from aepo.console import err
 from aepo.data.episodes import data_file, find_problems, read_episode
-from aepo.data.transitions import action_bounds, open_dataset
+from aepo.data.transitions import action_bounds, flatten, open_dataset
 from aepo.errors import AEPOError, DataError
 from aepo.evaluate import Evaluator
+from aepo.tasks import Task
+
+MAX_LOST = 0.05
+"""Share of a D4RL file's rows that have no successor."""
 
 
-def verify(dataset_id: str) -> tuple[dict[str, Any], list[str]]:
-    """Return what was read of a data set, and a line for each thing that is wrong with it.
+def verify(task: Task) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Return what was read of a task's data set, a line for each thing that is wrong with it, and one for each doubt.
+
+    A doubt is what the published data set would not show, as another number of steps.
 
     Raises:
         DataError: if there is no such data set, or nothing of it can be read.
     """
-    dataset = open_dataset(dataset_id)
+    dataset = open_dataset(task.dataset)
     low_A, high_A = action_bounds(dataset)
     file = data_file(dataset)
     problems: list[str] = []
     num_episodes = num_steps = 0
+    widths: set[int] = set()
     indices = track(
         dataset.episode_indices,
         description=f"verifying {dataset.id}",
@@ -38,9 +45,14 @@ def verify(dataset_id: str) -> tuple[dict[str, Any], list[str]]:
             continue
         num_episodes += 1
         num_steps += len(episode.rewards)
-        problems += [f"{file}: episode {index}: {problem}" for problem in find_problems(episode, low_A, high_A)]
+        found = find_problems(episode, low_A, high_A)
+        problems += [f"{file}: episode {index}: {problem}" for problem in found]
+        if not found:
+            widths.add(flatten(episode.observations, task.observation_keys).shape[1])
     if num_steps != dataset.total_steps:
         problems.append(f"{file}: {num_steps} steps, its metadata state {dataset.total_steps}")
+    if len(widths) > 1:
+        problems.append(f"{file}: observations have {sorted(widths)} entries, wanted one number for all episodes")
     metadata = dataset.storage.metadata
     ref_min, ref_max = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     if (ref_min is None) != (ref_max is None):
@@ -49,8 +61,13 @@ def verify(dataset_id: str) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"{file}: reference scores {ref_min} and {ref_max}, wanted two finite ones, ascending")
     env_id = None
     try:
-        evaluator = Evaluator(dataset_id, horizon=1)
+        evaluator = Evaluator(
+            task.dataset, env_id=task.env_id, observation_keys=task.observation_keys, horizon=task.horizon or 1
+        )
         env_id = evaluator.env_id
+        width = evaluator.observation_width(seed=0)
+        if len(widths) == 1 and {width} != widths:
+            problems.append(f"{file}: observations have {min(widths)} entries, those of {env_id} have {width}")
         evaluator.close()
     except AEPOError as error:
         problems.append(str(error))
@@ -59,8 +76,19 @@ def verify(dataset_id: str) -> tuple[dict[str, Any], list[str]]:
         "path": str(file),
         "num_episodes": num_episodes,
         "num_steps": num_steps,
-        "ref_min": ref_min,
-        "ref_max": ref_max,
+        "ref_min": ref_min if task.ref_min is None else task.ref_min,
+        "ref_max": ref_max if task.ref_max is None else task.ref_max,
         "env_id": env_id,
     }
-    return facts, problems
+    return facts, problems, _doubts(task, num_steps, ref_min, ref_max)
+
+
+def _doubts(task: Task, num_steps: int, ref_min: float | None, ref_max: float | None) -> list[str]:
+    found = []
+    lost = 0 if task.source == "minari" else MAX_LOST
+    if task.steps is not None and not (1 - lost) * task.steps <= num_steps <= task.steps:
+        found.append(f"{num_steps:,} steps, the published data of {task.task} have {task.steps:,}")
+    stated = (ref_min, ref_max)
+    if task.ref_min is not None and ref_min is not None and stated != (task.ref_min, task.ref_max):
+        found.append(f"its metadata state the references {stated}; used are {(task.ref_min, task.ref_max)}")
+    return found

@@ -1,0 +1,755 @@
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
+
+import gymnasium
+import huggingface_hub
+import minari
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from minari.data_collector.episode_buffer import EpisodeBuffer
+
+from aepo.data import combine as combining
+from aepo.data import library, staging
+from aepo.data.combine import combine
+from aepo.data.library import download
+from aepo.errors import ConfigError, DataError, ResourceError
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+HUMAN, EXPERT = "D4RL/pen/human-v2", "D4RL/pen/expert-v2"
+FILES = ("main_data.hdf5", "metadata.json")
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the Hugging Face hub as its client needs to list and fetch the data sets of one author.
+
+    Like the real one it keeps large files elsewhere: here under another name of this machine.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {}
+        """Repository -> path -> content."""
+        self.seen = []
+        """(method, path, Range) of each request."""
+        self.tokens = []
+        """(path, Authorization) of each request."""
+        self.end = None
+        """Byte of each HDF5 file at which the connection breaks."""
+        self.trickle = False
+        """Go on at that byte, but slowly."""
+        self.refuse = {}
+        """End of a path -> HTTP status."""
+        self.with_ranges = True
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def publish(self, dataset_id, /, **metadata):
+        """Move the only local data set to the hub; `metadata` replaces what it says of itself."""
+        root = Path(os.environ["MINARI_DATASETS_PATH"])
+        repository, _, name = dataset_id.partition("/")
+        files = self.files.setdefault(repository, {"README.md": b"about", ".gitattributes": b""})
+        for path in (root / dataset_id / "data").iterdir():
+            content = path.read_bytes()
+            if metadata and path.suffix == ".json":
+                content = json.dumps(json.loads(content) | metadata).encode()
+            files[f"{name}/data/{path.name}"] = content
+        namespace = json.loads(files.get("namespace_metadata.json", b'{"datasets": [], "namespaces": []}'))
+        namespace["datasets"].append(dataset_id)
+        namespace["namespaces"].append(f"{repository}/{name.rpartition('/')[0]}")
+        files["namespace_metadata.json"] = json.dumps(namespace).encode()
+        files[f"{name.rpartition('/')[0]}/namespace_metadata.json"] = b"{}"
+        shutil.rmtree(root)
+
+    def ranges(self):
+        """Return what was asked for of large files."""
+        return [asked for method, path, asked in self.seen if method == "GET" and path.startswith("/elsewhere/")]
+
+    def handle_error(self, *_):
+        """A client that went away is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, *, with_body):
+        hub, path = self.server, unquote(urlsplit(self.path).path)
+        hub.seen.append((self.command, path, self.headers.get("Range")))
+        hub.tokens.append((path, self.headers.get("Authorization")))
+        status = next((status for end, status in hub.refuse.items() if path.endswith(end)), None)
+        if status is not None:
+            return self.send(status, b"no", {})
+        if path == "/api/datasets":
+            return self.send_json([{"id": f"farama-minari/{name}"} for name in hub.files])
+        if match := re.fullmatch(r"/api/datasets/farama-minari/([^/]+)/tree/.*", path):
+            return self.send_json([self.entry(*item) for item in hub.files[match[1]].items()])
+        if match := re.fullmatch(r"/api/datasets/farama-minari/([^/]+)(/revision/main)?", path):
+            if match[1] not in hub.files:
+                return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
+            siblings = [self.sibling(*item) for item in hub.files[match[1]].items()]
+            return self.send_json({"id": f"farama-minari/{match[1]}", "sha": SHA, "siblings": siblings})
+        if match := re.fullmatch(r"/(?:datasets/farama-minari|elsewhere)/([^/]+)/resolve/[^/]+/(.*)", path):
+            content = hub.files[match[1]].get(match[2])
+            if content is not None and path.endswith(".hdf5") and path.startswith("/datasets/"):
+                other = f"http://localhost:{hub.server_port}{path.replace('/datasets/farama-minari', '/elsewhere')}"
+                linked = {"X-Linked-Etag": f'"{digest(path, content)}"', "X-Linked-Size": len(content)}
+                return self.send(302, b"", {"Location": other, "X-Repo-Commit": SHA, **linked})
+            if content is not None:
+                return self.send_file(match[2], content, with_body=with_body)
+        return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+
+    def send_json(self, document):
+        self.send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
+
+    def send(self, status, body, headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_file(self, name, content, *, with_body):
+        hub, start = self.server, 0
+        if hub.with_ranges and (match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")):
+            start = int(match[1])
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", len(content) - start)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("X-Repo-Commit", SHA)
+        self.send_header("ETag", f'"{digest(name, content)}"')
+        self.end_headers()
+        if not with_body:
+            return
+        end = len(content) if hub.end is None or not name.endswith(".hdf5") else max(start, hub.end)
+        self.wfile.write(content[start:end])
+        for byte in range(end, len(content)):
+            if not hub.trickle:
+                self.close_connection = True
+                return
+            self.wfile.write(content[byte : byte + 1])
+            time.sleep(0.02)
+
+    @staticmethod
+    def sibling(name, content):
+        lfs = {"sha256": digest(name, content), "size": len(content), "pointerSize": 130}
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        own = {"rfilename": name, "size": len(content), "blobId": blob}
+        return own | ({"lfs": lfs} if name.endswith(".hdf5") else {})
+
+    @staticmethod
+    def entry(name, content):
+        return {"type": "file", "path": name, "size": len(content), "oid": digest(name, content)}
+
+
+def digest(name, content):
+    if name.endswith(".hdf5"):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def point_client_at(url, monkeypatch, tmp_path):
+    """huggingface_hub reads its environment when it is imported; here it has been."""
+    settings = {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
+        "HF_TOKEN_PATH": str(tmp_path / "hf" / "token"),
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_DISABLE_XET": True,
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(library, "WAIT_S", 0.01)
+    monkeypatch.delenv("MINARI_REMOTE", raising=False)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with Hub() as server:
+        point_client_at(server.url, monkeypatch, tmp_path)
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+        huggingface_hub.close_session()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """The local library."""
+    return tmp_path / "minari"
+
+
+def episodes(dataset_id):
+    return list(minari.load_dataset(dataset_id).iterate_episodes())
+
+
+def assert_same_episodes(got, wanted):
+    assert len(got) == len(wanted)
+    for one, other in zip(got, wanted, strict=True):
+        for field in ("observations", "actions", "rewards", "terminations", "truncations"):
+            a, b = getattr(one, field), getattr(other, field)
+            np.testing.assert_array_equal(a, b)
+            assert a.dtype == b.dtype
+
+
+def test_importing_it_loads_neither_minari_nor_its_client():
+    code = "import sys, aepo.data.library; print([m for m in sys.modules if m in sys.argv])"
+    heavy = ["minari", "huggingface_hub", "gymnasium", "h5py"]
+    done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_downloaded_set_is_the_one_that_was_published(hub, root, make_dataset, capsys):
+    make_dataset(HUMAN)
+    original = episodes(HUMAN)
+    hub.publish(HUMAN)
+    (summary,) = download([HUMAN])
+    assert_same_episodes(episodes(HUMAN), original)
+    assert (summary.dataset, summary.path, summary.downloaded) == (HUMAN, str(root / HUMAN), True)
+    assert (summary.num_episodes, summary.num_steps) == (3, 120)
+    assert (summary.ref_min, summary.ref_max) == (-1200, -150)
+    assert summary.num_bytes == sum(len(hub.files["D4RL"][f"pen/human-v2/data/{name}"]) for name in FILES)
+    assert sorted(path.name for path in root.rglob("*") if path.is_file()) == sorted(FILES)
+    assert list(minari.list_local_datasets()) == [HUMAN]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "D4RL/pen/human-v2: 120 steps" in err
+
+
+def test_it_gets_the_files_that_minari_gets(hub, root, make_dataset, monkeypatch, tmp_path):
+    make_dataset(HUMAN)
+    hub.publish(HUMAN)
+    download([HUMAN])
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "other"))
+    minari.download_dataset(HUMAN)
+    for name in FILES:
+        wanted = (tmp_path / "other" / HUMAN / "data" / name).read_bytes()
+        assert (root / HUMAN / "data" / name).read_bytes() == wanted
+
+
+def test_a_token_is_shown_to_the_hub_and_to_nobody_else(hub, make_dataset, tmp_path):
+    make_dataset(HUMAN)
+    hub.publish(HUMAN)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "token").write_text("hf_secret")
+    download([HUMAN])
+    for path, token in hub.tokens:
+        assert token == (None if path.startswith("/elsewhere/") else "Bearer hf_secret")
+
+
+def test_several_come_at_once_in_the_order_asked_for(hub, make_dataset, monkeypatch):
+    names = [EXPERT, "mujoco/hopper/medium-v0", HUMAN]
+    for num_episodes, name in enumerate(names, 1):
+        make_dataset(name, num_episodes=num_episodes)
+        hub.publish(name)
+    running, most = [], []
+    one = library._download_one
+
+    def watched(*args, **kwargs):
+        running.append(args[0])
+        time.sleep(0.1)
+        most.append(len(running))
+        summary = one(*args, **kwargs)
+        running.remove(args[0])
+        return summary
+
+    monkeypatch.setattr(library, "_download_one", watched)
+    summaries = download([*names, EXPERT], jobs=2)
+    assert [summary.dataset for summary in summaries] == names
+    assert [summary.num_episodes for summary in summaries] == [1, 2, 3]
+    assert max(most) == 2
+    assert [path for _, path, _ in hub.seen if path.startswith("/api")] == [
+        "/api/datasets/farama-minari/D4RL",
+        "/api/datasets/farama-minari/mujoco",
+    ]
+
+
+def test_an_interrupted_transfer_shows_no_data_set_and_goes_on_where_it_ended(hub, root, make_dataset):
+    make_dataset(HUMAN)
+    original = episodes(HUMAN)
+    hub.publish(HUMAN)
+    size = len(hub.files["D4RL"]["pen/human-v2/data/main_data.hdf5"])
+    hub.end = size // 2
+    with pytest.raises(DataError, match="the same command goes on") as caught:
+        download([HUMAN])
+    assert HUMAN in str(caught.value)
+    assert minari.list_local_datasets() == {}
+    assert not (root / HUMAN).exists()
+    assert hub.ranges() == [None] + [f"bytes={size // 2}-"] * (library.TRIES - 1)
+    hub.end = None
+    hub.seen.clear()
+    (summary,) = download([HUMAN])
+    assert hub.ranges() == [f"bytes={size // 2}-"]
+    assert summary.num_bytes == size - size // 2
+    assert_same_episodes(episodes(HUMAN), original)
+    assert [path.name for path in root.iterdir()] == ["D4RL"]
+
+
+def test_a_connection_that_breaks_once_is_taken_up_again(hub, make_dataset, monkeypatch):
+    make_dataset(HUMAN)
+    hub.publish(HUMAN)
+    size = len(hub.files["D4RL"]["pen/human-v2/data/main_data.hdf5"])
+    hub.end, receive = size // 3, library._receive
+
+    def receive_and_mend(*args, **kwargs):
+        try:
+            receive(*args, **kwargs)
+        finally:
+            if hub.ranges():
+                hub.end = None
+
+    monkeypatch.setattr(library, "_receive", receive_and_mend)
+    (summary,) = download([HUMAN])
+    assert summary.num_bytes == sum(len(hub.files["D4RL"][f"pen/human-v2/data/{name}"]) for name in FILES)
+    assert hub.ranges() == [None, f"bytes={size // 3}-"]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_shows_no_data_set_and_the_next_goes_on(sent, hub, root, make_dataset, tmp_path):
+    make_dataset(HUMAN)
+    original = episodes(HUMAN)
+    hub.publish(HUMAN)
+    size = len(hub.files["D4RL"]["pen/human-v2/data/main_data.hdf5"])
+    hub.end, hub.trickle = size // 2, True
+    code = f"from aepo.data.library import download; download([{HUMAN!r}])"
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    (part,) = wait_for(lambda: [p for p in root.glob(".*/data/main*.part") if p.stat().st_size >= size // 2])
+    begin = time.monotonic()
+    child.send_signal(sent)
+    error = child.communicate(timeout=60)[1]
+    assert time.monotonic() - begin < 3
+    assert child.returncode != 0
+    assert ("KeyboardInterrupt" in error) == (sent == signal.SIGINT)
+    kept = part.stat().st_size
+    assert size // 2 <= kept < size
+    assert minari.list_local_datasets() == {}
+    hub.end = None
+    hub.seen.clear()
+    download([HUMAN])
+    assert hub.ranges() == [f"bytes={kept}-"]
+    assert_same_episodes(episodes(HUMAN), original)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+def test_a_server_without_ranges_sends_it_anew(hub, make_dataset):
+    make_dataset(HUMAN)
+    original = episodes(HUMAN)
+    hub.publish(HUMAN)
+    hub.end = 5000
+    with pytest.raises(DataError):
+        download([HUMAN])
+    hub.end, hub.with_ranges = None, False
+    download([HUMAN])
+    assert_same_episodes(episodes(HUMAN), original)
+
+
+def test_a_half_of_an_older_version_is_not_completed_with_the_new_one(hub, root, make_dataset):
+    make_dataset(HUMAN)
+    hub.publish(HUMAN)
+    hub.end = 5000
+    with pytest.raises(DataError):
+        download([HUMAN])
+    hub.end = None
+    make_dataset(HUMAN, num_episodes=5)
+    newer = episodes(HUMAN)
+    hub.publish(HUMAN)
+    hub.seen.clear()
+    download([HUMAN])
+    assert hub.ranges() == [None]
+    assert_same_episodes(episodes(HUMAN), newer)
+    assert sorted(path.name for path in root.rglob("*") if path.is_file()) == sorted(FILES)
+
+
+def test_damaged_bytes_are_refused_and_fetched_again(hub, root, make_dataset):
+    make_dataset(HUMAN)
+    hub.publish(HUMAN)
+    name = "pen/human-v2/data/main_data.hdf5"
+    hub.end = len(hub.files["D4RL"][name]) // 2
+    with pytest.raises(DataError):
+        download([HUMAN])
+    hub.end = None
+    (part,) = root.glob(".*/data/main*.part")
+    part.write_bytes(bytes(part.stat().st_size))
+    with pytest.raises(DataError, match=r"main_data.hdf5: what arrived is not what the remote lists"):
+        download([HUMAN])
+    assert minari.list_local_datasets() == {}
+    download([HUMAN])
+    assert (root / HUMAN / "data" / "main_data.hdf5").read_bytes() == hub.files["D4RL"][name]
+
+
+def test_one_that_fails_does_not_stop_the_others(hub, root, make_dataset):
+    for name in (HUMAN, EXPERT):
+        make_dataset(name)
+        hub.publish(name)
+    hub.refuse = {"pen/human-v2/data/main_data.hdf5": 503}
+    with pytest.raises(DataError) as caught:
+        download(["mujoco/hopper/medium-v0", HUMAN, "D4RL/pen/humans-v2", EXPERT])
+    message = str(caught.value)
+    assert list(minari.list_local_datasets()) == [EXPERT]
+    assert "\n" not in message
+    assert re.search(
+        r"mujoco/hopper/medium-v0: hf://farama-minari at http://\S+ RepositoryNotFoundError: HTTP 404", message
+    )
+    assert re.search(r"D4RL/pen/human-v2: .*HTTP 503 from http://\S+main_data.hdf5", message)
+    assert "D4RL/pen/humans-v2: it is not at hf://farama-minari; did you mean D4RL/pen/human-v2" in message
+    assert "`minari download ID`" in message
+    assert isinstance(caught.value.__cause__, ExceptionGroup)
+
+
+def test_without_network_the_error_comes_at_once_and_says_how_to_do_without(root, monkeypatch, tmp_path, capsys):
+    point_client_at("http://127.0.0.1:9", monkeypatch, tmp_path)
+    begin = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        download([HUMAN])
+    assert time.monotonic() - begin < 3
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"not downloaded: {HUMAN}: hf://farama-minari at http://127.0.0.1:9: ConnectError: " in message
+    assert f"`minari download {HUMAN}`" in message
+    assert f"~/.minari/datasets/{HUMAN}" in message
+    assert f"here as {root / HUMAN}" in message
+    assert capsys.readouterr().out == ""
+    assert minari.list_local_datasets() == {}
+
+
+def test_a_server_that_never_answers_is_given_up(hub, monkeypatch):
+    monkeypatch.setattr(Handler, "answer", lambda self, *, with_body: time.sleep(1))
+    monkeypatch.setattr(library, "TIMEOUT_S", 0.2)
+    begin = time.monotonic()
+    with pytest.raises(DataError, match="ReadTimeout"):
+        download([HUMAN])
+    assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (
+            {"dataset_id": EXPERT},
+            r"pen/human-v2/data/metadata.json: dataset_id 'D4RL/pen/expert-v2', wanted 'D4RL/pen/human",
+        ),
+        ({"minari_version": "9.9.9"}, r"metadata.json: written by Minari 9.9.9, which the installed \S+ cannot read"),
+    ],
+)
+def test_what_is_not_the_data_set_is_refused_before_its_bulk_is_fetched(metadata, message, hub, make_dataset):
+    make_dataset(HUMAN)
+    hub.publish(HUMAN, **metadata)
+    with pytest.raises(DataError, match=message) as caught:
+        download([HUMAN])
+    assert "minari download" not in str(caught.value)
+    assert hub.ranges() == []
+    assert minari.list_local_datasets() == {}
+
+
+def test_a_set_that_is_broken_on_the_remote_never_becomes_visible(hub, make_dataset):
+    make_dataset(HUMAN)
+    hub.publish(HUMAN)
+    hub.files["D4RL"]["pen/human-v2/data/main_data.hdf5"] = b"no HDF5" * 100
+    with pytest.raises(DataError, match="no complete data set"):
+        download([HUMAN])
+    assert minari.list_local_datasets() == {}
+
+
+def test_a_remote_file_that_leads_out_of_the_folder_is_refused(hub, root, make_dataset):
+    make_dataset(HUMAN)
+    hub.publish(HUMAN)
+    hub.files["D4RL"]["pen/human-v2/data/../../../../../out"] = b"evil"
+    with pytest.raises(DataError, match="leads out of the data set's folder"):
+        download([HUMAN])
+    assert not list(root.parent.rglob("out"))
+
+
+@pytest.mark.parametrize(
+    "dataset_id",
+    [
+        "../../evil-v0",
+        "/etc/evil-v0",
+        "a/../evil-v0",
+        "hf://evil/D4RL/pen-v0",
+        "gcp://b/x-v0",
+        "D4RL//pen-v0",
+        "D4RL/pen",
+        "",
+    ],
+)
+def test_what_is_no_id_is_refused_before_anything_is_touched(dataset_id, hub, root):
+    for call in (
+        lambda: download([HUMAN, dataset_id]),
+        lambda: combine(dataset_id, [HUMAN, EXPERT], description="", ref_min=None, ref_max=None),
+        lambda: combine(HUMAN, [EXPERT, dataset_id], description="", ref_min=None, ref_max=None),
+    ):
+        with pytest.raises(DataError, match="is no Minari id"):
+            call()
+    assert hub.seen == []
+    assert not root.exists()
+
+
+def test_a_set_that_is_there_is_left_alone_unless_it_is_to_be_replaced(hub, root, make_dataset, capsys):
+    make_dataset(HUMAN, num_episodes=4)
+    hub.publish(HUMAN)
+    make_dataset(HUMAN)
+    mine = (root / HUMAN / "data" / "main_data.hdf5").read_bytes()
+    (summary,) = download([HUMAN])
+    assert (summary.downloaded, summary.num_bytes, summary.num_episodes) == (False, 0, 3)
+    assert hub.seen == []
+    assert "was left alone" in capsys.readouterr().err
+    assert (root / HUMAN / "data" / "main_data.hdf5").read_bytes() == mine
+    hub.end = 5000
+    with pytest.raises(DataError):
+        download([HUMAN], overwrite=True)
+    assert (root / HUMAN / "data" / "main_data.hdf5").read_bytes() == mine
+    hub.end = None
+    (summary,) = download([HUMAN], overwrite=True)
+    assert (summary.downloaded, summary.num_episodes) == (True, 4)
+    assert [path.name for path in root.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_minari_left_half_done_is_no_data_set(hub, root, make_dataset):
+    make_dataset(HUMAN)
+    half = (root / HUMAN / "data" / "main_data.hdf5").read_bytes()[:5000]
+    hub.publish(HUMAN)
+    (root / HUMAN / "data").mkdir(parents=True)
+    (root / HUMAN / "data" / "metadata.json").write_bytes(hub.files["D4RL"]["pen/human-v2/data/metadata.json"])
+    (root / HUMAN / "data" / "main_data.hdf5").write_bytes(half)
+    with pytest.raises(DataError, match=r"is no complete data set .* --overwrite replaces it"):
+        download([HUMAN])
+    download([HUMAN], overwrite=True)
+    assert len(episodes(HUMAN)) == 3
+
+
+def test_two_processes_do_not_write_into_each_others_files(hub, make_dataset):
+    make_dataset(HUMAN)
+    hub.publish(HUMAN)
+    with (
+        staging.locked_staging(HUMAN, "downloading"),
+        pytest.raises(DataError, match="another process is downloading it"),
+    ):
+        download([HUMAN])
+    download([HUMAN])
+
+
+def test_a_disk_that_is_too_small_is_said_before_it_is_full(hub, root, make_dataset, monkeypatch):
+    make_dataset(HUMAN)
+    hub.publish(HUMAN)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(ResourceError, match=rf"{HUMAN}: .* MB free in {re.escape(str(root))}; make room") as caught:
+        download([HUMAN])
+    assert "minari download" not in str(caught.value)
+
+
+def test_a_library_that_cannot_be_written_is_said(parts, root, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root may write anywhere
+    with pytest.raises(DataError, match=rf"Permission denied: '{re.escape(str(root))}/.combining.*; make the library"):
+        combine(BOTH, parts, **WORDS)
+
+
+def test_settings_that_cannot_be_are_refused(hub, monkeypatch):
+    with pytest.raises(ConfigError, match="jobs >= 1"):
+        download([HUMAN], jobs=0)
+    monkeypatch.setenv("MINARI_REMOTE", "gcp://minari-remote")
+    with pytest.raises(ConfigError, match="MINARI_REMOTE is 'gcp://minari-remote'"):
+        download([HUMAN])
+    monkeypatch.delenv("MINARI_REMOTE")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ResourceError, match=r'pip install "minari\[hf\]"'):
+        download([HUMAN])
+    assert hub.seen == []
+
+
+# Combinations.
+
+MEDIUM, BEST, BOTH = "tests/pendulum/medium-v0", "tests/pendulum/expert-v0", "local/tests/both-v0"
+WORDS = {"description": "both", "ref_min": -1300.0, "ref_max": -100.0}
+
+
+@pytest.fixture
+def parts(make_dataset):
+    make_dataset(MEDIUM, num_episodes=2)
+    make_dataset(BEST, num_episodes=3, edit=lambda arrays: arrays["rewards"].fill(7))
+    return [MEDIUM, BEST]
+
+
+def test_a_combined_set_holds_the_episodes_of_its_parts_in_their_order(parts, root, capsys):
+    summary = combine(BOTH, parts, **WORDS)
+    wanted = [episode for part in parts for episode in episodes(part)]
+    oracle = minari.combine_datasets([minari.load_dataset(part) for part in parts], "tests/pendulum/oracle-v0")
+    assert_same_episodes(list(oracle.iterate_episodes()), wanted)
+    for part in parts:
+        minari.delete_dataset(part)
+    capsys.readouterr()
+    dataset = minari.load_dataset(BOTH)
+    assert_same_episodes(list(dataset.iterate_episodes()), wanted)
+    assert [episode.id for episode in dataset.iterate_episodes()] == [0, 1, 2, 3, 4]
+    assert [m["id"] for m in dataset.storage.get_episode_metadata(range(5))] == [0, 1, 2, 3, 4]
+    assert (dataset.total_episodes, dataset.total_steps) == (5, 200)
+    assert dataset.combined_datasets == parts
+    assert dataset.env_spec == oracle.env_spec
+    assert dataset.recover_environment(eval_env=True).spec.max_episode_steps == 40
+    metadata = dataset.storage.metadata
+    assert (metadata["description"], metadata["ref_min_score"], metadata["ref_max_score"]) == ("both", -1300, -100)
+    assert (summary.combined, summary.parts, summary.path) == (True, tuple(parts), str(root / BOTH))
+    assert (summary.num_episodes, summary.num_steps, summary.ref_min, summary.ref_max) == (5, 200, -1300, -100)
+    assert capsys.readouterr().out == ""
+    assert set(minari.list_local_datasets()) == {BOTH, "tests/pendulum/oracle-v0"}
+
+
+def store(dataset_id, size=3, *, num_episodes=2, value=0.0, **kwargs):
+    """Write episodes of one step with seeds, a Dict observation and infos."""
+    box = gymnasium.spaces.Box(-1.0, 1.0, (size,), np.float64)
+    buffers = [
+        EpisodeBuffer(
+            id=episode,
+            seed=10 * episode + 3,
+            observations={"where": np.full((2, size), value + episode)},
+            actions=np.zeros((1, size)),
+            rewards=np.array([1.0]),
+            terminations=np.array([True]),
+            truncations=np.array([False]),
+            infos={"qpos": np.full((2, 4), value)},
+        )
+        for episode in range(num_episodes)
+    ]
+    words = {"author": "tests", "author_email": "t@example.org", "code_permalink": "tests", "algorithm_name": "none"}
+    options = {"observation_space": gymnasium.spaces.Dict({"where": box}), "action_space": box, **words, **kwargs}
+    minari.create_dataset_from_buffers(
+        dataset_id, buffers, description="stored", **({"env": "Pendulum-v1", "eval_env": "Pendulum-v1"} | options)
+    )
+    return dataset_id
+
+
+def test_seeds_infos_and_dict_observations_survive(capsys):
+    store("tests/a/one-v0", value=0.1)
+    store("tests/a/two-v0", value=0.5, algorithm_name="other")
+    combine(BOTH, ["tests/a/two-v0", "tests/a/one-v0"], description="", ref_min=None, ref_max=None)
+    dataset = minari.load_dataset(BOTH)
+    found = list(dataset.iterate_episodes())
+    assert [episode.observations["where"][0, 0] for episode in found] == [0.5, 1.5, 0.1, 1.1]
+    assert [episode.infos["qpos"][0, 0] for episode in found] == [0.5, 0.5, 0.1, 0.1]
+    assert [m["seed"] for m in dataset.storage.get_episode_metadata(range(4))] == [3, 13, 3, 13]
+    assert "ref_min_score" not in dataset.storage.metadata
+    assert "algorithm_name" not in dataset.storage.metadata
+    assert dataset.storage.metadata["author"] == {"tests"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 4}, r"observation space of tests/a/two-v0 is .*\(4,\)"),
+        ({"action_space": gymnasium.spaces.Box(-2.0, 2.0, (3,), np.float64)}, r"action space of tests/a/two-v0 is"),
+        (
+            {"env": "MountainCarContinuous-v0"},
+            r"different environments \(tests/a/one-v0 Pendulum-v1, tests/a/two-v0 Mount",
+        ),
+        ({"eval_env": "MountainCarContinuous-v0"}, r"evaluation environment of tests/a/two-v0 is"),
+        ({"data_format": "arrow"}, r"format of tests/a/two-v0 is arrow"),
+    ],
+)
+def test_parts_that_are_not_alike_are_not_combined(change, message):
+    store("tests/a/one-v0")
+    store("tests/a/two-v0", **change)
+    with pytest.raises(DataError, match=message):
+        combine(BOTH, ["tests/a/one-v0", "tests/a/two-v0"], description="", ref_min=None, ref_max=None)
+    assert BOTH not in minari.list_local_datasets()
+
+
+def test_what_cannot_be_combined_is_refused(parts, root):
+    with pytest.raises(DataError, match=f"needs {HUMAN}, which is not in .*; aepo data download {HUMAN}"):
+        combine(BOTH, [MEDIUM, HUMAN], **WORDS)
+    for wrong in ([], [MEDIUM], [MEDIUM, MEDIUM], [MEDIUM, BOTH]):
+        with pytest.raises(DataError, match="two or more different parts"):
+            combine(BOTH, wrong, **WORDS)
+    for low, high in ((1.0, 0.0), (float("nan"), 1.0), (None, 1.0), (0.0, None)):
+        with pytest.raises(ConfigError, match="reference return"):
+            combine(BOTH, parts, description="", ref_min=low, ref_max=high)
+    with (root / BEST / "data" / "main_data.hdf5").open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(DataError, match=f"{BEST} is no complete data set .*; aepo data download {BEST} --overwrite"):
+        combine(BOTH, parts, **WORDS)
+    assert not (root / BOTH).exists()
+
+
+def test_a_combined_set_that_is_there_is_left_alone_unless_it_is_to_be_replaced(parts, make_dataset, capsys):
+    combine(BOTH, parts, **WORDS)
+    again = combine(BOTH, parts[::-1], description="other", ref_min=0.0, ref_max=1.0)
+    assert (again.combined, again.parts, again.ref_min) == (False, tuple(parts), -1300)
+    assert "was left alone" in capsys.readouterr().err
+    again = combine(BOTH, parts[::-1], description="other", ref_min=0.0, ref_max=1.0, overwrite=True)
+    assert (again.combined, again.parts, again.ref_min) == (True, tuple(parts[::-1]), 0)
+    assert_same_episodes(episodes(BOTH), [*episodes(BEST), *episodes(MEDIUM)])
+
+
+def test_a_process_killed_before_the_last_step_leaves_nothing_to_see(parts, root):
+    code = (
+        "import os, signal, aepo.data.combine as combining\n"
+        "combining.publish = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"combining.combine({BOTH!r}, {parts!r}, **{WORDS!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert list(root.glob(".combining.*/data/metadata.json"))
+    assert set(minari.list_local_datasets()) == set(parts)
+    combine(BOTH, parts, **WORDS)
+    assert len(episodes(BOTH)) == 5
+    assert not list(root.glob(".*"))
+
+
+def test_one_that_fails_in_the_middle_leaves_nothing_and_spares_the_one_that_is_there(parts, root, monkeypatch):
+    combine(BOTH, parts, **WORDS)
+    before = episodes(BOTH)
+    copy = combining._copy_episodes
+
+    def full(*args):
+        copy(*args)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(combining, "_copy_episodes", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        combine(BOTH, parts[::-1], **WORDS, overwrite=True)
+    assert_same_episodes(episodes(BOTH), before)
+    assert not list(root.glob(".*"))
