@@ -1,7 +1,7 @@
 """Data of PointMaze environments, collected here: a path through the maze, a PD controller, noise on its actions.
 
-The published files come from an old simulator (D4RL) or must be downloaded (Minari); this makes data of the
-same kind from gymnasium-robotics alone. They are not the published data: a score on them is no D4RL score.
+The published files come from an old simulator (D4RL) or must be downloaded (Minari); this makes data of the same kind
+from gymnasium-robotics alone. They are not the published data: a score on them is no D4RL score.
 
 One continuing run becomes a data set. The protocols differ in who steers, and in how it is cut, seen and paid:
 
@@ -15,9 +15,8 @@ No reward enters the run: with the same seed, sparse and dense data of a maze ha
 Score 100 is the mean return of the protocol's own controller without noise. For pointmaze, as for Minari's sets, that
 is one which takes detours (`steer_depth_first`): who goes straight scores more, up to 120 in Medium and Large.
 
-N = steps of the run, T = steps of an episode, S = 4 entries of a state (x, y in m; vx, vy in m/s), A = 2 of
-an action (force, -1..1), X = 2 of a position. An array's name ends in its shape. This module does not know
-what learns from the data.
+N = steps of the run, T = steps of an episode, S = 4 entries of a state (x, y in m; vx, vy in m/s), A = 2 of an action
+(force, -1..1), X = 2 of a position. An array's name ends in its shape. This module does not know what learns from it.
 """
 
 from __future__ import annotations
@@ -32,9 +31,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 import aepo
 from aepo.console import err
@@ -42,11 +42,7 @@ from aepo.data.staging import progress_bars, staged, write_episodes
 from aepo.errors import ConfigError, DataError, ResourceError
 from aepo.tasks import Task
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats: TypeAlias = NDArray[np.float64]
-
+Floats: TypeAlias = NDArray[np.float64]
 Cell: TypeAlias = tuple[int, int]
 """Row and column of a maze's map, counted from its upper left corner."""
 Position: TypeAlias = tuple[float, float]
@@ -100,12 +96,11 @@ class Protocol:
     wrap: Callable[[Any], Any]
     """Gives an environment the observations that the data set holds."""
     ends: Callable[[Run], NDArray[np.intp]]
-    """The index after the last step of each episode, rising to N."""
+    """The index after the last step of each episode, rising; N may be missing."""
     observations: Callable[[Floats, Floats], Any]
     """Of an episode, from its T + 1 states and as many goals."""
     paid_goals: Callable[[Run, Position], Floats]
-    """Goals that the steps are paid for, N x 2 or one for all; from the run and the centre of the evaluation goal's
-    cell."""
+    """Goals that the steps are paid for, one or N x 2; from the run and the centre of the evaluation goal's cell."""
     arrival_radius: float
     """Metres from the goal within which the run turns to a new one; at most GOAL_RADIUS."""
     max_episode_steps: int
@@ -156,11 +151,9 @@ class CollectSummary:
     env_steps_per_s: float
     """Of the data run."""
     collect_s: float
-    """Wall-clock seconds of the data run."""
     reference_s: float
-    """Wall-clock seconds of the reference episodes."""
     write_s: float
-    """Wall-clock seconds of writing."""
+    """Wall-clock seconds of the data run, the reference episodes and the writing."""
 
 
 class Navigator:
@@ -182,22 +175,13 @@ class Navigator:
         """Return the centre of a cell."""
         return cell[1] + 0.5 - self.num_columns / 2, self.num_rows / 2 - cell[0] - 0.5
 
-    def cell(self, position: Position) -> Cell:
-        """Return the cell around a position."""
+    def cell(self, position: Sequence[float]) -> Cell:
+        """Return the cell around a position; more numbers may follow it, as in a state."""
         return math.floor(self.num_rows / 2 - position[1]), math.floor(position[0] + self.num_columns / 2)
 
-    def way_points(self, goal: Position) -> list[Position]:
-        """Return the next way-point on a shortest path to a goal for each cell, row by row; in a wall it is the goal.
-
-        It is the centre of the next cell, or the goal where that cell is the goal's. Two cells that share a side are a
-        rectangle without a wall in it, so the straight line to the way-point is always free.
-        """
-        goal_cell = self.cell(goal)
-        table = [goal] * (self.num_rows * self.num_columns)
-        for (row, column), following in self._next_cells[goal_cell].items():
-            if following != goal_cell:
-                table[row * self.num_columns + column] = self.centre(following)
-        return table
+    def next_cell(self, cell: Cell, goal: Cell) -> Cell:
+        """Return the cell after `cell` on a shortest path to `goal`; after the goal or a wall it is the goal."""
+        return self._next_cells[goal].get(cell, goal)
 
     def depth_first_path(self, start: Cell, goal: Cell) -> list[Cell]:
         """Return the cells after the start's on a path to the goal, as a depth-first search finds it: with detours."""
@@ -222,13 +206,16 @@ class Navigator:
 
 
 def steer_shortest(navigator: Navigator, _: Sequence[float], goal: Position, __: np.random.Generator) -> Policy:
-    """Follow a shortest path without memory of the way; the force is clipped to -1..1."""
-    way_points, num_columns = navigator.way_points(goal), navigator.num_columns
-    half_height, half_width = navigator.num_rows / 2, num_columns / 2
+    """Follow a shortest path without memory of the way; the force is clipped to -1..1.
+
+    The way-point is the centre of the next cell, or the goal where that cell is the goal's. Two cells that share a side
+    are a rectangle without a wall in it, so the straight line to the way-point is always free.
+    """
+    goal_cell = navigator.cell(goal)
 
     def steer(state: Sequence[float]) -> Sequence[float]:
-        way_point = way_points[int(half_height - state[1]) * num_columns + int(state[0] + half_width)]
-        force_x, force_y = _pull(way_point, state)
+        cell = navigator.next_cell(navigator.cell(state), goal_cell)
+        force_x, force_y = _pull(goal if cell == goal_cell else navigator.centre(cell), state)
         return min(max(force_x, -1.0), 1.0), min(max(force_y, -1.0), 1.0)
 
     return steer
@@ -243,7 +230,7 @@ def steer_depth_first(
     turn to the next way-point within TURN_RADIUS of the last. These are the centres of the path's cells, all but the
     first moved by up to JITTER towards lower x and y, and then the goal; but of a single cell it is the centre.
     """
-    path = navigator.depth_first_path(navigator.cell((start[0], start[1])), navigator.cell(goal))
+    path = navigator.depth_first_path(navigator.cell(start), navigator.cell(goal))
     centres = [navigator.centre(cell) for cell in path]
     jitter = random.uniform(high=JITTER, size=(len(path), 2)).tolist()
     moved = [(x - dx, y - dy) for (x, y), (dx, dy) in zip(centres, jitter, strict=True)]
@@ -278,16 +265,12 @@ def _hide_goal(env: Any) -> Any:
     return FlattenObservation(FilterObservation(env, ["observation"]))
 
 
-def _ends(run: Run, ends: NDArray[np.intp]) -> NDArray[np.intp]:
-    return np.union1d(ends, [len(run.actions_NA)])
-
-
 PROTOCOLS = {
     "maze2d": Protocol(
         controller=steer_shortest,
         algorithm="shortest path, PD controller",
         wrap=_hide_goal,
-        ends=lambda run: _ends(run, np.arange(EPISODE_STEPS, len(run.actions_NA), EPISODE_STEPS)),
+        ends=lambda run: np.arange(EPISODE_STEPS, len(run.actions_NA), EPISODE_STEPS),
         observations=lambda states_TS, _: states_TS,
         paid_goals=lambda _, centre: np.array(centre),
         arrival_radius=0.1,  # D4RL's controller; so the data show how to brake at a goal
@@ -300,7 +283,7 @@ PROTOCOLS = {
         controller=steer_depth_first,
         algorithm="depth-first path, PD controller",
         wrap=lambda env: env,
-        ends=lambda run: _ends(run, np.flatnonzero(run.reached_N) + 1),
+        ends=lambda run: np.flatnonzero(run.reached_N) + 1,
         observations=lambda states_TS, goals_TX: {
             "observation": states_TS,
             "achieved_goal": states_TS[:, :2],
@@ -346,9 +329,8 @@ def collect(
 ) -> CollectSummary:
     """Collect the data set of a task and return what was made; one that is there is left alone.
 
-    The data set appears under its name when it is complete. Until then it lies in a hidden folder of Minari's
-    library, and MINARI_DATASETS_PATH and `tempfile.tempdir` of this process point there: one call per process
-    at a time. The same arguments give the same arrays.
+    The data set appears under its name when it is complete (`staged`): one call per process at a time. The same
+    arguments give the same arrays.
 
     Args:
         task: a row of the task table that GOAL_CELLS and PROTOCOLS know.
@@ -410,7 +392,7 @@ def collect(
         rewards_N = data_env.unwrapped.compute_reward(
             run.states_NS[1:, :2], protocol.paid_goals(run, navigator.centre(GOAL_CELLS[task.task])), {}
         )
-        ends = protocol.ends(run)
+        ends = np.union1d(protocol.ends(run), [num_steps])
         dataset = write_episodes(
             _episodes(run, rewards_N, ends, protocol),
             advance=bar("writing", len(ends)),
@@ -454,8 +436,8 @@ def record(
 ) -> Run:
     """Return a continuing run of the protocol's controller with noise.
 
-    Steps the environment's physics and lets it draw a new goal where one is reached: what `PointMazeEnv.step`
-    does, but for the three distances that it computes at every step (they are 40 % of its time).
+    Steps the environment's physics and lets it draw a new goal where one is reached: what `PointMazeEnv.step` does, but
+    for the three distances that it computes at every step (they are 40 % of its time).
 
     Args:
         env: an unwrapped PointMazeEnv with `continuing_task` and `reset_target`.
@@ -552,9 +534,9 @@ def _import_environments() -> None:
 def _make_environments(task: Task, protocol: Protocol) -> tuple[Any, Any]:
     """Return the environments of the data and of the evaluation; Minari can store and rebuild both.
 
-    The reward is the one that the task's environment is registered with. gymnasium-robotics moves the
-    evaluation's goal by up to 0.25 m in x and y from its cell's centre, anew for each episode; a ball at the
-    centre has still arrived. The start is in any other cell.
+    The reward is the one that the task's environment is registered with. gymnasium-robotics moves the evaluation's goal
+    by up to 0.25 m in x and y from its cell's centre, anew for each episode; a ball at the centre has still arrived.
+    The start is in any other cell.
     """
     import gymnasium
 
