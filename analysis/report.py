@@ -145,6 +145,10 @@ def _table(
         rows.append({"suite": suite, "task": f"average of {len(cells)}", **means, "runs": ""})
         for hole in dict.fromkeys(average.hole for average in of_suite if average.hole):
             notes.append(f"- {suite} has no average; {hole}")
+    if runs["source"].nunique() > 1:
+        kinds = runs.drop_duplicates("task").groupby("source", sort=False)["task"]
+        named = "; ".join(f"{source}: {', '.join(tasks)}" for source, tasks in kinds)
+        notes.append(f"Data of different sources, whose scores are not comparable: {named}")
     if any(score.is_return for score in scores):
         notes.append(f"{AS_RETURN} return per episode, not a score: the data set has no reference scores")
     return rows, notes
@@ -250,6 +254,7 @@ def _task_rows(runs: "pd.DataFrame") -> list[dict[str, str]]:
                 "task": str(task),
                 "source": _listed(planned["source"]),
                 "data set": _listed(planned["dataset"]),
+                "environment": _listed(known["env_id"].dropna()) or "-",
                 "random": _listed(known["ref_min"].dropna()),
                 "expert": _listed(known["ref_max"].dropna()),
                 "beta, guidance scale": "; ".join(settings) or "-",

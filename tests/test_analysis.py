@@ -318,6 +318,18 @@ def test_table_with_columns_of_nulls_and_other_widths_is_read(tmp_path):
     assert load_runs(tmp_path / "runs.parquet")["status"].to_list() == ["failed"]
 
 
+def test_a_table_over_several_sources_says_so(tmp_path, capsys):
+    sweep = write(tmp_path / "sweep", row("a", env_id="Maze-v3"), row("b", source="d4rl"))
+    assert report(sweep) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    assert "Data of different sources, whose scores are not comparable: collected: a; d4rl: b" in text
+    assert "| Maze-v3 |" in text
+    capsys.readouterr()
+    one = write(tmp_path / "one", row("a"), row("b"))
+    assert report(one) == 0
+    assert "different sources" not in (one / "report" / "report.md").read_text() + capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -21,6 +21,7 @@ import pytest
 from huggingface_hub import constants
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
+from aepo import cli
 from aepo.data import combine as combining
 from aepo.data import library, staging
 from aepo.data.combine import combine
@@ -244,6 +245,23 @@ def test_a_downloaded_set_is_the_one_that_was_published(hub, root, make_dataset,
     out, err = capsys.readouterr()
     assert out == ""
     assert "D4RL/pen/human-v2: 120 steps" in err
+
+
+def test_the_command_takes_tasks_and_ids_and_joins_what_minari_has_in_parts(hub, make_dataset, capsys):
+    parts = ["mujoco/hopper/medium-v0", "mujoco/hopper/expert-v0"]
+    for dataset_id in (HUMAN, *parts):
+        make_dataset(dataset_id)
+        hub.publish(dataset_id)
+    assert cli.run(["data", "download", "pen-human-v1", "hopper-medium-expert-v2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["dataset"] for row in rows] == [HUMAN, *parts, "local/minari/hopper-medium-expert-v0"]
+    assert rows[-1]["num_steps"] == 240
+    assert (rows[-1]["ref_min"], rows[-1]["ref_max"]) == (-20.272305, 3234.3)  # the row's
+    assert cli.run(["data", "combine", "pen-human-v1"]) == 2
+    assert "pen-human-v1 is one data set" in capsys.readouterr().err
+    assert cli.run(["data", "download", "hopper-medium-replay-v2"]) == 2
+    assert "has no data of source 'minari'" in capsys.readouterr().err
+    assert cli.run(["data", "download"]) == 2
 
 
 def test_it_gets_the_files_that_minari_gets(hub, root, make_dataset, monkeypatch, tmp_path):

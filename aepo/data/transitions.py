@@ -191,8 +191,9 @@ def open_dataset(dataset_id: str) -> Any:
     try:
         return minari.load_dataset(dataset_id)
     except DAMAGE as error:
+        reason = "it is not there" if isinstance(error, FileNotFoundError) else one_line(error)
         raise DataError(
-            f"data set {dataset_id!r} cannot be read in {folder} ({one_line(error)}); {remedy(dataset_id)}"
+            f"data set {dataset_id!r} cannot be read in {folder} ({reason}); {remedy(dataset_id)}"
         ) from error
 
 
