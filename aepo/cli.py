@@ -69,6 +69,9 @@ def run(argv: list[str]) -> int:
             raise
         err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         return error.exit_status
+    except BrokenPipeError:  # `aepo ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if debug:
             raise
@@ -78,9 +81,6 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         err.print("stopped; the same command continues where this one ended")
         return 130
-    except BrokenPipeError:  # `aepo ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _help() -> str:

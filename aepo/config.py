@@ -479,3 +479,11 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     if bad := [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]:
         raise ConfigError(f"--set wants KEY=VALUE, as in critic.expectile=0.9; got {bad[0]!r}")
     return {key: value for key, _, value in pairs}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"critic.expectile": 0.9} from nested mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -40,6 +40,10 @@ class ResourceError(AEPOError):
     exit_status = 6
 
 
+class Interrupted(Exception):  # no error: the run goes on when it is started again
+    """A run that was asked to stop; its checkpoint is stored."""
+
+
 class IncompleteError(AEPOError):
     """A sweep or a report in which planned runs failed or are missing."""
 

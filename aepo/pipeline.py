@@ -6,6 +6,7 @@ likes; `train(..., resume=saved)` continues bit for bit on the same kind of CPU.
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,6 +95,25 @@ def train(
         checkpoint.restore(state, resume)
     for name, train_step in train_steps.items():
         yield from _stage(name, train_step, getattr(state, name), config.stages[name].steps, state)
+
+
+def measure_rates(config: RunConfig, data: Transitions, *, device: torch.device, seconds: float) -> dict[str, float]:
+    """Return the gradient steps per second of each stage, each measured from its start for about so many seconds.
+
+    What a stage prepares before its first step is not counted.
+    """
+    _, train_steps = _prepare(config, data, device)
+    rates = {}
+    for name, train_step in train_steps.items():
+        for _ in range(2):
+            tensors = train_step()
+        begin, steps = time.perf_counter(), 0
+        while time.perf_counter() - begin < seconds:
+            tensors = train_step()
+            steps += 1
+        float(next(iter(tensors.values())))  # what a GPU still has to do
+        rates[name] = steps / (time.perf_counter() - begin)
+    return rates
 
 
 def _prepare(

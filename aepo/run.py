@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from aepo import __version__, checkpoint, pipeline
 from aepo.config import RunConfig
+from aepo.console import err
 from aepo.data.transitions import Transitions, load_transitions
-from aepo.errors import AEPOError, CheckpointError, ResourceError
+from aepo.errors import AEPOError, CheckpointError, Interrupted, ResourceError
 from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
 from aepo.policy import GuidedPolicy, Policy
@@ -144,7 +145,7 @@ def execute(
     *,
     device: torch.device,
     checkpoint_s: float = 60.0,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], bool | None] | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate and return the result; from the last checkpoint if there is one, at once if it has ended.
 
@@ -156,10 +157,11 @@ def execute(
         store: where checkpoints go.
         device: where to train.
         checkpoint_s: seconds between two checkpoints, >= 0.
-        on_progress: called at every Progress.
+        on_progress: called at every Progress; True asks the run to stop.
 
     Raises:
         AEPOError: what failed, in one line.
+        Interrupted: if it was asked to stop, after a checkpoint.
     """
     ended = read_result(folder)
     if ended is not None and ended["status"] == "finished":
@@ -219,7 +221,7 @@ def _train_and_evaluate(
     store: Store,
     device: torch.device,
     checkpoint_s: float,
-    on_progress: Callable[[Progress], None] | None,
+    on_progress: Callable[[Progress], bool | None] | None,
 ) -> dict[str, Any]:
     begin = time.monotonic()
     data = load_transitions(
@@ -231,6 +233,11 @@ def _train_and_evaluate(
     saved = store.load()
     seconds_before = _check_saved(saved, config, data)
     stages = list(config.stages)
+    if saved is not None:
+        place = {name: int(saved["state"][name]["step"]) for name in stages}
+        err.print(
+            f"{config.name} continues behind {', '.join(f'{name} step {step:,}' for name, step in place.items())}"
+        )
     spool = Spool(folder / METRICS, stages)
     points = _curve_points(config)
     last_saved = time.monotonic()
@@ -261,12 +268,13 @@ def _train_and_evaluate(
                     )
                     metrics |= _eval_metrics(evaluator, returns)
                 spool.write(progress, metrics)
-            if on_progress is not None:
-                on_progress(progress)
+            stop = on_progress is not None and on_progress(progress)
             last = progress.stage == stages[-1] and progress.step == progress.num_steps
-            if last or time.monotonic() - last_saved >= checkpoint_s:
+            if stop or last or time.monotonic() - last_saved >= checkpoint_s:
                 keep(progress)
                 last_saved = time.monotonic()
+            if stop:
+                raise Interrupted(f"stopped at step {progress.step} of {progress.stage}")
         if state is None:  # resumed after the last step
             state = pipeline.start(config, data, device)
             assert saved is not None

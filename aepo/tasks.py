@@ -139,6 +139,21 @@ def find(name: str, source: str = "") -> Task:
     return own[source]
 
 
+def of_suite(suite: str, source: str = "") -> list[Task]:
+    """Return the rows of a suite: those of a source, or of the benchmark's first.
+
+    Raises:
+        ConfigError: if the suite has none; names those there are.
+    """
+    found = [row for row in rows() if row.suite == suite and row.source == (source or "d4rl")]
+    if not found and not source:
+        found = [row for row in table().values() if row.suite == suite]
+    if not found:
+        known = sorted({f"{row.suite} ({row.source})" for row in rows()})
+        raise ConfigError(f"no suite {suite!r} with {source or 'any'} data; there are {', '.join(known)}")
+    return found
+
+
 def for_dataset(dataset: str) -> Task:
     """Return the row that uses this Minari id, or a row with the defaults for a data set of the user's own."""
     for row in rows():

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,8 +18,18 @@ from gymnasium_robotics.envs.maze import maps
 from scipy.sparse.csgraph import shortest_path
 
 from aepo import tasks
-from aepo.data import pointmaze
-from aepo.data.pointmaze import GOAL_CELLS, PROTOCOLS, PUBLISHED, Navigator, collect, measure_references, record
+from aepo.data import pointmaze, staging
+from aepo.data.pointmaze import (
+    GOAL_CELLS,
+    PROTOCOLS,
+    PUBLISHED,
+    Navigator,
+    collect,
+    measure_references,
+    record,
+    steer_depth_first,
+    steer_shortest,
+)
 from aepo.errors import ConfigError, DataError, ResourceError
 
 gymnasium.register_envs(gymnasium_robotics)
@@ -28,6 +39,7 @@ POINTMAZES = [task for task in GOAL_CELLS if task.startswith("pointmaze")]
 DENSE = [task for task in POINTMAZES if task.endswith("dense")]
 
 MAPS = {
+    "PointMaze_Open-v3": maps.OPEN,
     "PointMaze_UMaze-v3": maps.U_MAZE,
     "PointMaze_Medium-v3": maps.MEDIUM_MAZE,
     "PointMaze_Large-v3": maps.LARGE_MAZE,
@@ -75,6 +87,31 @@ def test_paths_are_as_short_as_floyd_and_warshall_find_them(maze_map):
             assert abs(following[0] - cell[0]) + abs(following[1] - cell[1]) == 1
             cell, length = following, length + 1
         assert length == distance[i, j]
+        assert navigator.next_cell((0, 0), goal) == goal
+
+
+@pytest.mark.parametrize("maze_map", MAPS.values(), ids=MAPS)
+def test_depth_first_paths_are_those_of_a_search_that_stops_at_the_goal(maze_map):
+    navigator, cells = Navigator(maze_map), free_cells(maze_map)
+    for start, goal in itertools.product(cells, repeat=2):
+        stack, came_from = [start], {start: None}
+        while (cell := stack.pop()) != goal:
+            for down, right in ((0, 1), (0, -1), (-1, 0), (1, 0)):
+                near = cell[0] + down, cell[1] + right
+                if near in cells and near not in came_from:
+                    stack.append(near)
+                    came_from[near] = cell
+        path = []
+        while cell != start:
+            path.insert(0, cell)
+            cell = came_from[cell]
+        assert navigator.depth_first_path(start, goal) == path
+
+
+def test_a_depth_first_path_takes_detours():
+    # drawn by hand: down along the wall, up again in the third column, and so on; 6 steps would do
+    path = [(2, 1), (3, 1), (3, 2), (3, 3), (2, 3), (1, 3), (1, 4), (1, 5), (2, 5), (3, 5)]
+    assert Navigator(maps.OPEN).depth_first_path((1, 1), (3, 5)) == path
 
 
 @pytest.mark.parametrize("env_id", MAPS)
@@ -85,21 +122,27 @@ def test_cells_lie_where_the_environment_has_them(env_id):
     for cell in free_cells(MAPS[env_id]):
         assert navigator.centre(cell) == pytest.approx(maze.cell_rowcol_to_xy(np.array(cell)))
     for x, y in np.random.default_rng(0).uniform(-2.4, 2.4, (50, 2)):
+        assert navigator.cell((x, y, 7.0, 7.0)) == navigator.cell((x, y))
         assert navigator.cell((x, y)) == tuple(maze.cell_xy_to_rowcol(np.array([x, y])))
     env.close()
 
 
 @pytest.mark.parametrize("env_id", MAPS)
-def test_the_noiseless_controller_crosses_the_maze(env_id):
+@pytest.mark.parametrize("controller", [steer_shortest, steer_depth_first])
+def test_the_noiseless_controller_crosses_the_maze(controller, env_id):
     cells, distance = free_cells(MAPS[env_id]), distances(MAPS[env_id])
-    start, goal = np.unravel_index(distance.argmax(), distance.shape)
+    start, goal = (cells[i] for i in np.unravel_index(distance.argmax(), distance.shape))
     env, navigator = gymnasium.make(env_id, reset_target=False), Navigator(MAPS[env_id])
-    observation, _ = env.reset(
-        seed=0, options={"reset_cell": np.array(cells[start]), "goal_cell": np.array(cells[goal])}
+    observation, _ = env.reset(seed=0, options={"reset_cell": np.array(start), "goal_cell": np.array(goal)})
+    policy = controller(
+        navigator, observation["observation"], tuple(observation["desired_goal"]), np.random.default_rng(0)
     )
-    way_points = navigator.way_points(tuple(observation["desired_goal"]))
-    for _ in range(40 * int(distance.max())):  # 40 steps of 10 ms for each cell of 1 m
-        action = np.array(navigator.act(observation["observation"], way_points), dtype=np.float32)
+    if controller is steer_shortest:
+        num_steps = 40 * int(distance.max())  # 40 steps of 10 ms for each cell of 1 m
+    else:
+        num_steps = 60 * len(navigator.depth_first_path(start, goal))  # it brakes at each
+    for _ in range(num_steps):
+        action = np.array(policy(observation["observation"]), dtype=np.float32)
         observation, _, _, _, info = env.unwrapped.step(action)
         if info["success"]:
             break
@@ -108,9 +151,11 @@ def test_the_noiseless_controller_crosses_the_maze(env_id):
 
 
 @pytest.mark.parametrize("env_id", MAPS)
-def test_a_run_is_what_the_environments_own_step_gives(env_id):
+@pytest.mark.parametrize("suite", PROTOCOLS)
+def test_a_run_is_what_the_environments_own_step_gives(suite, env_id):
     env = gymnasium.make(env_id, reset_target=True, max_episode_steps=-1)
-    run = record(env.unwrapped, Navigator(MAPS[env_id]), num_steps=1500, seed=3)
+    protocol = dataclasses.replace(PROTOCOLS[suite], arrival_radius=pointmaze.GOAL_RADIUS)
+    run = record(env.unwrapped, Navigator(MAPS[env_id]), protocol, num_steps=1500, seed=3)
     observation, _ = env.reset(seed=3)
     for t, action in enumerate(run.actions_NA):
         np.testing.assert_array_equal(observation["observation"], run.states_NS[t])
@@ -125,19 +170,64 @@ def test_a_run_is_what_the_environments_own_step_gives(env_id):
     env.close()
 
 
-def test_actions_are_the_controllers_plus_noise_of_the_stated_spread():
-    env, navigator = gymnasium.make("PointMaze_UMaze-v3", reset_target=True), Navigator(maps.U_MAZE)
-    run = record(env.unwrapped, navigator, num_steps=4000, seed=0)
-    clean_NA = np.array(
-        [
-            navigator.act(state, navigator.way_points(tuple(goal)))
-            for state, goal in zip(run.states_NS, run.goals_NX, strict=False)
-        ]
-    )
-    noise = (run.actions_NA - clean_NA)[np.abs(clean_NA) < 1e-1]  # far from being clipped
-    assert len(noise) > 200
-    assert abs(noise.mean()) < 4 * 0.5 / np.sqrt(len(noise))
-    assert np.abs(noise).mean() == pytest.approx(0.5 * np.sqrt(2 / np.pi), rel=0.15)
+def test_the_shortest_way_has_forces_within_the_action_space_and_no_memory():
+    navigator, random = Navigator(maps.U_MAZE), np.random.default_rng(0)
+    steer = steer_shortest(navigator, (), (-0.8, 1.1), random)
+    assert steer((1.3, -0.7, 0.0, 0.0)) == (pytest.approx(-1.0), 1.0)  # to the cell above, at (1, 0)
+    assert steer((1.03, -0.02, 0.1, -0.2)) == (pytest.approx(-0.4), 1.0)  # of which the next is at (1, 1)
+    assert steer((-0.82, 1.05, 0.1, 0.0)) == pytest.approx((0.1, 0.5))  # to the goal
+    assert steer((1.3, -0.7, 0.0, 0.0)) == (pytest.approx(-1.0), 1.0)
+    assert random.random() == np.random.default_rng(0).random()  # has drawn nothing
+
+
+@pytest.mark.parametrize("start", [(1, 1), (2, 4), (3, 5)])
+@pytest.mark.parametrize("goal", [(1, 1), (2, 3), (3, 5)])
+def test_depth_first_way_points_are_cells_slightly_moved_and_then_the_goal(start, goal):
+    navigator = Navigator(maps.OPEN)
+    goal_position = np.add(navigator.centre(goal), (0.2, -0.1))
+    path = navigator.depth_first_path(start, goal)
+    ball = np.add(navigator.centre(start), (-0.3, 0.4))
+    steer, seen = steer_depth_first(navigator, ball, tuple(goal_position), np.random.default_rng(0)), []
+    for _ in path or [goal]:
+        way_point = ball + np.array(steer((*ball, 0.0, 0.0))) / 10  # the force is not clipped
+        seen.append(way_point)
+        assert np.subtract(steer((*ball, 3.0, -4.0)), steer((*ball, 0.0, 0.0))) == pytest.approx((-3.0, 4.0))
+        for metres in (2.0, 0.101):  # too far away to turn
+            x, y = way_point - (metres, 0.0)
+            assert steer((x, y, 0.0, 0.0)) == pytest.approx((10 * metres, 0.0))
+        ball = np.add(way_point, (0.0, 0.099))
+    assert ball + np.array(steer((*ball, 0.0, 0.0))) / 10 == pytest.approx(seen[-1])  # there it stays
+    if path:
+        assert seen[0] == pytest.approx(navigator.centre(path[0]))
+    if len(path) != 1:  # of a goal in the next cell it is that cell's centre
+        assert seen[-1] == pytest.approx(goal_position)
+    moved = [np.array(navigator.centre(cell)) - at for cell, at in zip(path[1:-1], seen[1:-1], strict=True)]
+    assert all(((by > -1e-9) & (by < 0.2)).all() for by in moved)
+    assert len({tuple(by) for by in moved}) == len(moved)
+
+
+def test_noise_of_the_stated_spread_is_added_before_the_action_is_clipped():
+    env, navigator = gymnasium.make("PointMaze_Open-v3", reset_target=True), Navigator(maps.OPEN)
+
+    def actions(*force):
+        protocol = dataclasses.replace(PROTOCOLS["pointmaze"], controller=lambda *_: lambda _: force)
+        return record(env.unwrapped, navigator, protocol, num_steps=4000, seed=0).actions_NA
+
+    assert (actions(4.0, -4.0) == (1.0, -1.0)).all()
+    force_1, force_0 = actions(1.0, 0.0).T
+    assert (force_1 == 1.0).mean() == pytest.approx(0.5, abs=0.03)
+    assert np.percentile(force_1, 15.87) == pytest.approx(0.5, abs=0.04)  # one standard deviation below
+    assert np.percentile(force_0, [15.87, 50, 84.13]) == pytest.approx([-0.5, 0.0, 0.5], abs=0.04)
+    env.close()
+
+
+@pytest.mark.parametrize("maze", ["open", "umaze", "medium", "large"])
+def test_pointmaze_episodes_are_as_long_as_the_published_ones(maze):
+    row, published = tasks.find(f"pointmaze-{maze}"), PUBLISHED[f"pointmaze-{maze}"]
+    env = gymnasium.make(row.env_id, reset_target=True, max_episode_steps=-1).unwrapped
+    run = record(env, Navigator(env.maze.maze_map), PROTOCOLS["pointmaze"], num_steps=40_000, seed=0)
+    mean_length = len(run.reached_N) / run.reached_N.sum()
+    assert mean_length == pytest.approx(published.num_steps / published.num_episodes, rel=0.1)
     env.close()
 
 
@@ -161,7 +251,7 @@ def test_maze2d_pays_for_the_evaluation_goal_and_hides_every_goal():
 
 @pytest.mark.parametrize("task", ["pointmaze-umaze", "pointmaze-umaze-dense"])
 def test_pointmaze_shows_the_goal_and_ends_where_it_is_reached(task, monkeypatch):
-    monkeypatch.setattr(pointmaze, "CHUNK_EPISODES", 7)
+    monkeypatch.setattr(staging, "CHUNK_EPISODES", 7)
     summary = collect_little(task, num_steps=3000)
     episodes = list(minari.load_dataset(summary.dataset))
     assert summary.num_episodes == len(episodes) > 14
@@ -275,20 +365,23 @@ def test_references_are_mean_returns_of_the_recovered_evaluation_environment(nam
     env, navigator = dataset.recover_environment(eval_env=True), Navigator(maps.U_MAZE)
     random = np.random.default_rng([pointmaze.REFERENCE_SEED, 1])
 
-    def mean_return(act):
+    def state():
+        return env.unwrapped.point_env.state_vector().tolist()
+
+    def mean_return(start):
         total = 0.0
         env.reset(seed=pointmaze.REFERENCE_SEED)
         for _ in range(num_episodes):
-            truncated = False
+            truncated, act = False, start(tuple(env.unwrapped.goal.tolist()))
             while not truncated:
-                state = env.unwrapped.point_env.state_vector()
-                _, reward, _, truncated, _ = env.step(np.array(act(state), dtype=np.float32))
+                _, reward, _, truncated, _ = env.step(np.array(act(state()), dtype=np.float32))
                 total += reward
             env.reset()
         return total / num_episodes
 
-    wander = mean_return(lambda _: random.uniform(-1, 1, 2))
-    pursue = mean_return(lambda state: navigator.act(state, navigator.way_points(tuple(env.unwrapped.goal))))
+    wander = mean_return(lambda _: lambda _: random.uniform(-1, 1, 2))
+    controller = {"maze2d": steer_shortest, "pointmaze": steer_depth_first}[task.suite]
+    pursue = mean_return(lambda goal: controller(navigator, state(), goal, random))
     assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (summary.ref_min, summary.ref_max)
     assert (summary.ref_min, summary.ref_max) == pytest.approx((wander, pursue), rel=1e-12)
     assert metadata["num_episodes_average_score"] == num_episodes
@@ -298,19 +391,21 @@ def test_references_are_mean_returns_of_the_recovered_evaluation_environment(nam
 
 def test_reference_episodes_report_every_step():
     env, told = gymnasium.make("PointMaze_UMaze-v3", reset_target=False).unwrapped, []
-    measure_references(env, Navigator(maps.U_MAZE), horizon=7, num_episodes=3, advance=told.append)
+    measure_references(env, Navigator(maps.U_MAZE), steer_shortest, horizon=7, num_episodes=3, advance=told.append)
     assert sum(told) == 2 * 3 * 7
     env.close()
 
 
-def test_the_same_seed_gives_the_same_arrays_and_another_seed_others():
-    first = collect_little(num_steps=1200, seed=5)
+@pytest.mark.parametrize("name", ["maze2d-umaze", "pointmaze-umaze"])
+def test_the_same_seed_gives_the_same_arrays_and_another_seed_others(name):
+    first = collect_little(name, num_steps=1200, seed=5)
+    actions = [episode.actions for episode in minari.load_dataset(first.dataset)]
     arrays = everything(first.dataset)
-    again = collect_little(num_steps=1200, seed=5, overwrite=True)
+    again = collect_little(name, num_steps=1200, seed=5, overwrite=True)
     for one, other in zip(arrays, everything(again.dataset), strict=True):
-        np.testing.assert_array_equal(one, other)
-    third = collect_little(num_steps=1200, seed=6, overwrite=True)
-    assert not np.array_equal(arrays[0], everything(third.dataset)[0])
+        np.testing.assert_equal(one, other)
+    third = collect_little(name, num_steps=1200, seed=6, overwrite=True)
+    assert not np.array_equal(actions[0], minari.load_dataset(third.dataset)[0].actions)
     assert (first.ref_min, first.ref_max) == (third.ref_min, third.ref_max)
 
 
@@ -350,13 +445,14 @@ def test_a_summary_shows_the_published_data_set_beside_the_own(task):
     assert made.published_mean_length == pytest.approx(
         {"open": 105.0, "umaze": 75.7, "medium": 210.4, "large": 297.6}[maze], abs=0.05
     )
+    assert (made.published_ref_min, made.published_ref_max) == (PUBLISHED[task].ref_min, PUBLISHED[task].ref_max)
 
 
 def test_maze2d_has_no_published_data_set_beside_it():
     summary = dataclasses.asdict(collect_little("maze2d-umaze"))
     assert summary["mean_length"] == 10
     published = {name: value for name, value in summary.items() if name.startswith("published")}
-    assert len(published) == 4
+    assert len(published) == 6
     assert set(published.values()) == {None}
 
 
@@ -368,6 +464,7 @@ def test_published_data_sets_are_those_of_the_task_table():
     assert set(rows) <= set(published)
     for dataset, row in rows.items():
         assert published[dataset].num_steps == row.steps
+        assert (published[dataset].ref_min, published[dataset].ref_max) == (row.ref_min, row.ref_max)
     for name, other in PUBLISHED.items():
         if other.dataset in rows:
             assert tasks.find(name).env_id == rows[other.dataset].env_id
@@ -390,19 +487,12 @@ def test_a_data_set_that_is_there_is_left_alone_unless_told_otherwise(capsys):
 def test_of_two_processes_that_collect_the_same_the_first_to_end_stays(tmp_path, monkeypatch):
     first = collect_little(num_steps=10, seed=1)
     Path(first.path).rename(tmp_path / "finished")
-    bar = pointmaze._bar
-
-    def finish_elsewhere(progress, name, total):
-        if name == "writing":
-            (tmp_path / "finished").rename(first.path)
-        return bar(progress, name, total)
-
-    monkeypatch.setattr(pointmaze, "_bar", finish_elsewhere)
+    when_writing(lambda: (tmp_path / "finished").rename(first.path), monkeypatch)
     assert collect_little(num_steps=20, seed=2) == dataclasses.replace(first, collected=False)
 
 
 def test_an_interrupted_collection_leaves_nothing(library, monkeypatch):
-    interrupt_when("writing", monkeypatch)
+    when_writing(press_ctrl_c, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         collect_little("pointmaze-umaze", num_steps=3000)
     assert minari.list_local_datasets() == {}
@@ -416,24 +506,27 @@ def test_an_interrupted_collection_leaves_nothing(library, monkeypatch):
 def test_an_interrupted_replacement_leaves_the_old_data_set(monkeypatch):
     summary = collect_little(num_steps=10, seed=1)
     arrays = everything(summary.dataset)
-    interrupt_when("writing", monkeypatch)
+    when_writing(press_ctrl_c, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         collect_little(num_steps=20, seed=2, overwrite=True)
     for one, other in zip(arrays, everything(summary.dataset), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def interrupt_when(description, monkeypatch):
-    """Make the progress bar of that name press Ctrl-C at its first step."""
-    bar = pointmaze._bar
+def press_ctrl_c():
+    raise KeyboardInterrupt
 
-    def interrupted(progress, name, total):
-        def advance(_):
-            raise KeyboardInterrupt
 
-        return advance if name == description else bar(progress, name, total)
+def when_writing(act, monkeypatch):
+    """Act at the first step of the progress bar of writing."""
+    bars = pointmaze.progress_bars
 
-    monkeypatch.setattr(pointmaze, "_bar", interrupted)
+    @contextlib.contextmanager
+    def watched():
+        with bars() as bar:
+            yield lambda name, total: (lambda _: act()) if name == "writing" else bar(name, total)
+
+    monkeypatch.setattr(pointmaze, "progress_bars", watched)
 
 
 def test_no_temporary_files_are_left(tmp_path, monkeypatch):

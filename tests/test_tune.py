@@ -205,12 +205,12 @@ def node(cpus, gpus=0.0, gib=64.0, alive=True):
     ],
 )
 def test_as_many_trials_run_at_once_as_fit_on_single_nodes(nodes, resources, slots):
-    assert _slots(nodes, resources) == slots
+    assert _slots(nodes, resources, 1.2) == slots
 
 
 def test_a_cluster_without_room_for_one_trial_is_refused_instead_of_waiting_forever():
     with pytest.raises(ResourceError, match="one trial wants 1 CPU, 1 GPU"):
-        _slots([node(8)], Resources(gpus=1))
+        _slots([node(8)], Resources(gpus=1), 1.2)
 
 
 def test_the_board_shows_stage_step_rate_time_left_and_score(sweep):

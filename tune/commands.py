@@ -1,12 +1,23 @@
 """`aepo sweep`: tasks x seeds on Ray, from flags."""
 
 import dataclasses
+import os
 import shutil
 import sys
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import TypeAdapter, ValidationError
+from rich.prompt import Confirm
 
 from aepo import config as configs
+from aepo.config import RunConfig
 from aepo.console import emit_json, emit_table, err
 from aepo.errors import ConfigError, IncompleteError
 
@@ -16,16 +27,23 @@ class Sweep:
     """Train tasks x methods x seeds on Ray, track every run in MLflow, and write runs.parquet.
 
     The same command again continues: runs that ended are not repeated, interrupted ones go on from their last
-    checkpoint. `aepo report FOLDER` makes the tables and figures.
+    checkpoint. On a terminal the plan is shown with an estimate first, and the sweep starts when you say so.
+    `aepo report FOLDER` makes the tables and figures.
 
     For example:
       aepo sweep --task maze2d-umaze maze2d-medium --seeds 0 1 --preset quick --out sweeps/mazes
       aepo sweep --task maze2d-open --preset best qgpo iql td3bc --seeds 0 1 2 --out sweeps/methods
-      aepo sweep --dataset mujoco/hopper/medium-v0 --seeds 0 --preset smoke --address ray-head:6379
+      aepo sweep --suite antmaze --source minari --preset best-paper --seeds 0 1 2 3 4 --gpus 0.25 --dry-run
+      aepo sweep paper.toml --address ray-head:6379
+      aepo sweep --watch --out sweeps/mazes
     """
 
+    file: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="FILE")]] = None
+    """TOML with the same names as the flags below, as in docs/operations.md; a flag that is given wins."""
     task: tuple[str, ...] = ()
     """Names of tasks (`aepo data list` shows them)."""
+    suite: tuple[str, ...] = ()
+    """All tasks of these suites: gym-mujoco, maze2d, antmaze, adroit, kitchen, pointmaze."""
     source: str = ""
     """Whose data of the tasks: d4rl (the original files), minari (what Farama regenerated); none = each task's first,
     d4rl for the benchmark's."""
@@ -42,8 +60,21 @@ class Sweep:
     theirs."""
     out: Path = Path("sweeps/default")
     """Folder of the sweep; on a cluster one that all nodes see."""
+    dry_run: bool = False
+    """Show the plan with its estimate and start nothing."""
+    yes: bool = False
+    """Start without asking."""
+    status: bool = False
+    """Show where every run of --out stands, of failed ones why, and start nothing; from any terminal."""
+    watch: bool = False
+    """The same as a live table, until the sweep ends."""
+    stop: bool = False
+    """Ask the process that carries --out out to end: every run stores a checkpoint first."""
     address: str = ""
     """Address of a Ray cluster; none = a private Ray on this machine while the sweep runs."""
+    runner: Literal["train", "inline"] = "train"
+    """train: a Ray Train run per trial, whose worker is replaced if it dies; inline: in Tune's own process, cheaper
+    for many short runs."""
     cpus: float = 1.0
     """CPU cores per run."""
     gpus: float = 0.0
@@ -60,12 +91,46 @@ class Sweep:
     """Print one JSON document on standard output and nothing else."""
 
     def run(self) -> int:
-        """Carry the sweep out; return the exit status, 3 if a planned run has no result."""
+        """Carry the sweep out, or look at it; return the exit status, 3 if a planned run has no result."""
+        wanted = self if self.file is None else merge_file(self, self.file)
+        if sum((self.status, self.watch, self.stop, self.dry_run)) > 1:
+            raise ConfigError("--dry-run, --status, --watch and --stop are different commands; give one")
+        if self.status or self.watch or self.stop:
+            return wanted._look()
+        return wanted._carry_out()
+
+    def _look(self) -> int:
+        from tune.board import STOP, is_driven, status, watch
+        from tune.plan import read_manifest
+
+        sweep = self.out.resolve()
+        plan = read_manifest(sweep)
+        if self.stop:
+            if not is_driven(sweep):
+                raise IncompleteError(f"nobody carries {self.out} out; there is nothing to stop")
+            (sweep / STOP).touch()
+            err.print("asked to stop; every run stores a checkpoint first (--watch shows it)", soft_wrap=True)
+            return 0
+        if self.watch:
+            watch(sweep, plan)
+        rows = status(sweep, plan)
+        if self.json:
+            emit_json(rows)
+            return 0
+        counts = ", ".join(f"{count} {state}" for state, count in Counter(row["state"] for row in rows).items())
+        hidden = ("error", "log", "task", "method", "seed")
+        emit_table(f"{self.out}: {counts}", [{k: v for k, v in row.items() if k not in hidden} for row in rows])
+        for row in rows:
+            if row["error"]:
+                err.print(f"{row['run']}: {row['error']}", markup=False, soft_wrap=True)
+                for line in row["log"]:
+                    err.print(f"    {line}", markup=False, soft_wrap=True)
+        return 0
+
+    def _carry_out(self) -> int:
         if self.cpus <= 0 or self.gpus < 0 or self.max_concurrent < 0 or self.checkpoint_s < 0:
             raise ConfigError("--cpus must be above 0; --gpus, --max-concurrent and --checkpoint-s not below it")
-        from tune.plan import make_plan
-        from tune.sweep import Resources, run_sweep
-        from tune.tracking import default_uri
+        from tune.plan import make_plan, pending
 
         plan = make_plan(
             self.task,
@@ -74,9 +139,24 @@ class Sweep:
             presets=self.preset,
             overrides=configs.parse_overrides(self.set),
             source=self.source,
+            suites=self.suite,
         )
+        waiting = pending(self.out.resolve(), plan, retry_failed=self.retry_failed)
+        asks = sys.stdin.isatty() and err.is_terminal and not self.yes
+        if self.dry_run or (asks and waiting):
+            rows = self._show_plan(plan, waiting)
+            if self.dry_run:
+                if self.json:
+                    emit_json(rows)
+                return 0
+            if not Confirm.ask("start?", console=err, default=True):
+                return 0
+        from tune.sweep import Resources, run_sweep
+        from tune.tracking import default_uri
+
         resources = Resources(
             address=self.address,
+            runner=self.runner,
             cpus=self.cpus,
             gpus=self.gpus,
             max_concurrent=self.max_concurrent,
@@ -89,6 +169,103 @@ class Sweep:
         err.print(f"MLflow page:         {page_command(uri)}", soft_wrap=True)
         check_complete(rows)
         return 0
+
+    def _show_plan(self, plan: Sequence[RunConfig], waiting: Sequence[RunConfig]) -> list[dict[str, Any]]:
+        """Print the plan, a row per task and method, with what it is estimated to take; return the rows."""
+        from tune.estimate import MAX_ACTION_DIM, memory_gib, seconds_per_run
+
+        here = [config for config in plan if _is_here(config.data.dataset)]
+        seconds = seconds_per_run([config for config in here if config in waiting], cpus=self.cpus, gpus=self.gpus)
+        rows: list[dict[str, Any]] = []
+        for (task, method, preset), runs in _grouped(plan).items():
+            to_do = [config for config in runs if config in waiting]
+            known = [seconds[config.name] for config in to_do if config.name in seconds]
+            rows.append(
+                {
+                    "task": task,
+                    "source": runs[0].data.source,
+                    "method": method,
+                    "preset": preset,
+                    "runs": len(runs),
+                    "to do": len(to_do),
+                    "steps": runs[0].num_steps,
+                    "seconds": max(known, default=None),
+                    "memory_gib": memory_gib(runs[0], self.runner, action_dim=MAX_ACTION_DIM),
+                    "data": "here" if runs[0] in here else "missing",
+                }
+            )
+        cores = len(os.sched_getaffinity(0))
+        slots = max(1, min(int(cores / self.cpus), self.max_concurrent or len(waiting), len(waiting) or 1))
+        if not self.json:
+            shown = [row | {"seconds": _duration(row["seconds"])} for row in rows]
+            emit_table(
+                f"plan of {self.out}", [{key.replace("seconds", "time each"): row[key] for key in row} for row in shown]
+            )
+        total = sum(seconds.values())
+        unknown = sum(config.name not in seconds for config in waiting)
+        lacking = f", {unknown} of unknown length (their data are missing)" if unknown else ""
+        err.print(
+            f"{len(waiting)} of {len(plan)} runs to do{lacking}: {_duration(total)} of gradient steps with "
+            f"{self.cpus:g} of these cores each; on this machine {slots} at a time, about {_duration(total / slots)}, "
+            "preparation and evaluation not counted",
+            soft_wrap=True,
+        )
+        for dataset in dict.fromkeys(config.data.dataset for config in plan if config not in here):
+            from aepo.data.transitions import remedy
+
+            err.print(f"[yellow]missing:[/] {dataset}; {remedy(dataset)}", soft_wrap=True)
+        return rows
+
+
+def merge_file(command: Sweep, file: Path) -> Sweep:
+    """Return the command with what a TOML file says where no flag was given.
+
+    Raises:
+        ConfigError: if the file cannot be read, or has an unknown or mistyped name.
+    """
+    try:
+        values = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"no sweep file {file} ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is no TOML: {error}") from error
+    fields = {field.name: field.default for field in dataclasses.fields(Sweep)}
+    known = [name for name in fields if name not in ("file", "dry_run", "yes", "status", "watch", "stop", "json")]
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    if unknown := [name for name in values if name not in known]:
+        near = get_close_matches(unknown[0], known, n=1) or known
+        raise ConfigError(f"{file}: no setting {unknown[0]!r}; did you mean {' or '.join(near)}?")
+    if isinstance(values.get("set"), dict):
+        flat = configs.flatten(values["set"])
+        values["set"] = [f"{key}={_word(value)}" for key, value in flat.items()]
+    try:
+        parsed = TypeAdapter(Sweep).validate_python(values)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ConfigError(f"{file}: {'; '.join(problems)}") from None
+    given = {name: getattr(command, name) for name, default in fields.items() if getattr(command, name) != default}
+    return dataclasses.replace(parsed, **given)
+
+
+def _duration(seconds: float | None) -> str | None:
+    return None if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def _word(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _is_here(dataset: str) -> bool:
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    return bool((get_dataset_path(dataset) / "data").exists())
+
+
+def _grouped(plan: Sequence[RunConfig]) -> dict[tuple[str, str, str], list[RunConfig]]:
+    groups: dict[tuple[str, str, str], list[RunConfig]] = {}
+    for config in plan:
+        groups.setdefault((config.task, config.method, config.preset), []).append(config)
+    return groups
 
 
 COLUMNS = ["task", "method", "seed", "status", "score", "return_mean", "num_episodes", "steps", "seconds"]

@@ -32,16 +32,19 @@ def make_plan(
     presets: Sequence[str],
     overrides: Mapping[str, Any],
     source: str = "",
+    suites: Sequence[str] = (),
 ) -> list[RunConfig]:
     """Return one config per (task or data set), preset and seed, seeds innermost.
 
     An override changes the runs whose method has that setting; one that no method of the plan has is refused.
-    `source` holds for all tasks; empty = each task's first.
+    `source` holds for all tasks; empty = each task's first. `suites` adds all tasks that a suite has of it.
 
     Raises:
-        ConfigError: for no or unknown tasks, no seeds, a setting that none has, or the same run twice.
+        ConfigError: for no or unknown tasks or suites, no seeds, a setting that none has, or the same run twice.
     """
     rows = [tasks.find(name, source) for name in task_names] + [tasks.for_dataset(name) for name in datasets]
+    for suite in suites:
+        rows += tasks.of_suite(suite, source)
     if not rows or not seeds or not presets:
         raise ConfigError("a sweep wants at least one task, preset and seed; `aepo data list` shows the tasks")
     bases = [preset(name, row, seed) for row in rows for name in presets for seed in seeds]

@@ -8,34 +8,29 @@ import dataclasses
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from datetime import timedelta
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.live import Live
-from rich.table import Table
 
 from aepo import run
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.data.transitions import load_transitions
-from aepo.errors import AEPOError, ResourceError
+from aepo.errors import ResourceError
 from aepo.evaluate import Evaluator
+from tune.board import LINE_INTERVAL_S, STOP, Board, driving
+from tune.estimate import MAX_ACTION_DIM, memory_gib, work
 from tune.plan import pending, run_folder, write_manifest
 from tune.record import collect_rows, write_rows
 from tune.tracking import Tracker
 
-COLUMNS = ("stage", "step", "steps/s", "left", "score")
+Runner = Literal["train", "inline"]
 SHIP_INTERVAL_S = 5.0
-LINE_INTERVAL_S = 30.0
-"""Between two status lines where standard error is no terminal."""
 TRIAL_DRIVER = {"node:__internal_head__": 0.001}
 """A trial's own share: a sliver of the head node and no CPU, so that drivers never take a worker's place."""
-MEMORY_PER_TRIAL_GIB = 1.2
-"""Measured: driver, controller and worker of one running trial (docs/operations.md)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +47,9 @@ class Resources:
     """Trials at once, at most; 0 = as many as fit."""
     checkpoint_s: float = 60.0
     """Seconds between two checkpoints of a run."""
+    runner: Runner = "train"
+    """train: a Ray Train run per trial, whose worker is replaced if it dies; inline: in Tune's own process, which costs
+    less per run and less memory."""
 
 
 def run_sweep(
@@ -66,11 +64,18 @@ def run_sweep(
 
     Raises:
         DataError: if a data set or its environment is missing; nothing has been started then.
-        ResourceError: if no trial fits on the cluster.
+        ResourceError: if no trial fits on the cluster, or another process carries the sweep out.
     """
     sweep = sweep.resolve()
+    with driving(sweep):
+        return _drive(sweep, plan, resources, tracking_uri=tracking_uri, retry_failed=retry_failed)
+
+
+def _drive(
+    sweep: Path, plan: Sequence[RunConfig], resources: Resources, *, tracking_uri: str, retry_failed: bool
+) -> list[dict[str, Any]]:
     write_manifest(sweep, plan)
-    waiting = pending(sweep, plan, retry_failed=retry_failed)
+    waiting = sorted(pending(sweep, plan, retry_failed=retry_failed), key=work, reverse=True)  # the longest first
     if waiting:
         _check_data(waiting)
     tracker = Tracker(sweep, plan, uri=tracking_uri)
@@ -89,15 +94,17 @@ def run_sweep(
     tracker.ship()
     rows = collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids)
     write_rows(sweep, rows)
+    if (sweep / STOP).exists():
+        err.print("stopped as asked; the same command goes on")
     return rows
 
 
 def _check_data(plan: Sequence[RunConfig]) -> None:
     """Decode every data set once and make every environment once, before anything is scheduled."""
-    for data in {config.data for config in plan}:
+    for config in {config.data: config for config in plan}.values():
+        data = config.data
         load_transitions(data.dataset, observation_keys=data.observation_keys, reward_rule=data.reward_rule)
-        horizon = next(config.evaluation.horizon for config in plan if config.data == data)
-        Evaluator(data.dataset, observation_keys=data.observation_keys, horizon=horizon).close()
+        Evaluator.of(config).close()
 
 
 def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) -> dict[str, str]:
@@ -122,7 +129,7 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
     import ray
     import ray.tune
 
-    from tune.trainable import run_trial
+    from tune.trainable import run_inline, run_trial
 
     if resources.address:
         ray.init(address=resources.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -134,11 +141,16 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
             logging_level=logging.ERROR,
         )
     try:
-        slots = _slots(ray.nodes(), resources)  # type: ignore[no-untyped-call]
+        memory = max(memory_gib(config, resources.runner, action_dim=MAX_ACTION_DIM) for config in plan)
+        slots = _slots(ray.nodes(), resources, memory)  # type: ignore[no-untyped-call]
         concurrent = min(slots, resources.max_concurrent or slots, len(plan))
+        inline = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        bundle = TRIAL_DRIVER if resources.runner == "train" else inline
         err.print(f"{concurrent} at a time, {resources.cpus:g} CPU and {resources.gpus:g} GPU each")
         tuner = ray.tune.Tuner(
-            ray.tune.with_resources(run_trial, ray.tune.PlacementGroupFactory([TRIAL_DRIVER])),
+            ray.tune.with_resources(
+                run_trial if resources.runner == "train" else run_inline, ray.tune.PlacementGroupFactory([bundle])
+            ),
             param_space={
                 "run": ray.tune.grid_search([config.name for config in plan]),
                 "sweep": str(sweep),
@@ -147,7 +159,9 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
                 "checkpoint_s": resources.checkpoint_s,
             },
             tune_config=ray.tune.TuneConfig(
-                max_concurrent_trials=concurrent, trial_dirname_creator=lambda trial: str(trial.trial_id)
+                max_concurrent_trials=concurrent,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+                reuse_actors=True,
             ),
             run_config=ray.tune.RunConfig(
                 name=f"tune-{os.getpid()}-{int(time.time())}",
@@ -167,8 +181,8 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
         ray.shutdown()
 
 
-def _slots(nodes: Sequence[dict[str, Any]], resources: Resources) -> int:
-    """Return how many trials fit on the nodes at once.
+def _slots(nodes: Sequence[dict[str, Any]], resources: Resources, memory: float) -> int:
+    """Return how many trials of so many GiB fit on the nodes at once.
 
     Raises:
         ResourceError: if none does.
@@ -179,14 +193,14 @@ def _slots(nodes: Sequence[dict[str, Any]], resources: Resources) -> int:
         fits = node.get("CPU", 0.0) / resources.cpus
         if resources.gpus:
             fits = min(fits, node.get("GPU", 0.0) / resources.gpus)
-        per_node.append(int(min(fits, node.get("memory", 0.0) / 2**30 / MEMORY_PER_TRIAL_GIB)))
+        per_node.append(int(min(fits, node.get("memory", 0.0) / 2**30 / memory)))
     if not sum(per_node):
         have = ", ".join(
             f"{node.get('CPU', 0):g} CPU {node.get('GPU', 0):g} GPU {node.get('memory', 0) / 2**30:.1f} GiB"
             for node in alive
         )
         raise ResourceError(
-            f"one trial wants {resources.cpus:g} CPU, {resources.gpus:g} GPU and {MEMORY_PER_TRIAL_GIB:g} GiB "
+            f"one trial wants {resources.cpus:g} CPU, {resources.gpus:g} GPU and {memory:.1f} GiB "
             f"on one node; the nodes have: {have}"
         )
     return sum(per_node)
@@ -238,109 +252,6 @@ def _reporting(watch: Callable[[], None]) -> None:
         watch()
     except Exception as error:  # the sweep outlives its display; the last shipment sends what this one missed
         err.print(f"[yellow]warning:[/] the display stopped: {type(error).__name__}: {error}", soft_wrap=True)
-
-
-@dataclasses.dataclass
-class _Seen:
-    """What the board has read of one run."""
-
-    offset: int = 0
-    last: dict[str, Any] | None = None
-    """The newest row of the spool."""
-    first: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """stage -> its first row."""
-    recent: deque[tuple[float, int]] = dataclasses.field(default_factory=lambda: deque(maxlen=20))
-    """(time, step) of the newest rows of the current stage."""
-    score: float | None = None
-    result: dict[str, Any] | None = None
-
-
-class Board:
-    """Where each run stands, read from the run folders, each byte once."""
-
-    def __init__(self, sweep: Path, plan: Sequence[RunConfig]):
-        """Nothing is read before `refresh`."""
-        self._plan = {config.name: (config, run_folder(sweep, config)) for config in plan}
-        self._seen = {name: _Seen() for name in self._plan}
-        self._seconds_per_step: dict[str, float] = {}
-        self._lines: dict[str, str] = {}
-
-    def refresh(self) -> None:
-        """Read what the runs have written since the last call."""
-        for name, (_, folder) in self._plan.items():
-            seen = self._seen[name]
-            if seen.result is not None:
-                continue
-            rows, seen.offset = run.read_spool(folder / run.METRICS, seen.offset)
-            for row in rows:
-                if seen.last is not None and row["stage"] != seen.last["stage"]:
-                    self._learn(seen.first[seen.last["stage"]], seen.last)
-                    seen.recent.clear()
-                seen.first.setdefault(row["stage"], row)
-                seen.recent.append((row["time"], row["step"]))
-                seen.score = row["metrics"].get("eval/score", seen.score)
-                seen.last = row
-            with suppress(AEPOError):  # an unreadable result is said when the rows are collected
-                seen.result = run.read_result(folder)
-
-    def rows(self) -> dict[str, dict[str, str]]:
-        """Return run name -> stage, step, rate, time left and last score, as text, of the runs that have started."""
-        return {
-            name: self._row(config, self._seen[name])
-            for name, (config, folder) in self._plan.items()
-            if folder.exists()
-        }
-
-    def table(self) -> Table:
-        """Return the rows as a table, the newest 40."""
-        rows = self.rows()
-        ended = sum(seen.result is not None for seen in self._seen.values())
-        table = Table(title=f"{ended} of {len(self._plan)} runs ended", title_justify="left")
-        for column in ("run", *COLUMNS):
-            table.add_column(column, justify="left" if column in ("run", "stage") else "right")
-        for name in list(rows)[-40:]:
-            table.add_row(name, *(rows[name][column] for column in COLUMNS))
-        return table
-
-    def lines(self) -> list[str]:
-        """Return one line per run that has moved since the last call."""
-        lines = []
-        for name, row in self.rows().items():
-            text = f"{name}  {row['stage']} {row['step']}"
-            text += f"  {row['steps/s']} steps/s, {row['left']} left" if row["steps/s"] else ""
-            text += f"  score {row['score']}" if row["score"] else ""
-            if self._lines.get(name) != text:
-                self._lines[name] = text
-                lines.append(text)
-        return lines
-
-    def _row(self, config: RunConfig, seen: _Seen) -> dict[str, str]:
-        score = seen.score if seen.result is None else seen.result["score"]
-        row = dict.fromkeys(COLUMNS, "") | {"score": "" if score is None else f"{score:.1f}"}
-        if seen.result is not None:
-            return row | {"stage": seen.result["status"], "step": f"{seen.result['steps']:,}"}
-        if seen.last is None:
-            return row | {"stage": "starting"}
-        step, num_steps = seen.last["step"], seen.last["num_steps"]
-        row |= {"stage": seen.last["stage"], "step": f"{step:,}/{num_steps:,}"}
-        stages = list(config.stages)
-        if seen.last["stage"] == stages[-1] and step == num_steps:
-            return row | {"stage": "evaluating"}
-        (time_0, step_0), (time_1, step_1) = seen.recent[0], seen.recent[-1]
-        if time_1 <= time_0:
-            return row
-        rate = (step_1 - step_0) / (time_1 - time_0)
-        seconds = (num_steps - step) / rate
-        for stage in stages[stages.index(seen.last["stage"]) + 1 :]:
-            # later stages at another run's rate, or as long as none has been through them at this one's
-            seconds += config.stages[stage].steps * self._seconds_per_step.get(stage, 1.0 / rate)
-        return row | {"steps/s": f"{rate:,.0f}", "left": str(timedelta(seconds=round(seconds)))}
-
-    def _learn(self, first: dict[str, Any], last: dict[str, Any]) -> None:
-        """Take the seconds per step of a stage that a run has ended."""
-        if last["step"] > first["step"]:
-            seconds = (last["time"] - first["time"]) / (last["step"] - first["step"])
-            self._seconds_per_step[last["stage"]] = seconds
 
 
 def _last_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ node) is left to Ray, which starts the worker again from the last Train checkpoi
 import contextlib
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import ray.train.v2.api.data_parallel_trainer as v2
 import ray.tune
 
 MAX_WORKER_FAILURES = 3
+STOP_INTERVAL_S = 1.0
+"""Between two looks for the file that asks a sweep to stop."""
 
 
 class SlimTrainer(v2.DataParallelTrainer):
@@ -35,14 +38,23 @@ class TrainStore:
     """The run's checkpoint as a Ray Train checkpoint: uploaded to storage, committed by the controller."""
 
     def load(self) -> dict[str, Any] | None:
-        """Return the last committed checkpoint."""
+        """Return the last committed checkpoint; of a damaged one, the one before it."""
         from aepo import checkpoint
+        from aepo.errors import CheckpointError
 
         saved = ray.train.get_checkpoint()
         if saved is None:
             return None
         with saved.as_directory() as folder:
-            return checkpoint.load(Path(folder))
+            newest = Path(folder)
+            try:
+                return checkpoint.load(newest)
+            except CheckpointError as error:
+                for older in sorted(newest.parent.glob("checkpoint_*"), reverse=True):
+                    if older.name < newest.name and (content := checkpoint.load(older)) is not None:
+                        print(f"{error}; the one before it is used", flush=True)
+                        return content
+                raise
 
     def save(self, content: dict[str, Any]) -> None:
         """Report a checkpoint; returns when it has been uploaded."""
@@ -60,6 +72,8 @@ def run_trial(values: dict[str, Any]) -> None:
         values: `run` (name), `sweep` (folder), `cpus`, `gpus`, `checkpoint_s`; plain values, since Tune
             stores them.
     """
+    if _is_stopped(values):
+        return
     folder = Path(values["sweep"]) / "runs" / values["run"]
     trainer = SlimTrainer(
         train_worker,
@@ -86,10 +100,27 @@ def run_trial(values: dict[str, Any]) -> None:
     ray.tune.report({"ended": 1})
 
 
+def run_inline(values: dict[str, Any]) -> None:
+    """Execute one planned run in Tune's own process, without Ray Train; checkpoints lie in the run's folder."""
+    from aepo import run
+
+    if not _is_stopped(values):
+        _execute(values, run.FolderStore(Path(values["sweep"]) / "runs" / values["run"]))
+    ray.tune.report({"ended": 1})
+
+
 def train_worker(values: dict[str, Any]) -> None:
     """Execute one run in a Train worker, from the last checkpoint if there is one."""
+    _execute(values, TrainStore())
+
+
+def _is_stopped(values: dict[str, Any]) -> bool:
+    return (Path(values["sweep"]) / "stop").exists()
+
+
+def _execute(values: dict[str, Any], store: Any) -> None:
     from aepo import run
-    from aepo.errors import AEPOError
+    from aepo.errors import AEPOError, Interrupted
     from tune.plan import read_manifest
 
     sweep = Path(values["sweep"])
@@ -97,6 +128,15 @@ def train_worker(values: dict[str, Any]) -> None:
     folder = sweep / "runs" / config.name
     folder.mkdir(parents=True, exist_ok=True)
     run.set_threads(max(1, int(values["cpus"])))
+    looked = time.monotonic()
+
+    def stop(_: Any) -> bool:
+        nonlocal looked
+        if time.monotonic() - looked < STOP_INTERVAL_S:
+            return False
+        looked = time.monotonic()
+        return _is_stopped(values)
+
     with (
         (folder / "log.txt").open("a", buffering=1) as log,
         contextlib.redirect_stdout(log),
@@ -107,9 +147,12 @@ def train_worker(values: dict[str, Any]) -> None:
             run.execute(
                 config,
                 folder,
-                TrainStore(),
+                store,
                 device=run.select_device("cuda" if values["gpus"] else "cpu"),
                 checkpoint_s=values["checkpoint_s"],
+                on_progress=stop,
             )
         except AEPOError as error:  # stands in result.json; a repetition would meet it again
             log.write(f"failed: {error}\n")
+        except Interrupted as message:
+            log.write(f"{message}\n")

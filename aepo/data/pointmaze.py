@@ -13,7 +13,9 @@ The task's environment says what a step pays: sparse, 1 within GOAL_RADIUS of a 
 No reward enters the run: with the same seed, sparse and dense data of a maze have the same states and actions.
 
 Score 100 is the mean return of the protocol's own controller without noise. For pointmaze, as for Minari's sets, that
-is one which takes detours (`steer_depth_first`): who goes straight scores more, up to 120 in Medium and Large.
+is one that takes detours (`steer_depth_first`): going straight scores 108 to 115 in UMaze and Open, 133 in Medium and
+Large. Of 1,000,000 steps the mean length is within 3 % of the published one in all four mazes; of 800 episodes ref_max
+is within 2 %. The standard error of 100 episodes is 2 % of ref_max in Open and UMaze, 5 % in Medium and Large.
 
 N = steps of the run, T = steps of an episode, S = 4 entries of a state (x, y in m; vx, vy in m/s), A = 2 of an action
 (force, -1..1), X = 2 of a position. An array's name ends in its shape. This module does not know what learns from it.
@@ -33,7 +35,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import gymnasium
 import numpy as np
+from gymnasium.wrappers import FilterObservation, FlattenObservation
 from numpy.typing import NDArray
 
 import aepo
@@ -259,17 +263,11 @@ def _pull(way_point: Position, state: Sequence[float]) -> Sequence[float]:
     )
 
 
-def _hide_goal(env: Any) -> Any:
-    from gymnasium.wrappers import FilterObservation, FlattenObservation
-
-    return FlattenObservation(FilterObservation(env, ["observation"]))
-
-
 PROTOCOLS = {
     "maze2d": Protocol(
         controller=steer_shortest,
         algorithm="shortest path, PD controller",
-        wrap=_hide_goal,
+        wrap=lambda env: FlattenObservation(FilterObservation(env, ["observation"])),
         ends=lambda run: np.arange(EPISODE_STEPS, len(run.actions_NA), EPISODE_STEPS),
         observations=lambda states_TS, _: states_TS,
         paid_goals=lambda _, centre: np.array(centre),
@@ -538,8 +536,6 @@ def _make_environments(task: Task, protocol: Protocol) -> tuple[Any, Any]:
     by up to 0.25 m in x and y from its cell's centre, anew for each episode; a ball at the centre has still arrived.
     The start is in any other cell.
     """
-    import gymnasium
-
     maze_map = gymnasium.spec(task.env_id).kwargs["maze_map"]
     one_goal: list[list[int | str]] = [["r" if cell == 0 else cell for cell in line] for line in maze_map]
     row, column = GOAL_CELLS[task.task]

@@ -1,0 +1,339 @@
+"""The sweep's command without Ray: file, plan, estimate, status, stop, lock; the trial's functions in this process."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from aepo import cli, run
+from aepo.console import err
+from aepo.errors import CheckpointError, ConfigError, Interrupted, ResourceError
+from tune import board, commands, estimate, trainable
+from tune.board import LOCK, STOP, Board, driving, is_driven, status
+from tune.plan import make_plan, run_folder, write_manifest
+
+CPU = torch.device("cpu")
+TINY = [f"{stage}.{key}" for stage in ("behavior", "critic", "energy") for key in ("steps=20", "hidden_size=16")]
+
+
+def at_critic_50(progress):
+    return (progress.stage, progress.step) == ("critic", 50)
+
+
+@pytest.fixture
+def sweep(make_dataset, tiny_config, tmp_path):
+    """A sweep of four: one finished, one failed, one begun, one not."""
+    dataset_id = make_dataset()
+    plan = [tiny_config(dataset_id, seed=seed) for seed in range(4)]
+    folder = tmp_path / "sweep"
+    write_manifest(folder, plan)
+    place = run_folder(folder, plan[0])
+    run.execute(plan[0], place, run.FolderStore(place), device=CPU)
+    failed = run_folder(folder, plan[1])
+    failed.mkdir()
+    facts = run.describe(plan[1], failed) | {"status": "failed", "error": "TrainingError: critic/loss is nan"}
+    run.write_json(failed / run.RESULT, facts)
+    (failed / "log.txt").write_text("".join(f"line {i}\n" for i in range(20)))
+    begun = run_folder(folder, plan[2])
+    with pytest.raises(Interrupted):
+        run.execute(
+            plan[2],
+            begun,
+            run.FolderStore(begun),
+            device=CPU,
+            on_progress=lambda p: (p.stage, p.step) == ("critic", 50),
+        )
+    return folder, plan
+
+
+# -- file and plan -----------------------------------------------------------------------------------------
+
+
+def write_toml(tmp_path, text):
+    (tmp_path / "sweep.toml").write_text(text)
+    return tmp_path / "sweep.toml"
+
+
+def test_a_sweep_file_says_what_the_flags_say_and_a_flag_wins(tmp_path):
+    file = write_toml(
+        tmp_path,
+        """
+        task = ["maze2d-umaze"]
+        seeds = [1, 2]
+        preset = ["best-smoke", "iql-smoke"]
+        out = "sweeps/file"
+        max-concurrent = 3
+        cpus = 2
+        set."critic.expectile" = 0.9
+        set.evaluation.grid_beta = [1, 3]
+        """,
+    )
+    merged = commands.merge_file(commands.Sweep(seeds=(7,)), file)
+    assert (merged.task, merged.seeds, merged.preset) == (("maze2d-umaze",), (7,), ("best-smoke", "iql-smoke"))
+    assert (merged.max_concurrent, merged.cpus, str(merged.out)) == (3, 2.0, "sweeps/file")
+    assert merged.set == ("critic.expectile=0.9", "evaluation.grid_beta=1,3")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed = [1]", "no setting 'seed'; did you mean seeds"),
+        ("seeds = ['a']", "seeds.0: "),
+        ("seeds = 1", "seeds: "),
+        ("runner = 'slurm'", "runner: "),
+        ("seeds = [1", "is no TOML"),
+        ("yes = true", "no setting 'yes'"),
+    ],
+)
+def test_a_sweep_file_with_a_mistake_is_refused_by_name(text, message, tmp_path, capsys):
+    file = write_toml(tmp_path, text)
+    with pytest.raises(ConfigError, match=message):
+        commands.merge_file(commands.Sweep(), file)
+    assert cli.run(["sweep", str(file)]) == 2
+    assert str(file) in " ".join(capsys.readouterr().err.split("\n"))
+    assert cli.run(["sweep", str(tmp_path / "none.toml")]) == 2
+
+
+def test_a_suite_is_all_its_tasks_of_a_source():
+    plan = make_plan((), (), (0,), presets=("smoke",), overrides={}, suites=("antmaze", "kitchen"))
+    assert len(plan) == 9
+    assert {config.data.source for config in plan} == {"d4rl"}
+    plan = make_plan((), (), (0,), presets=("smoke",), overrides={}, suites=("gym-mujoco",), source="minari")
+    assert len(plan) == 6
+    assert len(make_plan((), (), (0,), presets=("smoke",), overrides={}, suites=("pointmaze",))) == 8
+    with pytest.raises(ConfigError, match="no suite 'atari' with any data; there are adroit"):
+        make_plan((), (), (0,), presets=("smoke",), overrides={}, suites=("atari",))
+
+
+def test_a_dry_run_shows_the_plan_with_its_estimate_and_starts_nothing(make_dataset, tmp_path, capsys):
+    dataset_id = make_dataset()
+    words = ["sweep", "--dataset", dataset_id, "no/such-v0", "--seeds", "0", "1", "--preset", "qgpo-smoke", "iql-smoke"]
+    words += ["--out", str(tmp_path / "sweep"), "--dry-run"]
+    assert cli.run([*words, "--json"]) == 0
+    out, messages = capsys.readouterr()
+    rows = json.loads(out)
+    assert [(row["task"], row["method"], row["runs"], row["to do"]) for row in rows] == [
+        (task, method, 2, 2) for task in (dataset_id, "no/such-v0") for method in ("qgpo", "iql")
+    ]
+    assert [row["data"] for row in rows] == ["here", "here", "missing", "missing"]
+    assert all(row["seconds"] > 0 for row in rows[:2])
+    assert rows[2]["seconds"] is None
+    assert "8 of 8 runs to do, 4 of unknown length" in messages
+    assert "missing: no/such-v0; `aepo data download no/such-v0`" in messages
+    assert not (tmp_path / "sweep").exists()
+    assert cli.run(words) == 0
+    assert "time each" in capsys.readouterr().out
+
+
+def test_the_estimate_is_of_the_order_of_the_truth(make_dataset, tiny_config):
+    config = tiny_config(make_dataset(), critic__steps=400, behavior__steps=400, energy__steps=400)
+    seconds = estimate.seconds_per_run([config, tiny_config(seed=1)], cpus=1, gpus=0)
+    assert set(seconds) == {config.name, tiny_config(seed=1).name}
+    from aepo import pipeline
+    from aepo.data.transitions import load_transitions
+
+    data = load_transitions(config.data.dataset)
+    begin = time.perf_counter()
+    for _ in pipeline.train(config, data, device=CPU):
+        pass
+    truth = time.perf_counter() - begin
+    assert truth / 4 < seconds[config.name] < truth * 4
+
+
+def test_memory_counts_the_support_actions_that_a_method_keeps():
+    plan = make_plan(("maze2d-umaze",), (), (0,), presets=("best-paper", "qgpo-paper"), overrides={})
+    plain, qgpo = (estimate.memory_gib(config, "train", action_dim=6) for config in plan)
+    assert plain == 1.2
+    assert qgpo - plain == pytest.approx(2 * 1_000_000 * 16 * 6 * 4 / 2**30)
+    assert estimate.memory_gib(plan[0], "inline", action_dim=6) < plain
+
+
+def test_long_runs_come_first():
+    plan = make_plan(("maze2d-umaze",), (), (0,), presets=("smoke", "paper", "quick"), overrides={})
+    assert [config.preset for config in sorted(plan, key=estimate.work, reverse=True)] == ["paper", "quick", "smoke"]
+
+
+# -- status, lock, stop ------------------------------------------------------------------------------------
+
+
+def test_status_says_where_every_run_stands_and_why_one_failed(sweep, capsys):
+    folder, plan = sweep
+    rows = status(folder, plan)
+    assert [row["state"] for row in rows] == ["finished", "failed", "interrupted", "waiting"]
+    assert rows[1]["error"] == "TrainingError: critic/loss is nan"
+    assert rows[1]["log"] == [f"line {i}" for i in range(15, 20)]
+    assert (rows[2]["stage"], rows[2]["step"]) == ("critic", "50/60")
+    with driving(folder):
+        assert [row["state"] for row in status(folder, plan)] == ["finished", "failed", "running", "waiting"]
+    assert cli.run(["sweep", "--status", "--out", str(folder)]) == 0
+    out, messages = capsys.readouterr()
+    assert "1 finished, 1 failed, 1 interrupted, 1 waiting" in out
+    assert "critic/loss is nan" in messages
+    assert "    line 19" in messages
+    assert cli.run(["sweep", "--status", "--out", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == rows
+
+
+def test_watch_ends_when_nobody_carries_the_sweep_out(sweep, capsys):
+    assert cli.run(["sweep", "--watch", "--out", str(sweep[0])]) == 0
+    out, messages = capsys.readouterr()
+    assert "critic 50/60" in messages
+    assert "1 waiting" in out
+
+
+def test_looking_at_what_is_no_sweep_is_refused(tmp_path, capsys):
+    for flag in ("--status", "--watch", "--stop"):
+        assert cli.run(["sweep", flag, "--out", str(tmp_path)]) == CheckpointError.exit_status
+        assert "is not a sweep" in capsys.readouterr().err.replace("\n", " ")
+    assert cli.run(["sweep", "--stop", "--status"]) == 2
+
+
+def test_a_board_reads_the_ends_of_long_files(sweep, monkeypatch):
+    folder, plan = sweep
+    whole = Board(folder, plan)
+    whole.refresh()
+    monkeypatch.setattr(board, "TAIL_BYTES", 300)
+    tail = Board(folder, plan)
+    tail.refresh()
+    assert {name: row["step"] for name, row in tail.rows().items()} == {
+        name: row["step"] for name, row in whole.rows().items()
+    }
+
+
+def test_a_sweep_is_carried_out_by_one_process_at_a_time(tmp_path):
+    assert not is_driven(tmp_path)
+    with driving(tmp_path):
+        code = "import sys, pathlib; from tune.board import driving\nwith driving(pathlib.Path(sys.argv[1])): pass"
+        words = [sys.executable, "-c", code, str(tmp_path)]
+        second = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert f"is carried out already, by process {os.getpid()}" in second.stderr
+        looking = "import sys, pathlib; from tune.board import is_driven; print(is_driven(pathlib.Path(sys.argv[1])))"
+        seen = subprocess.run(
+            [sys.executable, "-c", looking, str(tmp_path)], capture_output=True, text=True, check=True
+        )
+        assert seen.stdout.strip() == "True"
+    with driving(tmp_path):
+        pass
+    assert (tmp_path / LOCK).exists()
+
+
+def test_a_request_to_stop_is_taken_back_by_the_next_start_and_refused_where_nobody_runs(sweep, capsys):
+    folder, _ = sweep
+    assert cli.run(["sweep", "--stop", "--out", str(folder)]) == 3
+    assert "there is nothing to stop" in capsys.readouterr().err
+    code = "import sys, time, pathlib; from tune.board import driving\n"
+    code += "with driving(pathlib.Path(sys.argv[1])): time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)])
+    try:
+        while not is_driven(folder):
+            time.sleep(0.1)
+        assert cli.run(["sweep", "--stop", "--out", str(folder)]) == 0
+        assert (folder / STOP).exists()
+    finally:
+        process.kill()
+        process.wait()
+    with driving(folder):
+        assert not (folder / STOP).exists()
+
+
+# -- the trial's functions ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def values(sweep, monkeypatch):
+    """What a trial gets, for the run that has not begun; Ray Tune's report goes nowhere."""
+    folder, plan = sweep
+    monkeypatch.setattr("ray.tune.report", lambda _: None)
+    monkeypatch.setattr(trainable, "STOP_INTERVAL_S", 0.0)
+    return {"run": plan[3].name, "sweep": str(folder), "cpus": 1.0, "gpus": 0.0, "checkpoint_s": 60.0}
+
+
+def test_a_stopped_run_stores_its_checkpoint_and_ends_like_the_unbroken_one(sweep, values, tmp_path):
+    folder, plan = sweep
+    place = run_folder(folder, plan[3])
+    (folder / STOP).touch()
+    trainable.run_inline(values)
+    assert not place.exists()  # not begun at all
+    (folder / STOP).unlink()
+    saw = []
+
+    def at_critic(progress):
+        saw.append(progress.stage)
+        return progress.stage == "critic"
+
+    with pytest.raises(Interrupted, match=r"stopped at step \d+ of critic"):
+        run.execute(plan[3], place, run.FolderStore(place), device=CPU, on_progress=at_critic)
+    assert run.read_result(place) is None
+    trainable.run_inline(values)
+    assert run.read_result(place)["status"] == "finished"
+    whole = run.execute(plan[3], tmp_path / "whole", run.FolderStore(tmp_path / "whole"), device=CPU)
+    assert (place / run.POLICY).read_bytes() == (tmp_path / "whole" / run.POLICY).read_bytes()
+    assert run.read_result(place)["evaluations"] == whole["evaluations"]
+    assert "starts" in (place / "log.txt").read_text()
+
+
+def test_a_run_asked_to_stop_within_training_says_so_in_its_log(sweep, values, monkeypatch):
+    folder, plan = sweep
+    place = run_folder(folder, plan[3])
+    answers = iter([False, False])  # at the start, at the first Progress
+    monkeypatch.setattr(trainable, "_is_stopped", lambda _: next(answers, True))
+    trainable.run_inline(values)
+    assert "stopped at step" in (place / "log.txt").read_text()
+    assert run.read_result(place) is None
+    assert run.FolderStore(place).load() is not None
+
+
+def test_a_failure_that_repeats_is_a_result_and_no_exception(sweep, values, monkeypatch):
+    monkeypatch.setattr("aepo.stages.critic.expectile_loss", lambda u_B, expectile: u_B.sum() / 0)
+    trainable.run_inline(values)
+    place = run_folder(sweep[0], sweep[1][3])
+    assert run.read_result(place)["status"] == "failed"
+    assert "failed: critic/loss is" in (place / "log.txt").read_text()
+
+
+class Committed:
+    """A Ray Train checkpoint that lies in a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def as_directory(self):
+        import contextlib
+
+        return contextlib.nullcontext(str(self.folder))
+
+
+def test_a_damaged_train_checkpoint_gives_way_to_the_one_before(tmp_path, monkeypatch, capsys):
+    from aepo import checkpoint
+
+    for name, content in (("checkpoint_000001", {"step": 1}), ("checkpoint_000002", {"step": 2})):
+        checkpoint.save(tmp_path / name, content)
+    newest = tmp_path / "checkpoint_000002"
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: Committed(newest))
+    assert trainable.TrainStore().load() == {"step": 2}
+    file = next(newest.iterdir())
+    file.write_bytes(file.read_bytes()[:-3])
+    assert trainable.TrainStore().load() == {"step": 1}
+    assert "the one before it is used" in capsys.readouterr().out
+    other = next((tmp_path / "checkpoint_000001").iterdir())
+    other.write_bytes(b"")
+    with pytest.raises(CheckpointError):
+        trainable.TrainStore().load()
+
+
+def test_the_console_is_no_terminal_here():
+    assert not err.is_terminal  # or the sweeps of these tests would ask
+
+
+def test_memory_and_cores_bound_the_slots():
+    from tune.sweep import Resources, _slots
+
+    node = {"Alive": True, "Resources": {"CPU": 8.0, "memory": 4 * 2**30}}
+    assert _slots([node], Resources(), 1.2) == 3
+    assert _slots([node], Resources(runner="inline"), 0.4) == 8
+    with pytest.raises(ResourceError, match=r"5\.0 GiB"):
+        _slots([node], Resources(), 5.0)

@@ -1,0 +1,251 @@
+"""Where every run of a sweep stands, read from its folder alone: from any terminal, while it runs or after."""
+
+import dataclasses
+import fcntl
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.live import Live
+from rich.table import Table
+
+from aepo import run
+from aepo.config import RunConfig
+from aepo.console import err
+from aepo.errors import AEPOError, ResourceError
+from tune.plan import run_folder
+
+COLUMNS = ("stage", "step", "steps/s", "left", "score")
+LOCK, STOP = "sweep.lock", "stop"
+TAIL_BYTES = 8_000
+"""Of a metrics file, read when a board is made for runs that are under way already."""
+LOG_LINES = 5
+"""Of a failed run's log, shown by `aepo sweep --status`."""
+LINE_INTERVAL_S = 30.0
+"""Between two status lines where standard error is no terminal."""
+
+
+@contextmanager
+def driving(sweep: Path) -> Iterator[None]:
+    """Hold the sweep's folder: one process at a time carries a sweep out; the lock goes with the process.
+
+    Raises:
+        ResourceError: if another process does.
+    """
+    sweep.mkdir(parents=True, exist_ok=True)
+    with (sweep / LOCK).open("a+") as file:
+        for _ in range(10):  # one that only looks is gone by then
+            if held := _lock(file.fileno()):
+                break
+            time.sleep(0.1)
+        if not held:
+            file.seek(0)
+            raise ResourceError(
+                f"{sweep} is carried out already, by {file.read().strip() or 'another process'}; "
+                f"aepo sweep --watch --out {sweep} shows it, --stop ends it"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        (sweep / STOP).unlink(missing_ok=True)
+        yield
+
+
+def is_driven(sweep: Path) -> bool:
+    """Return whether a process carries the sweep out now."""
+    try:
+        with (sweep / LOCK).open("r+") as file:
+            return not _lock(file.fileno())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+@dataclasses.dataclass
+class _Seen:
+    """What the board has read of one run."""
+
+    offset: int = 0
+    last: dict[str, Any] | None = None
+    """The newest row of the spool."""
+    first: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """stage -> its first row."""
+    recent: deque[tuple[float, int]] = dataclasses.field(default_factory=lambda: deque(maxlen=20))
+    """(time, step) of the newest rows of the current stage."""
+    score: float | None = None
+    result: dict[str, Any] | None = None
+
+
+class Board:
+    """Where each run stands, read from the run folders, each byte once."""
+
+    def __init__(self, sweep: Path, plan: Sequence[RunConfig]):
+        """Nothing is read before `refresh`; of what was written before, the ends."""
+        self._plan = {config.name: (config, run_folder(sweep, config)) for config in plan}
+        self._seen = {name: _Seen(offset=_near_end(folder / run.METRICS)) for name, (_, folder) in self._plan.items()}
+        self._seconds_per_step: dict[str, float] = {}
+        self._lines: dict[str, str] = {}
+
+    def refresh(self) -> None:
+        """Read what the runs have written since the last call."""
+        for name, (_, folder) in self._plan.items():
+            seen = self._seen[name]
+            if seen.result is not None:
+                continue
+            rows, seen.offset = run.read_spool(folder / run.METRICS, seen.offset)
+            for row in rows:
+                if seen.last is not None and row["stage"] != seen.last["stage"]:
+                    self._learn(seen.first[seen.last["stage"]], seen.last)
+                    seen.recent.clear()
+                seen.first.setdefault(row["stage"], row)
+                seen.recent.append((row["time"], row["step"]))
+                seen.score = row["metrics"].get("eval/score", seen.score)
+                seen.last = row
+            with suppress(AEPOError):  # an unreadable result is said when the rows are collected
+                seen.result = run.read_result(folder)
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether every run has a result."""
+        return all(seen.result is not None for seen in self._seen.values())
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """Return the result of a run, None if it has not ended."""
+        return self._seen[name].result
+
+    def rows(self) -> dict[str, dict[str, str]]:
+        """Return run name -> stage, step, rate, time left and last score, as text, of the runs that have started."""
+        return {
+            name: self._row(config, self._seen[name])
+            for name, (config, folder) in self._plan.items()
+            if folder.exists()
+        }
+
+    def table(self) -> Table:
+        """Return the rows as a table, the newest 40."""
+        rows = self.rows()
+        ended = sum(seen.result is not None for seen in self._seen.values())
+        table = Table(title=f"{ended} of {len(self._plan)} runs ended", title_justify="left")
+        for column in ("run", *COLUMNS):
+            table.add_column(column, justify="left" if column in ("run", "stage") else "right")
+        for name in list(rows)[-40:]:
+            table.add_row(name, *(rows[name][column] for column in COLUMNS))
+        return table
+
+    def lines(self) -> list[str]:
+        """Return one line per run that has moved since the last call."""
+        lines = []
+        for name, row in self.rows().items():
+            text = f"{name}  {row['stage']} {row['step']}"
+            text += f"  {row['steps/s']} steps/s, {row['left']} left" if row["steps/s"] else ""
+            text += f"  score {row['score']}" if row["score"] else ""
+            if self._lines.get(name) != text:
+                self._lines[name] = text
+                lines.append(text)
+        return lines
+
+    def _row(self, config: RunConfig, seen: _Seen) -> dict[str, str]:
+        score = seen.score if seen.result is None else seen.result["score"]
+        row = dict.fromkeys(COLUMNS, "") | {"score": "" if score is None else f"{score:.1f}"}
+        if seen.result is not None:
+            return row | {"stage": seen.result["status"], "step": f"{seen.result['steps']:,}"}
+        if seen.last is None:
+            return row | {"stage": "starting"}
+        step, num_steps = seen.last["step"], seen.last["num_steps"]
+        row |= {"stage": seen.last["stage"], "step": f"{step:,}/{num_steps:,}"}
+        stages = list(config.stages)
+        if seen.last["stage"] == stages[-1] and step == num_steps:
+            return row | {"stage": "evaluating"}
+        (time_0, step_0), (time_1, step_1) = seen.recent[0], seen.recent[-1]
+        if time_1 <= time_0:
+            return row
+        rate = (step_1 - step_0) / (time_1 - time_0)
+        seconds = (num_steps - step) / rate
+        for stage in stages[stages.index(seen.last["stage"]) + 1 :]:
+            # later stages at another run's rate, or as long as none has been through them at this one's
+            seconds += config.stages[stage].steps * self._seconds_per_step.get(stage, 1.0 / rate)
+        return row | {"steps/s": f"{rate:,.0f}", "left": str(timedelta(seconds=round(seconds)))}
+
+    def _learn(self, first: dict[str, Any], last: dict[str, Any]) -> None:
+        """Take the seconds per step of a stage that a run has ended."""
+        if last["step"] > first["step"]:
+            seconds = (last["time"] - first["time"]) / (last["step"] - first["step"])
+            self._seconds_per_step[last["stage"]] = seconds
+
+
+def _near_end(path: Path) -> int:
+    """Return the offset of a line near the end of a file, 0 for a short one."""
+    try:
+        with path.open("rb") as file:
+            if (size := file.seek(0, os.SEEK_END)) <= TAIL_BYTES:
+                return 0
+            file.seek(size - TAIL_BYTES)
+            file.readline()
+            return file.tell()
+    except FileNotFoundError:
+        return 0
+
+
+def status(sweep: Path, plan: Sequence[RunConfig]) -> list[dict[str, Any]]:
+    """Return one row per planned run: state, stage, step, rate, time left, score, and of a failed one why.
+
+    `state` is finished, failed, running, interrupted (begun, and nobody carries the sweep out) or waiting.
+    """
+    board = Board(sweep, plan)
+    board.refresh()
+    driven = is_driven(sweep)
+    shown = board.rows()
+    rows = []
+    for config in plan:
+        folder = run_folder(sweep, config)
+        row: dict[str, Any] = {"run": config.name, "task": config.task, "method": config.method, "seed": config.seed}
+        here = shown.get(config.name)
+        if here is None:
+            rows.append({**row, "state": "waiting", **dict.fromkeys(COLUMNS, ""), "error": None, "log": []})
+            continue
+        result = board.result(config.name)
+        state = result["status"] if result else "running" if driven else "interrupted"
+        failed = state == "failed"
+        cells = here | ({"stage": ""} if result else {})
+        error = result["error"] if result else None
+        rows.append({**row, "state": state, **cells, "error": error, "log": _last_lines(folder) if failed else []})
+    return rows
+
+
+def watch(sweep: Path, plan: Sequence[RunConfig], *, until_idle: bool = True) -> None:
+    """Show a live table until the sweep ends, or until nobody carries it out (`until_idle`)."""
+    board = Board(sweep, plan)
+    with Live(board.table(), console=err, auto_refresh=False) if err.is_terminal else nullcontext() as live:
+        while True:
+            board.refresh()
+            if live is not None:
+                live.update(board.table(), refresh=True)
+            else:
+                for line in board.lines():
+                    err.print(line, soft_wrap=True)
+            if board.all_ended or (until_idle and not is_driven(sweep)):
+                return
+            time.sleep(1.0 if live is not None else LINE_INTERVAL_S)
+
+
+def _last_lines(folder: Path) -> list[str]:
+    try:
+        with (folder / "log.txt").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            return file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,97 @@
+"""What a plan will take: seconds per run from step rates measured here, and memory per run."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.progress import track
+
+from aepo import pipeline, run
+from aepo.config import CriticConfig, EnergyConfig, GuidedConfig, RunConfig, with_overrides
+from aepo.console import err
+from aepo.data.transitions import Transitions, load_transitions
+
+SECONDS = 0.4
+"""Per stage measured."""
+BASE_GIB = {"train": 1.2, "inline": 0.6}
+"""By runner, measured: driver, controller and worker of one running trial, or the one process (docs/operations.md)."""
+MAX_ACTION_DIM = 30
+"""Of the benchmark's tasks; for the estimate of memory."""
+MEASURED_SUPPORT = 512
+"""States with support actions while rates are measured; drawing them is preparation, not a step."""
+
+
+def seconds_per_run(plan: Sequence[RunConfig], *, cpus: float, gpus: float) -> dict[str, float]:
+    """Return run name -> seconds of its gradient steps on this machine; evaluation and preparation are not in it.
+
+    One run of each kind is measured: same settings, same dimensions of states and actions.
+    """
+    run.set_threads(max(1, int(cpus)))
+    device = run.select_device("auto" if gpus else "cpu")
+    kinds: dict[Any, list[RunConfig]] = {}
+    datasets: dict[Any, Transitions] = {}
+    for config in plan:
+        if config.data not in datasets:
+            datasets[config.data] = _load(config)
+        data = datasets[config.data]
+        same = dataclasses.replace(config, task="", suite="", preset="", seed=0, data=plan[0].data)
+        kinds.setdefault((same, data.state_dim, data.action_dim), []).append(config)
+    seconds: dict[str, float] = {}
+    shown = track(
+        kinds.values(),
+        description="measuring step rates",
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+    for configs in shown:
+        first = configs[0]
+        rates = pipeline.measure_rates(_light(first), datasets[first.data].to(device), device=device, seconds=SECONDS)
+        total = sum(stage.steps / rates[name] for name, stage in first.stages.items())
+        seconds |= {config.name: total for config in configs}
+    return seconds
+
+
+def work(config: RunConfig) -> float:
+    """Return a rough measure of a run's length for ordering: weights times rows, summed over its steps."""
+    return float(
+        sum(
+            stage.steps * stage.batch_size * stage.num_layers * stage.hidden_size**2 for stage in config.stages.values()
+        )
+    )
+
+
+def memory_gib(config: RunConfig, runner: str, *, action_dim: int) -> float:
+    """Return the memory of a run: processes, and the support actions that a stage keeps; data are shared."""
+    support = 0
+    if isinstance(config, GuidedConfig):
+        for stage in _keepers(config):
+            support += stage.num_support_states * stage.num_samples * action_dim * 4
+    return BASE_GIB[runner] + support / 2**30
+
+
+def _load(config: RunConfig) -> Transitions:
+    data = config.data
+    return load_transitions(data.dataset, observation_keys=data.observation_keys, reward_rule=data.reward_rule)
+
+
+def _light(config: RunConfig) -> RunConfig:
+    """Return the same steps with little preparation."""
+    if not isinstance(config, GuidedConfig):
+        return config
+    changes = {
+        f"{'critic' if stage is config.critic else 'energy'}.num_support_states": MEASURED_SUPPORT
+        for stage in _keepers(config)
+        if stage.num_support_states > MEASURED_SUPPORT
+    }
+    return with_overrides(config, changes)
+
+
+def _keepers(config: GuidedConfig) -> list[CriticConfig | EnergyConfig]:
+    """Return the stages that draw support actions before their first step and keep them."""
+    found: list[CriticConfig | EnergyConfig] = []
+    if config.critic.learner == "softmax_in_support":
+        found.append(config.critic)
+    if config.energy.target == "contrastive":
+        found.append(config.energy)
+    return found
