@@ -9,6 +9,7 @@ most what lies between two checkpoints.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -95,10 +96,8 @@ class Node:
 
 
 def kill(process: psutil.Process) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGKILL)
-    except psutil.NoSuchProcess:
-        pass
 
 
 def start_tracking(folder: Path, port: int) -> "subprocess.Popen[bytes]":
@@ -242,9 +241,8 @@ def main() -> None:
     total = len(TASKS) * len(SEEDS) * 3 * STEPS
     try:
         for number, fault in enumerate(FAULTS, 1):
-            wait_for(
-                lambda number=number: position(sweep) > total * number / 8 or process.poll() is not None, 1800, fault
-            )
+            share = total * number / 8
+            wait_for(lambda share=share: position(sweep) > share, 1800, fault)
             victims = wait_for(lambda: holders(sweep), 300, "a worker")
             log(f"killing: {fault} (at {position(sweep):,} of {total:,} steps)")
             if fault == "worker":
