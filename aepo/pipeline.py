@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aepo import checkpoint
+from aepo import checkpoint, parallel
 from aepo.config import CriticConfig, GuidedConfig, IQLConfig, RunConfig, TD3BCConfig
 from aepo.data.transitions import Transitions
 from aepo.errors import TrainingError
@@ -198,7 +198,7 @@ def _stage(
         log = stage.step % log_interval == 0 or stage.step == num_steps
         if not log and stage.step % HEARTBEAT:
             continue
-        metrics = {f"{name}/{key}": float(tensor) for key, tensor in tensors.items()} if log else {}
+        metrics = {f"{name}/{key}": float(parallel.mean(tensor)) for key, tensor in tensors.items()} if log else {}
         if bad := [key for key, value in metrics.items() if not math.isfinite(value)]:
             raise TrainingError(
                 f"{bad[0]} is {metrics[bad[0]]} at step {stage.step} of {num_steps}; "

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aepo import __version__, checkpoint, pipeline
+from aepo import __version__, checkpoint, parallel, pipeline
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.data.transitions import Transitions, load_transitions
@@ -224,11 +224,7 @@ def _train_and_evaluate(
     on_progress: Callable[[Progress], bool | None] | None,
 ) -> dict[str, Any]:
     begin = time.monotonic()
-    data = load_transitions(
-        config.data.dataset,
-        observation_keys=config.data.observation_keys,
-        reward_rule=config.data.reward_rule,
-    ).to(device)
+    data = _load(config).to(device)
     evaluator = Evaluator.of(config)
     saved = store.load()
     seconds_before = _check_saved(saved, config, data)
@@ -268,9 +264,11 @@ def _train_and_evaluate(
                     )
                     metrics |= _eval_metrics(evaluator, returns)
                 spool.write(progress, metrics)
-            stop = on_progress is not None and on_progress(progress)
+            stop = bool(on_progress is not None and on_progress(progress))
             last = progress.stage == stages[-1] and progress.step == progress.num_steps
-            if stop or last or time.monotonic() - last_saved >= checkpoint_s:
+            save = stop or last or time.monotonic() - last_saved >= checkpoint_s
+            parallel.agree(save, stop)
+            if save:
                 keep(progress)
                 last_saved = time.monotonic()
             if stop:
@@ -323,6 +321,32 @@ def _train_and_evaluate(
         "curve": curve,
         "grid": grid,
     }
+
+
+def follow(config: RunConfig, store: Store, *, device: torch.device) -> None:
+    """Train beside the worker that leads (`execute`): the same steps, no evaluation, no files.
+
+    Raises:
+        Interrupted: if the leader was asked to stop.
+        AEPOError: what the leader meets too.
+    """
+    data = _load(config).to(device)
+    saved = store.load()
+    _check_saved(saved, config, data)
+    for progress in pipeline.train(config, data, device=device, resume=saved and saved["state"]):
+        save, stop = parallel.agree(False, False)
+        if save:
+            store.save({})
+        if stop:
+            raise Interrupted(f"stopped at step {progress.step} of {progress.stage}")
+
+
+def _load(config: RunConfig) -> Transitions:
+    return load_transitions(
+        config.data.dataset,
+        observation_keys=config.data.observation_keys,
+        reward_rule=config.data.reward_rule,
+    )
 
 
 def evaluation_seed(seed: int) -> int:

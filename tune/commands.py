@@ -75,10 +75,13 @@ class Sweep:
     runner: Literal["train", "inline"] = "train"
     """train: a Ray Train run per trial, whose worker is replaced if it dies; inline: in Tune's own process, cheaper
     for many short runs."""
+    workers_per_run: int = 1
+    """Train workers per run: each takes its part of every batch, the weights are those of one worker but for the order
+    of additions."""
     cpus: float = 1.0
-    """CPU cores per run."""
+    """CPU cores per worker."""
     gpus: float = 0.0
-    """GPUs per run; a fraction shares one."""
+    """GPUs per worker; a fraction shares one."""
     max_concurrent: int = 0
     """Runs at the same time, at most; 0 = as many as fit."""
     checkpoint_s: float = 60.0
@@ -130,6 +133,8 @@ class Sweep:
     def _carry_out(self) -> int:
         if self.cpus <= 0 or self.gpus < 0 or self.max_concurrent < 0 or self.checkpoint_s < 0:
             raise ConfigError("--cpus must be above 0; --gpus, --max-concurrent and --checkpoint-s not below it")
+        if self.workers_per_run < 1 or (self.workers_per_run > 1 and self.runner == "inline"):
+            raise ConfigError("--workers-per-run must be at least 1, and 1 with --runner inline")
         from tune.plan import make_plan, pending
 
         plan = make_plan(
@@ -157,6 +162,7 @@ class Sweep:
         resources = Resources(
             address=self.address,
             runner=self.runner,
+            workers=self.workers_per_run,
             cpus=self.cpus,
             gpus=self.gpus,
             max_concurrent=self.max_concurrent,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rich.live import Live
 
-from aepo import run
+from aepo import parallel, run
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.data.transitions import load_transitions
@@ -45,6 +45,8 @@ class Resources:
     """GPUs per trial; a fraction shares one."""
     max_concurrent: int = 0
     """Trials at once, at most; 0 = as many as fit."""
+    workers: int = 1
+    """Train workers per trial, each with these cores and GPUs; a batch is shared among them."""
     checkpoint_s: float = 60.0
     """Seconds between two checkpoints of a run."""
     runner: Runner = "train"
@@ -74,6 +76,8 @@ def run_sweep(
 def _drive(
     sweep: Path, plan: Sequence[RunConfig], resources: Resources, *, tracking_uri: str, retry_failed: bool
 ) -> list[dict[str, Any]]:
+    for config in plan:
+        parallel.check_batches(config, resources.workers)
     write_manifest(sweep, plan)
     waiting = sorted(pending(sweep, plan, retry_failed=retry_failed), key=work, reverse=True)  # the longest first
     if waiting:
@@ -156,6 +160,7 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
                 "sweep": str(sweep),
                 "cpus": resources.cpus,
                 "gpus": resources.gpus,
+                "workers": resources.workers,
                 "checkpoint_s": resources.checkpoint_s,
             },
             tune_config=ray.tune.TuneConfig(
@@ -194,16 +199,17 @@ def _slots(nodes: Sequence[dict[str, Any]], resources: Resources, memory: float)
         if resources.gpus:
             fits = min(fits, node.get("GPU", 0.0) / resources.gpus)
         per_node.append(int(min(fits, node.get("memory", 0.0) / 2**30 / memory)))
-    if not sum(per_node):
+    if sum(per_node) < resources.workers:
         have = ", ".join(
             f"{node.get('CPU', 0):g} CPU {node.get('GPU', 0):g} GPU {node.get('memory', 0) / 2**30:.1f} GiB"
             for node in alive
         )
+        each = f"{resources.cpus:g} CPU, {resources.gpus:g} GPU and {memory:.1f} GiB"
         raise ResourceError(
-            f"one trial wants {resources.cpus:g} CPU, {resources.gpus:g} GPU and {memory:.1f} GiB "
-            f"on one node; the nodes have: {have}"
+            f"one trial wants {f'{resources.workers} times ' * (resources.workers > 1)}{each} on one node; "
+            f"the nodes have: {have}"
         )
-    return sum(per_node)
+    return sum(per_node) // resources.workers
 
 
 @contextmanager

@@ -65,21 +65,30 @@ class TrainStore:
             ray.train.report({"seconds": content["seconds"]}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
+class FollowerStore(TrainStore):
+    """The same for a worker that does not lead: it reads checkpoints, and waits while the leader writes one."""
+
+    def save(self, content: dict[str, Any]) -> None:  # noqa: ARG002  # the leader's is stored
+        """Take part in the report of the leader's checkpoint."""
+        ray.train.report({})
+
+
 def run_trial(values: dict[str, Any]) -> None:
     """Launch the Train run of one planned run and wait for it; the function that Ray Tune schedules.
 
     Args:
-        values: `run` (name), `sweep` (folder), `cpus`, `gpus`, `checkpoint_s`; plain values, since Tune
-            stores them.
+        values: `run` (name), `sweep` (folder), `cpus`, `gpus`, `workers`, `checkpoint_s`; plain values, since
+            Tune stores them.
     """
     if _is_stopped(values):
         return
     folder = Path(values["sweep"]) / "runs" / values["run"]
     trainer = SlimTrainer(
         train_worker,
+        backend_config=_backend(values),
         train_loop_config=values,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=1,
+            num_workers=values["workers"],
             use_gpu=values["gpus"] > 0,
             resources_per_worker={
                 "CPU": values["cpus"],
@@ -110,8 +119,31 @@ def run_inline(values: dict[str, Any]) -> None:
 
 
 def train_worker(values: dict[str, Any]) -> None:
-    """Execute one run in a Train worker, from the last checkpoint if there is one."""
-    _execute(values, TrainStore())
+    """Execute one run in a Train worker, from the last checkpoint if there is one; of several workers one leads."""
+    if ray.train.get_context().get_world_rank() == 0:
+        _execute(values, TrainStore())
+    else:
+        _follow(values)
+
+
+def _backend(values: dict[str, Any]) -> Any:
+    """Return what makes the workers of a run one process group of torch; one alone needs none."""
+    if values["workers"] == 1:
+        return None
+    from ray.train.torch import TorchConfig
+
+    return TorchConfig(backend="nccl" if values["gpus"] else "gloo")
+
+
+def _follow(values: dict[str, Any]) -> None:
+    from aepo import run
+    from aepo.errors import AEPOError, Interrupted
+    from tune.plan import read_manifest
+
+    config = next(config for config in read_manifest(Path(values["sweep"])) if config.name == values["run"])
+    run.set_threads(max(1, int(values["cpus"])))
+    with contextlib.suppress(AEPOError, Interrupted):  # the leader says it
+        run.follow(config, FollowerStore(), device=run.select_device("cuda" if values["gpus"] else "cpu"))
 
 
 def _is_stopped(values: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from aepo.config import ActorConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.networks import GaussianActor
+from aepo.parallel import share
 from aepo.stages.critic import CriticState
 from aepo.stages.optim import Adam
 
@@ -46,7 +47,7 @@ def loss(state: ActorState, config: ActorConfig, batch: Batch, critic: CriticSta
 
 def train_step(state: ActorState, config: ActorConfig, data: Transitions, critic: CriticState) -> dict[str, Tensor]:
     """Take one gradient step and return its metrics, still on the device."""
-    value, metrics = loss(state, config, data.draw(config.batch_size, state.generator), critic)
+    value, metrics = loss(state, config, share(data.draw(config.batch_size, state.generator)), critic)
     state.optimizer.step_on(value)
     state.step += 1
     return {"loss": value.detach(), **metrics}

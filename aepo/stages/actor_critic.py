@@ -12,6 +12,7 @@ from torch import Tensor
 from aepo.config import ActorCriticConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.networks import Actor, TwinQ
+from aepo.parallel import mean, share
 from aepo.stages.optim import Adam, Ema
 
 
@@ -46,12 +47,12 @@ def start(config: ActorCriticConfig, data: Transitions, generator: torch.Generat
     )
 
 
-def q_loss(state: ActorCriticState, config: ActorCriticConfig, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the critics' summed squared error to the smoothed backup, a scalar, and metrics."""
+def q_loss(
+    state: ActorCriticState, config: ActorCriticConfig, batch: Batch, normal_BA: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the critics' summed squared error to the smoothed backup, a scalar, and metrics; draws are N(0, 1)."""
     with torch.no_grad():
-        shape, device = batch.actions_BA.shape, batch.actions_BA.device
-        noise_BA = config.policy_noise * torch.randn(shape, generator=state.generator, device=device)
-        noise_BA = noise_BA.clamp(-config.noise_clip, config.noise_clip)
+        noise_BA = (config.policy_noise * normal_BA).clamp(-config.noise_clip, config.noise_clip)
         next_actions_BA = (state.actor_target(batch.next_states_BS) + noise_BA).clamp(-1.0, 1.0)
         next_q_B = state.q_target(batch.next_states_BS, next_actions_BA).amin(dim=0)
         backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_q_B
@@ -63,7 +64,7 @@ def actor_loss(state: ActorCriticState, config: ActorCriticConfig, batch: Batch)
     """Return the actor's loss, a scalar, and metrics."""
     actions_BA = state.actor(batch.states_BS)
     q_B = state.q(batch.states_BS, actions_BA)[0]
-    scale = config.q_weight / q_B.detach().abs().mean().clamp(min=1e-6)
+    scale = config.q_weight / mean(q_B.detach().abs().mean()).clamp(min=1e-6)
     distance = (actions_BA - batch.actions_BA).square().mean()
     return distance - scale * q_B.mean(), {"distance": distance.detach()}
 
@@ -71,7 +72,10 @@ def actor_loss(state: ActorCriticState, config: ActorCriticConfig, batch: Batch)
 def train_step(state: ActorCriticState, config: ActorCriticConfig, data: Transitions) -> dict[str, Tensor]:
     """Take one gradient step on the critics and, in every `actor_interval`-th step, on the actor; return metrics."""
     batch = data.draw(config.batch_size, state.generator)
-    value, metrics = q_loss(state, config, batch)
+    shape, device = batch.actions_BA.shape, batch.actions_BA.device
+    normal_BA = torch.randn(shape, generator=state.generator, device=device)
+    batch, normal_BA = share(batch), share(normal_BA)
+    value, metrics = q_loss(state, config, batch, normal_BA)
     state.q_optimizer.step_on(value)
     state.step += 1
     if state.step % config.actor_interval == 0:

@@ -14,6 +14,7 @@ from aepo.data.transitions import Batch, Transitions
 from aepo.diffusion import posterior, sampler
 from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
 from aepo.networks import TimeNet
+from aepo.parallel import share
 from aepo.stages.optim import Adam, Ema
 
 SUPPORT_SOLVER_STEPS = 15
@@ -89,6 +90,8 @@ def loss(state: BehaviorState, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]
     actions_BA = batch.actions_BA
     t_B = draw_times(len(actions_BA), generator)
     eps_BA = torch.randn(actions_BA.shape, generator=generator, device=actions_BA.device)
+    batch, t_B, eps_BA = share(batch), share(t_B), share(eps_BA)
+    actions_BA = batch.actions_BA
     a_t_BA = add_noise(actions_BA, t_B, eps_BA)
     predicted_BA: Tensor = state.net(a_t_BA, batch.states_BS, t_B)
     alpha_B, _ = alpha_sigma(t_B)

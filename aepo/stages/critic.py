@@ -18,6 +18,7 @@ from torch import Tensor
 from aepo.config import CriticConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.networks import TwinQ, ValueNet
+from aepo.parallel import share
 from aepo.stages.behavior import BehaviorState, sample_support
 from aepo.stages.optim import Adam, Ema
 
@@ -167,7 +168,7 @@ def train_step(
     """
     generator = state.generator
     num_rows = len(data) if config.learner == "expectile" else len(state.support_index_M)
-    index_B = torch.randint(num_rows, (config.batch_size,), generator=generator, device=generator.device)
+    index_B = share(torch.randint(num_rows, (config.batch_size,), generator=generator, device=generator.device))
     if config.learner == "expectile":
         batch = data.take(index_B)
         if steps is None:

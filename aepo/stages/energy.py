@@ -18,6 +18,7 @@ from aepo.data.transitions import Batch, Transitions
 from aepo.diffusion import posterior
 from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
 from aepo.networks import TimeNet
+from aepo.parallel import share
 from aepo.stages import targets
 from aepo.stages.behavior import BehaviorState, sample_support
 from aepo.stages.critic import CriticState
@@ -164,9 +165,9 @@ def loss(
         return targets.log_expectation(state.net, value, x)
     origin = _posterior(state, config, x, behavior)
     if config.target == "monte_carlo":
-        shape = (config.num_samples, *x.actions_BA.shape)
+        shape = (config.num_samples, config.batch_size, x.actions_BA.shape[1])
         draws_KBA = torch.randn(shape, generator=state.generator, device=x.t_B.device)
-        return targets.monte_carlo(state.net, value, x, origin, draws_KBA)
+        return targets.monte_carlo(state.net, value, x, origin, share(draws_KBA, dim=1))
     target = {
         "analytic": targets.analytic,
         "analytic_second_order": targets.analytic_second_order,
@@ -189,12 +190,14 @@ def train_step(
 def _noised(state: EnergyState, config: EnergyConfig, batch: Batch) -> Noised:
     generator = state.generator
     t_B = draw_times(len(batch.actions_BA), generator)
-    return Noised(
-        states_BS=batch.states_BS,
-        actions_BA=batch.actions_BA,
-        t_B=t_B,
-        a_t_BA=_add_noise(batch.actions_BA, t_B, generator),
-        beta_B=torch.ones_like(t_B) if not state.net.takes_beta else _draw_betas(config, len(t_B), generator),
+    return share(
+        Noised(
+            states_BS=batch.states_BS,
+            actions_BA=batch.actions_BA,
+            t_B=t_B,
+            a_t_BA=_add_noise(batch.actions_BA, t_B, generator),
+            beta_B=torch.ones_like(t_B) if not state.net.takes_beta else _draw_betas(config, len(t_B), generator),
+        )
     )
 
 
@@ -215,12 +218,13 @@ def _contrastive(state: EnergyState, config: EnergyConfig, data: Transitions, va
     pick_B = torch.randint(len(state.support_index_M), (num_states,), generator=generator, device=generator.device)
     states_BS = data.take(state.support_index_M[pick_B]).states_BS
     actions_BKA = state.support_MKA[pick_B]
-    with torch.no_grad():
-        q_BK = value(states_BS.repeat_interleave(num, dim=0), actions_BKA.flatten(0, 1)).view(-1, num)
     t_B = draw_times(num_states, generator)
     a_t = _add_noise(actions_BKA.flatten(0, 1), t_B.repeat_interleave(num), generator)
     beta_B = _draw_betas(config, num_states, generator)
-    return targets.contrastive(state.net, q_BK, states_BS, a_t.view_as(actions_BKA), t_B, beta_B)
+    states_BS, actions_BKA, a_t_BKA = share(states_BS), share(actions_BKA), share(a_t.view_as(actions_BKA))
+    with torch.no_grad():
+        q_BK = value(states_BS.repeat_interleave(num, dim=0), actions_BKA.flatten(0, 1)).view(-1, num)
+    return targets.contrastive(state.net, q_BK, states_BS, a_t_BKA, share(t_B), share(beta_B))
 
 
 def _draw_betas(config: EnergyConfig, num: int, generator: torch.Generator) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aepo import parallel
+
 
 class Adam(torch.optim.Adam):
     """Adam, all parameters in one fused call; the learning rate falls to 0 by a cosine over `num_steps`."""
@@ -24,6 +26,7 @@ class Adam(torch.optim.Adam):
         group["lr"] = group["first_lr"] * 0.5 * (1 + math.cos(math.pi * group["position"] / group["num_steps"]))
         self.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        parallel.average_gradients(group["params"])
         self.step()
         group["position"] += 1
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from aepo import parallel
 from aepo.diffusion.schedule import alpha_sigma
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def weighted_denoising(net: "EnergyNet", value: Value, x: Noised, origin: Poster
     (slope_BA,) = torch.autograd.grad(energy_B.sum(), a_t_BA, create_graph=True)
     guided_BA = origin.mean_BA + (sigma_B.square() / alpha_B)[:, None] * slope_BA
     error_B = (x.actions_BA - guided_BA).square().mean(dim=1)
-    loss = (weight_B * error_B).sum() / weight_B.sum()
+    loss = (weight_B * error_B).sum() / parallel.mean(weight_B.sum())
     effective = weight_B.sum().square() / weight_B.square().sum()
     return loss, {
         "effective_share": effective / len(weight_B),
