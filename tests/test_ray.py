@@ -18,11 +18,11 @@ from tune.tracking import default_uri
 pytestmark = pytest.mark.ray
 
 
-def sweep_process(folder, dataset_id, *extra):
+def sweep_process(folder, dataset_id, *extra, flags=()):
     """Start `aepo sweep` of two seeds in a process of its own."""
     argv = [
         sys.executable, "-m", "aepo", "sweep", "--dataset", dataset_id, "--seeds", "0", "1", "--preset", "smoke",
-        "--out", str(folder), "--checkpoint-s", "0.5", "--json", "--set", *extra,
+        "--out", str(folder), "--checkpoint-s", "0.5", "--json", *flags, "--set", *extra,
     ]  # fmt: skip
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -150,6 +150,48 @@ def test_a_killed_sweep_goes_on_with_the_same_command(whole):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert policies(folder) == policies(home / "whole")
+
+
+def test_a_sweep_that_is_asked_to_stop_ends_at_checkpoints_and_goes_on(whole):
+    home, dataset_id, _ = whole
+    folder = home / "stopped"
+    process = sweep_process(folder, dataset_id, *LONG)
+    wait_for(lambda: "critic" in stages(folder))
+    looking = [sys.executable, "-m", "aepo", "sweep", "--out", str(folder)]
+    status = subprocess.run([*looking, "--status", "--json"], capture_output=True, text=True, check=True)
+    assert {row["state"] for row in json.loads(status.stdout)} == {"running"}
+    second = sweep_process(folder, dataset_id, *LONG)
+    assert second.wait(timeout=60) == ResourceError.exit_status
+    assert "is carried out already" in second.stderr.read()
+    subprocess.run([*looking, "--stop"], check=True, capture_output=True)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert "stopped as asked" in err
+    assert {row["status"] for row in json.loads(out)} <= {"missing", "finished"}
+    assert "missing" in {row["status"] for row in json.loads(out)}
+    status = subprocess.run([*looking, "--status", "--json"], capture_output=True, text=True, check=True)
+    assert {row["state"] for row in json.loads(status.stdout)} <= {"interrupted", "finished"}
+    process = sweep_process(folder, dataset_id, *LONG)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert policies(folder) == policies(home / "whole")
+    logs = [path.read_text() for path in folder.glob("runs/*/log.txt")]
+    assert any("continues behind behavior step 1,500" in text for text in logs)
+
+
+@pytest.mark.parametrize("flags", [("--runner", "inline"), ("--workers-per-run", "2")])
+def test_the_other_ways_to_run_give_the_same_rows(whole, flags):
+    home, dataset_id, rows = whole
+    folder = home / flags[-1]
+    short = [*LONG, *(f"{stage}.steps=40" for stage in ("behavior", "critic", "energy"))]
+    process = sweep_process(folder, dataset_id, *(LONG if flags[1] == "inline" else short), flags=flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    results = json.loads(out)
+    assert [row["status"] for row in results] == ["finished", "finished"]
+    if flags[1] == "inline":
+        assert policies(folder) == policies(home / "whole")
+        assert [row["evaluations"] for row in results] == [row["evaluations"] for row in rows]
 
 
 def test_a_sweep_that_does_not_fit_is_refused(whole, tmp_path):

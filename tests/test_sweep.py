@@ -11,7 +11,7 @@ import torch
 
 from aepo import cli, run
 from aepo.console import err
-from aepo.errors import CheckpointError, ConfigError, Interrupted, ResourceError
+from aepo.errors import CheckpointError, ConfigError, DataError, Interrupted, ResourceError
 from tune import board, commands, estimate, trainable
 from tune.board import LOCK, STOP, Board, driving, is_driven, status
 from tune.plan import make_plan, run_folder, write_manifest
@@ -155,6 +155,25 @@ def test_memory_counts_the_support_actions_that_a_method_keeps():
 def test_long_runs_come_first():
     plan = make_plan(("maze2d-umaze",), (), (0,), presets=("smoke", "paper", "quick"), overrides={})
     assert [config.preset for config in sorted(plan, key=estimate.work, reverse=True)] == ["paper", "quick", "smoke"]
+
+
+def test_the_manifest_plans_the_same_runs_again_and_knows_their_data(sweep, tmp_path, capsys, make_dataset):
+    from tune.plan import read_digests, read_manifest
+    from tune.sweep import _check_data
+
+    folder, plan = sweep
+    digests = _check_data(plan, {})
+    write_manifest(folder, plan, digests)
+    file = folder / "sweep.json"
+    assert read_manifest(file) == plan
+    assert read_digests(file) == read_digests(folder) == digests
+    assert read_digests(tmp_path) == {}
+    assert cli.run(["sweep", str(file), "--out", str(tmp_path / "again"), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["runs"] == 4
+    assert cli.run(["sweep", str(file), "--task", "maze2d-umaze"]) == 2
+    assert "says which runs there are" in capsys.readouterr().err.replace("\n", " ")
+    with pytest.raises(DataError, match="has changed since this sweep was planned"):
+        _check_data(plan, {plan[0].data.dataset: "0123"})
 
 
 # -- status, lock, stop ------------------------------------------------------------------------------------

@@ -35,11 +35,13 @@ class Sweep:
       aepo sweep --task maze2d-open --preset best qgpo iql td3bc --seeds 0 1 2 --out sweeps/methods
       aepo sweep --suite antmaze --source minari --preset best-paper --seeds 0 1 2 3 4 --gpus 0.25 --dry-run
       aepo sweep paper.toml --address ray-head:6379
+      aepo sweep sweeps/mazes/sweep.json --out sweeps/again
       aepo sweep --watch --out sweeps/mazes
     """
 
     file: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="FILE")]] = None
-    """TOML with the same names as the flags below, as in docs/operations.md; a flag that is given wins."""
+    """TOML with the same names as the flags below, as in docs/operations.md; a flag that is given wins. Or the
+    sweep.json of a sweep, whose runs are then planned again."""
     task: tuple[str, ...] = ()
     """Names of tasks (`aepo data list` shows them)."""
     suite: tuple[str, ...] = ()
@@ -95,7 +97,7 @@ class Sweep:
 
     def run(self) -> int:
         """Carry the sweep out, or look at it; return the exit status, 3 if a planned run has no result."""
-        wanted = self if self.file is None else merge_file(self, self.file)
+        wanted = self if self.file is None or self.file.suffix == ".json" else merge_file(self, self.file)
         if sum((self.status, self.watch, self.stop, self.dry_run)) > 1:
             raise ConfigError("--dry-run, --status, --watch and --stop are different commands; give one")
         if self.status or self.watch or self.stop:
@@ -135,17 +137,23 @@ class Sweep:
             raise ConfigError("--cpus must be above 0; --gpus, --max-concurrent and --checkpoint-s not below it")
         if self.workers_per_run < 1 or (self.workers_per_run > 1 and self.runner == "inline"):
             raise ConfigError("--workers-per-run must be at least 1, and 1 with --runner inline")
-        from tune.plan import make_plan, pending
+        from tune.plan import make_plan, pending, read_digests, read_manifest
 
-        plan = make_plan(
-            self.task,
-            self.dataset,
-            self.seeds,
-            presets=self.preset,
-            overrides=configs.parse_overrides(self.set),
-            source=self.source,
-            suites=self.suite,
-        )
+        manifest = self.file if self.file is not None and self.file.suffix == ".json" else None
+        if manifest is None:
+            plan = make_plan(
+                self.task,
+                self.dataset,
+                self.seeds,
+                presets=self.preset,
+                overrides=configs.parse_overrides(self.set),
+                source=self.source,
+                suites=self.suite,
+            )
+        elif self.task or self.suite or self.dataset or self.set:
+            raise ConfigError(f"{manifest} says which runs there are; leave out --task, --suite, --dataset and --set")
+        else:
+            plan = read_manifest(manifest)
         waiting = pending(self.out.resolve(), plan, retry_failed=self.retry_failed)
         asks = sys.stdin.isatty() and err.is_terminal and not self.yes
         if self.dry_run or (asks and waiting):
@@ -169,7 +177,14 @@ class Sweep:
             checkpoint_s=self.checkpoint_s,
         )
         uri = self.tracking_uri or default_uri(self.out)
-        rows = run_sweep(self.out, plan, resources, tracking_uri=uri, retry_failed=self.retry_failed)
+        rows = run_sweep(
+            self.out,
+            plan,
+            resources,
+            tracking_uri=uri,
+            retry_failed=self.retry_failed,
+            digests=read_digests(manifest) if manifest is not None else None,
+        )
         print_rows(rows, as_json=self.json)
         err.print(f"tables and figures:  aepo report {self.out}", soft_wrap=True)
         err.print(f"MLflow page:         {page_command(uri)}", soft_wrap=True)

@@ -65,8 +65,8 @@ def run_folder(sweep: Path, config: RunConfig) -> Path:
     return sweep / "runs" / config.name
 
 
-def write_manifest(sweep: Path, plan: Sequence[RunConfig]) -> None:
-    """Write sweep.json atomically: every run's config, the commit, versions and machine."""
+def write_manifest(sweep: Path, plan: Sequence[RunConfig], digests: Mapping[str, str] | None = None) -> None:
+    """Write sweep.json atomically: every run's config, the digests of the data, the commit, versions and machine."""
     sweep.mkdir(parents=True, exist_ok=True)
     document = {
         "format": FORMAT,
@@ -74,25 +74,41 @@ def write_manifest(sweep: Path, plan: Sequence[RunConfig]) -> None:
         "commit": run.commit(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": platform.platform(),
+        "data": dict(digests or {}),
         "runs": {config.name: dataclasses.asdict(config) for config in plan},
     }
     run.write_json(sweep / MANIFEST, document)
 
 
 def read_manifest(sweep: Path) -> list[RunConfig]:
-    """Return the planned runs of a sweep folder.
+    """Return the planned runs of a sweep folder, or of a manifest file.
 
     Raises:
         CheckpointError: if there is no manifest or it is not of this version.
     """
-    path = sweep / MANIFEST
+    return _read(sweep)[0]
+
+
+def read_digests(sweep: Path) -> dict[str, str]:
+    """Return data set -> digest of the data that a manifest's runs were trained on; empty where there is no manifest.
+
+    Raises:
+        CheckpointError: if the manifest is not of this version.
+    """
+    path = sweep if sweep.suffix == ".json" else sweep / MANIFEST
+    return _read(sweep)[1] if path.exists() else {}
+
+
+def _read(sweep: Path) -> tuple[list[RunConfig], dict[str, str]]:
+    path = sweep if sweep.suffix == ".json" else sweep / MANIFEST
     try:
         document = json.loads(path.read_text())
         assert document["format"] == FORMAT
-        return [configs.from_dict(values) for values in document["runs"].values()]
+        plan = [configs.from_dict(values) for values in document["runs"].values()]
+        return plan, {str(name): str(digest) for name, digest in document.get("data", {}).items()}
     except FileNotFoundError:
         raise CheckpointError(f"{sweep} is not a sweep: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, AssertionError) as error:
+    except (ValueError, KeyError, AssertionError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a manifest of this version: {error}") from error
 
 

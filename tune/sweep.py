@@ -8,7 +8,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +19,11 @@ from aepo import parallel, run
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.data.transitions import load_transitions
-from aepo.errors import ResourceError
+from aepo.errors import DataError, ResourceError
 from aepo.evaluate import Evaluator
 from tune.board import LINE_INTERVAL_S, STOP, Board, driving
 from tune.estimate import MAX_ACTION_DIM, memory_gib, work
-from tune.plan import pending, run_folder, write_manifest
+from tune.plan import pending, read_digests, run_folder, write_manifest
 from tune.record import collect_rows, write_rows
 from tune.tracking import Tracker
 
@@ -61,27 +61,36 @@ def run_sweep(
     *,
     tracking_uri: str,
     retry_failed: bool = False,
+    digests: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Carry out what the plan lists and the folder lacks; return one row per planned run.
 
+    `digests` are those of the data that another sweep of this plan was trained on.
+
     Raises:
-        DataError: if a data set or its environment is missing; nothing has been started then.
+        DataError: if a data set or its environment is missing, or the data have changed since the sweep was planned;
+            nothing has been started then.
         ResourceError: if no trial fits on the cluster, or another process carries the sweep out.
     """
     sweep = sweep.resolve()
     with driving(sweep):
-        return _drive(sweep, plan, resources, tracking_uri=tracking_uri, retry_failed=retry_failed)
+        known = {**read_digests(sweep), **(digests or {})}
+        return _drive(sweep, plan, resources, known, tracking_uri=tracking_uri, retry_failed=retry_failed)
 
 
 def _drive(
-    sweep: Path, plan: Sequence[RunConfig], resources: Resources, *, tracking_uri: str, retry_failed: bool
+    sweep: Path,
+    plan: Sequence[RunConfig],
+    resources: Resources,
+    digests: dict[str, str],
+    *,
+    tracking_uri: str,
+    retry_failed: bool,
 ) -> list[dict[str, Any]]:
     for config in plan:
         parallel.check_batches(config, resources.workers)
-    write_manifest(sweep, plan)
     waiting = sorted(pending(sweep, plan, retry_failed=retry_failed), key=work, reverse=True)  # the longest first
-    if waiting:
-        _check_data(waiting)
+    write_manifest(sweep, plan, _check_data(waiting, digests))
     tracker = Tracker(sweep, plan, uri=tracking_uri)
     errors: dict[str, str] = {}
     ended = len(plan) - len(waiting)
@@ -103,12 +112,18 @@ def _drive(
     return rows
 
 
-def _check_data(plan: Sequence[RunConfig]) -> None:
-    """Decode every data set once and make every environment once, before anything is scheduled."""
+def _check_data(plan: Sequence[RunConfig], digests: dict[str, str]) -> dict[str, str]:
+    """Decode every data set once and make every environment once, before anything is scheduled; return all digests."""
     for config in {config.data: config for config in plan}.values():
         data = config.data
-        load_transitions(data.dataset, observation_keys=data.observation_keys, reward_rule=data.reward_rule)
+        found = load_transitions(data.dataset, observation_keys=data.observation_keys, reward_rule=data.reward_rule)
+        if digests.setdefault(data.dataset, found.digest) != found.digest:
+            raise DataError(
+                f"{data.dataset} has changed since this sweep was planned ({digests[data.dataset]} then, "
+                f"{found.digest} now); bring the old data, or sweep into another folder"
+            )
         Evaluator.of(config).close()
+    return digests
 
 
 def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) -> dict[str, str]:
