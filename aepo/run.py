@@ -7,6 +7,7 @@ whoever tracks the run. The result file comes last and makes the run finished.
 """
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -172,13 +173,31 @@ def execute(
     facts = {**describe(config, folder), "started_at": started_at}
     try:
         outcome = _train_and_evaluate(config, folder, store, device, checkpoint_s, on_progress)
-    except (AEPOError, MemoryError, torch.OutOfMemoryError) as error:
-        known = error if isinstance(error, AEPOError) else ResourceError(f"out of memory: {error}")
-        write_json(folder / RESULT, {**facts, "status": "failed", "error": f"{type(known).__name__}: {known}"})
+    except (AEPOError, MemoryError, torch.OutOfMemoryError, OSError) as error:
+        if not (known := _as_known(error, folder)):
+            raise
+        record_failure(config, folder, f"{type(known).__name__}: {known}", started_at=started_at)
         raise known from error
     result = {**facts, **outcome, "status": "finished", "error": None}
     write_json(folder / RESULT, result)
     return result
+
+
+def _as_known(error: BaseException, folder: Path) -> AEPOError | None:
+    """Return what a repetition would meet again, None for what may have been an accident."""
+    if isinstance(error, AEPOError):
+        return error
+    if not isinstance(error, OSError):
+        return ResourceError(f"out of memory: {error}")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"no space left for {folder}; make room, then repeat with --retry-failed")
+    return None
+
+
+def record_failure(config: RunConfig, folder: Path, error: str, *, started_at: str | None = None) -> None:
+    """Write the result of a run that failed for good."""
+    facts = {**describe(config, folder), "started_at": started_at}
+    write_json(folder / RESULT, {**facts, "status": "failed", "error": error})
 
 
 def describe(config: RunConfig, folder: Path) -> dict[str, Any]:

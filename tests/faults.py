@@ -216,7 +216,6 @@ def main() -> None:
         "AEPO_CACHE": str(folder / "cache"),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "OMP_NUM_THREADS": "1",
     }
     for task in TASKS:

@@ -314,6 +314,40 @@ def test_a_failure_that_repeats_is_a_result_and_no_exception(sweep, values, monk
     assert "failed: critic/loss is" in (place / "log.txt").read_text()
 
 
+def test_an_accident_is_tried_again_and_the_same_one_twice_is_a_failure(sweep, values, monkeypatch):
+    folder, plan = sweep
+    place = run_folder(folder, plan[3])
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("aepo.pipeline.train", broken)
+        with pytest.raises(ZeroDivisionError):
+            trainable.run_inline(values)
+        assert run.read_result(place) is None
+        trainable.run_inline(values)
+    result = run.read_result(place)
+    assert (result["status"], result["error"]) == (
+        "failed",
+        "ZeroDivisionError: a bug (twice; log.txt has the traceback)",
+    )
+    assert "in broken" in (place / "log.txt").read_text()
+
+
+def test_a_full_disk_is_a_row_that_says_so(sweep, values, monkeypatch):
+    folder, plan = sweep
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("aepo.checkpoint.save", full)
+    trainable.run_inline(values | {"checkpoint_s": 0.0})
+    result = run.read_result(run_folder(folder, plan[3]))
+    assert result["status"] == "failed"
+    assert result["error"].startswith("ResourceError: no space left for ")
+
+
 class Committed:
     """A Ray Train checkpoint that lies in a folder."""
 

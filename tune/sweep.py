@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from tune.tracking import Tracker
 
 Runner = Literal["train", "inline"]
 SHIP_INTERVAL_S = 5.0
+ORPHAN_INTERVAL_S = 2.0
 TRIAL_DRIVER = {"node:__internal_head__": 0.001}
 """A trial's own share: a sliver of the head node and no CPU, so that drivers never take a worker's place."""
 
@@ -148,7 +149,7 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
     import ray
     import ray.tune
 
-    from tune.trainable import run_inline, run_trial
+    from tune.trainable import free_orphans, run_inline, run_trial
 
     if resources.address:
         ray.init(address=resources.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -191,7 +192,8 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
             ),
         )
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
-        grid = tuner.fit()
+        with _in_background(free_orphans, every_s=ORPHAN_INTERVAL_S):
+            grid = tuner.fit()
         return {
             str(result.config["run"]): f"{type(result.error).__name__}: {_last_line(result.error)}"
             for result in (grid[i] for i in range(len(grid)))
@@ -260,6 +262,25 @@ def _watch(
                     write_rows(sweep, collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids))
 
     thread = threading.Thread(target=_reporting, args=(watch,), name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=60)
+
+
+@contextmanager
+def _in_background(action: Callable[[], object], *, every_s: float) -> Iterator[None]:
+    """Do something again and again in a thread while the body runs; a failure is tried again."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.wait(every_s):
+            with suppress(Exception):
+                action()
+
+    thread = threading.Thread(target=repeat, name=getattr(action, "__name__", None), daemon=True)
     thread.start()
     try:
         yield

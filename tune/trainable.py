@@ -10,6 +10,7 @@ import contextlib
 import os
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,37 @@ STOP_INTERVAL_S = 1.0
 
 
 class SlimTrainer(v2.DataParallelTrainer):
-    """Ray's trainer without two helper processes per run that runs without Ray Data never use.
+    """Ray's trainer without two helper processes per run.
 
-    The placement-group cleaner costs 0.6 GB a run (ray issue 65443) and needs the dashboard; placement groups
-    go with their driver without it. The data-set manager serves Ray Data only.
+    The placement-group cleaner costs 0.6 GB a run (ray issue 65443) and needs the dashboard; `free_orphans` does its
+    work for all runs. The data-set manager serves Ray Data only.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = {"PlacementGroupCleanerCallback", "DatasetsCallback"}
         return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in unused]
+
+
+def free_orphans() -> int:
+    """Remove the placement groups of this job whose creator has died, and return how many.
+
+    Ray keeps them until the job ends: a trial's driver that is killed would leave the cores of its workers reserved
+    for good.
+    """
+    from ray._private import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    num = 0
+    for text in state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(text)
+        removed = group.state == PlacementGroupTableData.REMOVED
+        by_actor = bool(group.creator_actor_id.strip(b"\xff"))  # else by the sweep's process, which lives
+        if by_actor and group.creator_actor_dead and not removed and group.creator_job_id.hex() == job:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            num += 1
+    return num
 
 
 class TrainStore:
@@ -135,6 +158,14 @@ def _backend(values: dict[str, Any]) -> Any:
     return TorchConfig(backend="nccl" if values["gpus"] else "gloo")
 
 
+def _is_repeated(folder: Path, text: str) -> bool:
+    """Return whether the run's last start ended with this error too; remember it."""
+    note = folder / "error.txt"
+    same = note.exists() and note.read_text() == text
+    note.write_text(text)
+    return same
+
+
 def _follow(values: dict[str, Any]) -> None:
     from aepo import run
     from aepo.errors import AEPOError, Interrupted
@@ -188,3 +219,10 @@ def _execute(values: dict[str, Any], store: Any) -> None:
             log.write(f"failed: {error}\n")
         except Interrupted as message:
             log.write(f"{message}\n")
+        except Exception as error:  # an accident may be over at the next start; the same one twice is none
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            traceback.print_exc()
+            if not _is_repeated(folder, text):
+                raise
+            log.write(f"failed twice in the same way: {text}\n")
+            run.record_failure(config, folder, f"{text} (twice; log.txt has the traceback)")
