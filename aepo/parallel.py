@@ -6,7 +6,7 @@ happens: the functions return what they are given.
 """
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -69,11 +69,10 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def agree(*flags: bool) -> tuple[bool, ...]:
-    """Return the leader's flags on every worker."""
+def agree(flag: bool) -> bool:
+    """Return the leader's flag on every worker."""
     if num_workers() == 1:
-        return flags
-    device: Any = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    said = torch.tensor(flags, dtype=torch.uint8, device=device)
+        return flag
+    said = torch.tensor(flag, dtype=torch.uint8, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.broadcast(said, src=0)
-    return tuple(bool(flag) for flag in said.tolist())
+    return bool(said)

@@ -286,7 +286,7 @@ def _train_and_evaluate(
             stop = bool(on_progress is not None and on_progress(progress))
             last = progress.stage == stages[-1] and progress.step == progress.num_steps
             save = stop or last or time.monotonic() - last_saved >= checkpoint_s
-            parallel.agree(save, stop)
+            parallel.agree(stop)
             if save:
                 keep(progress)
                 last_saved = time.monotonic()
@@ -353,10 +353,7 @@ def follow(config: RunConfig, store: Store, *, device: torch.device) -> None:
     saved = store.load()
     _check_saved(saved, config, data)
     for progress in pipeline.train(config, data, device=device, resume=saved and saved["state"]):
-        save, stop = parallel.agree(False, False)
-        if save:
-            store.save({})
-        if stop:
+        if parallel.agree(False):
             raise Interrupted(f"stopped at step {progress.step} of {progress.stage}")
 
 

@@ -348,36 +348,6 @@ def test_a_full_disk_is_a_row_that_says_so(sweep, values, monkeypatch):
     assert result["error"].startswith("ResourceError: no space left for ")
 
 
-class Committed:
-    """A Ray Train checkpoint that lies in a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def as_directory(self):
-        import contextlib
-
-        return contextlib.nullcontext(str(self.folder))
-
-
-def test_a_damaged_train_checkpoint_gives_way_to_the_one_before(tmp_path, monkeypatch, capsys):
-    from aepo import checkpoint
-
-    for name, content in (("checkpoint_000001", {"step": 1}), ("checkpoint_000002", {"step": 2})):
-        checkpoint.save(tmp_path / name, content)
-    newest = tmp_path / "checkpoint_000002"
-    monkeypatch.setattr("ray.train.get_checkpoint", lambda: Committed(newest))
-    assert trainable.TrainStore().load() == {"step": 2}
-    file = next(newest.iterdir())
-    file.write_bytes(file.read_bytes()[:-3])
-    assert trainable.TrainStore().load() == {"step": 1}
-    assert "the one before it is used" in capsys.readouterr().out
-    other = next((tmp_path / "checkpoint_000001").iterdir())
-    other.write_bytes(b"")
-    with pytest.raises(CheckpointError):
-        trainable.TrainStore().load()
-
-
 def test_the_console_is_no_terminal_here():
     assert not err.is_terminal  # or the sweeps of these tests would ask
 

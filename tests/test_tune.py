@@ -1,4 +1,4 @@
-"""Plan, record, tracking and board without Ray; the contract with analysis."""
+"""Plan, record and board without Ray; the contract with analysis."""
 
 import json
 
@@ -13,7 +13,6 @@ from tune.commands import check_complete
 from tune.plan import make_plan, pending, read_manifest, run_folder, write_manifest
 from tune.record import collect_rows, write_rows
 from tune.sweep import Board, Resources, _slots
-from tune.tracking import TAG, Tracker, flatten
 
 CPU = torch.device("cpu")
 
@@ -121,69 +120,6 @@ def test_analysis_reads_what_tune_writes(sweep, capsys):
     report = json.loads(capsys.readouterr().out)
     assert [(row["method"], row["num_failed"]) for row in report] == [("aepo", 1), ("diffusion-bc", 1)]
     assert report[0]["scores"] == pytest.approx([row["score"] for row in rows[:2]])
-
-
-# -- tracking ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def uri(tmp_path):
-    return f"sqlite:///{tmp_path}/mlflow.db"
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
-def test_every_row_of_the_spool_arrives_once_however_often_it_is_sent(sweep, uri, tmp_path):
-    from mlflow import MlflowClient
-
-    folder, plan = sweep
-    config, place = plan[0], run_folder(folder, plan[0])
-    tracker = Tracker(folder, plan, uri=uri)
-    assert tracker.ship()
-    (place / "mlflow.json").unlink()  # the offset was lost in a crash
-    for _ in range(2):
-        again = Tracker(folder, plan, uri=uri)
-        assert again.ship()
-    client = MlflowClient(uri)
-    (experiment,) = (e for e in client.search_experiments() if e.name.startswith("aepo/"))
-    runs = client.search_runs([experiment.experiment_id])
-    assert sorted(r.data.tags[TAG] for r in runs) == sorted(c.name for c in plan[:2])
-    entry = next(r for r in runs if r.data.tags[TAG] == config.name)
-    assert entry.info.status == "FINISHED"
-    spool = run.read_spool(place / run.METRICS)[0]
-    for stage in ("behavior", "critic", "energy"):
-        history = client.get_metric_history(entry.info.run_id, f"{stage}/loss")
-        expected = [(r["step"], r["metrics"][f"{stage}/loss"]) for r in spool if r["stage"] == stage]
-        assert sorted((m.step, m.value) for m in history) == expected
-    assert entry.data.params["critic.expectile"] == "0.7"
-    names = {run.POLICY, run.CONFIG, run.RESULT, run.GRID}
-    assert {a.path for a in client.list_artifacts(entry.info.run_id)} >= names
-    (dataset,) = entry.inputs.dataset_inputs
-    result = run.read_result(place)
-    assert (dataset.dataset.name, dataset.dataset.digest) == (config.data.dataset, result["dataset_digest"])
-    assert entry.data.metrics["final/aepo/score"] == pytest.approx(result["score"])
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
-def test_a_server_that_is_away_costs_a_warning_and_its_rows_come_later(sweep, uri, capsys, monkeypatch):
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    folder, plan = sweep
-    tracker = Tracker(folder, plan, uri=uri)
-
-    def away(*_, **__):
-        raise MlflowException("connection refused")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "log_batch", away)
-        assert not tracker.ship()
-    assert "metrics wait on disk" in capsys.readouterr().err
-    assert tracker.ship()
-    assert set(tracker.run_ids) == {config.name for config in plan[:2]}
-
-
-def test_flatten_gives_dotted_keys():
-    assert flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}
 
 
 # -- scheduling --------------------------------------------------------------------------------------------

@@ -99,7 +99,8 @@ def _drive(
     if waiting:
         for config in waiting:
             if retry_failed:
-                (run_folder(sweep, config) / run.RESULT).unlink(missing_ok=True)
+                for name in (run.RESULT, "error.txt"):
+                    (run_folder(sweep, config) / name).unlink(missing_ok=True)
         with _watch(sweep, plan, waiting, tracker, errors):
             errors |= _run_on_ray(sweep, waiting, resources)
     for config in plan:

@@ -3,12 +3,13 @@
     Tune trial (no CPU of its own, on the head node) -> Train controller -> worker: aepo.run.execute
 
 A failure that a repetition would meet again is a result; only what the machine did (a killed worker, a lost
-node) is left to Ray, which starts the worker again from the last Train checkpoint.
+node) is left to Ray, which starts the worker again. Checkpoints lie in the run's folder, there as soon as they
+are written: a Train checkpoint is committed by the controller some time after its report, and a kill in between
+costs two intervals.
 """
 
 import contextlib
 import os
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -57,45 +58,6 @@ def free_orphans() -> int:
     return num
 
 
-class TrainStore:
-    """The run's checkpoint as a Ray Train checkpoint: uploaded to storage, committed by the controller."""
-
-    def load(self) -> dict[str, Any] | None:
-        """Return the last committed checkpoint; of a damaged one, the one before it."""
-        from aepo import checkpoint
-        from aepo.errors import CheckpointError
-
-        saved = ray.train.get_checkpoint()
-        if saved is None:
-            return None
-        with saved.as_directory() as folder:
-            newest = Path(folder)
-            try:
-                return checkpoint.load(newest)
-            except CheckpointError as error:
-                for older in sorted(newest.parent.glob("checkpoint_*"), reverse=True):
-                    if older.name < newest.name and (content := checkpoint.load(older)) is not None:
-                        print(f"{error}; the one before it is used", flush=True)
-                        return content
-                raise
-
-    def save(self, content: dict[str, Any]) -> None:
-        """Report a checkpoint; returns when it has been uploaded."""
-        from aepo import checkpoint
-
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(Path(folder), content)
-            ray.train.report({"seconds": content["seconds"]}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-class FollowerStore(TrainStore):
-    """The same for a worker that does not lead: it reads checkpoints, and waits while the leader writes one."""
-
-    def save(self, content: dict[str, Any]) -> None:  # noqa: ARG002  # the leader's is stored
-        """Take part in the report of the leader's checkpoint."""
-        ray.train.report({})
-
-
 def run_trial(values: dict[str, Any]) -> None:
     """Launch the Train run of one planned run and wait for it; the function that Ray Tune schedules.
 
@@ -125,7 +87,6 @@ def run_trial(values: dict[str, Any]) -> None:
                 max_failures=MAX_WORKER_FAILURES,
                 controller_failure_limit=5,  # type: ignore[call-arg]  # V2's class, chosen at run time
             ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
     trainer.fit()
@@ -133,18 +94,16 @@ def run_trial(values: dict[str, Any]) -> None:
 
 
 def run_inline(values: dict[str, Any]) -> None:
-    """Execute one planned run in Tune's own process, without Ray Train; checkpoints lie in the run's folder."""
-    from aepo import run
-
+    """Execute one planned run in Tune's own process, without Ray Train."""
     if not _is_stopped(values):
-        _execute(values, run.FolderStore(Path(values["sweep"]) / "runs" / values["run"]))
+        _execute(values)
     ray.tune.report({"ended": 1})
 
 
 def train_worker(values: dict[str, Any]) -> None:
     """Execute one run in a Train worker, from the last checkpoint if there is one; of several workers one leads."""
     if ray.train.get_context().get_world_rank() == 0:
-        _execute(values, TrainStore())
+        _execute(values)
     else:
         _follow(values)
 
@@ -171,17 +130,19 @@ def _follow(values: dict[str, Any]) -> None:
     from aepo.errors import AEPOError, Interrupted
     from tune.plan import read_manifest
 
-    config = next(config for config in read_manifest(Path(values["sweep"])) if config.name == values["run"])
+    sweep = Path(values["sweep"])
+    config = next(config for config in read_manifest(sweep) if config.name == values["run"])
     run.set_threads(max(1, int(values["cpus"])))
+    store = run.FolderStore(sweep / "runs" / config.name)
     with contextlib.suppress(AEPOError, Interrupted):  # the leader says it
-        run.follow(config, FollowerStore(), device=run.select_device("cuda" if values["gpus"] else "cpu"))
+        run.follow(config, store, device=run.select_device("cuda" if values["gpus"] else "cpu"))
 
 
 def _is_stopped(values: dict[str, Any]) -> bool:
     return (Path(values["sweep"]) / "stop").exists()
 
 
-def _execute(values: dict[str, Any], store: Any) -> None:
+def _execute(values: dict[str, Any]) -> None:
     from aepo import run
     from aepo.errors import AEPOError, Interrupted
     from tune.plan import read_manifest
@@ -210,7 +171,7 @@ def _execute(values: dict[str, Any], store: Any) -> None:
             run.execute(
                 config,
                 folder,
-                store,
+                run.FolderStore(folder),
                 device=run.select_device("cuda" if values["gpus"] else "cpu"),
                 checkpoint_s=values["checkpoint_s"],
                 on_progress=stop,

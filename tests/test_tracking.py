@@ -1,0 +1,510 @@
+"""What MLflow holds of a sweep, whatever happens in between: nothing lost, nothing twice, in order."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+from aepo import config as configs
+from aepo import run, tasks
+from aepo.errors import DataError
+from aepo.policy import Policy
+from aepo.presets import preset
+from tests.conftest import random_transitions, write_pendulum
+from tune.plan import run_folder, write_manifest
+from tune.record import collect_rows, write_rows
+from tune.tracking import SWEEP, TAG, Tracker, flatten
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
+CPU = torch.device("cpu")
+
+
+def small_config(dataset_id, seed):
+    config = preset("best-smoke", tasks.for_dataset(dataset_id), seed)
+    small = {
+        f"{stage}.{key}": value
+        for stage in config.stages
+        for key, value in (("steps", 60), ("batch_size", 16), ("hidden_size", 16))
+    }
+    grid = {"evaluation.grid_beta": (1.0, 3.0), "evaluation.grid_guidance_scale": (1.0,)}
+    return configs.with_overrides(config, {**small, **grid, "sampling.temperature": 1.0})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A sweep of three planned runs, two of them finished and one not begun: its folder and plan."""
+    home = tmp_path_factory.mktemp("tracking")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
+        patch.setenv("AEPO_CACHE", str(home / "cache"))
+        dataset_id = write_pendulum()
+        plan = [small_config(dataset_id, seed) for seed in range(3)]
+        folder = home / "sweep"
+        write_manifest(folder, plan)
+        for config in plan[:2]:
+            place = run_folder(folder, config)
+            run.execute(config, place, run.FolderStore(place), device=CPU)
+    return folder, plan
+
+
+@pytest.fixture
+def sweep(finished, tmp_path):
+    """A copy of it, the test's own."""
+    folder, plan = finished
+    return shutil.copytree(folder, tmp_path / "sweep"), plan
+
+
+@pytest.fixture
+def uri(tmp_path):
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def runs_of(uri, folder):
+    """The sweep's own run, and the others by name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(f"aepo/{folder.name}")
+    entries = client.search_runs([experiment.experiment_id])
+    (parent,) = (entry for entry in entries if TAG not in entry.data.tags)
+    children = {entry.data.tags[TAG]: entry for entry in entries if entry is not parent}
+    assert len(children) == len(entries) - 1, "a run of MLflow per planned run, not two"
+    return parent, children
+
+
+def set_result(folder, config, **values):
+    place = run_folder(folder, config)
+    run.write_json(place / run.RESULT, {**(run.read_result(place) or run.describe(config, place)), **values})
+
+
+# -- what is there ---------------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_spool_arrives_once_however_often_it_is_sent(sweep, uri):
+    from mlflow import MlflowClient
+
+    folder, plan = sweep
+    config, place = plan[0], run_folder(folder, plan[0])
+    assert Tracker(folder, plan, uri=uri).ship()
+    (place / "mlflow.json").unlink()  # the offset was lost in a crash
+    for _ in range(2):
+        assert Tracker(folder, plan, uri=uri).ship()
+    client = MlflowClient(uri)
+    _, children = runs_of(uri, folder)
+    assert set(children) == {c.name for c in plan[:2]}
+    entry = children[config.name]
+    assert entry.info.status == "FINISHED"
+    spool = run.read_spool(place / run.METRICS)[0]
+    for stage in ("behavior", "critic", "energy"):
+        history = client.get_metric_history(entry.info.run_id, f"{stage}/loss")
+        expected = [(r["step"], r["metrics"][f"{stage}/loss"]) for r in spool if r["stage"] == stage]
+        assert [(m.step, m.value) for m in history] == expected
+    assert entry.data.params["critic.expectile"] == "0.7"
+    names = {run.POLICY, run.CONFIG, run.RESULT, run.GRID}
+    assert {a.path for a in client.list_artifacts(entry.info.run_id)} >= names
+    (dataset,) = entry.inputs.dataset_inputs
+    result = run.read_result(place)
+    assert (dataset.dataset.name, dataset.dataset.digest) == (config.data.dataset, result["dataset_digest"])
+    assert entry.data.metrics["final/aepo/score"] == pytest.approx(result["score"])
+    (final,) = client.get_metric_history(entry.info.run_id, "final/aepo/score")
+    assert final.step == config.num_steps
+
+
+def test_tags_say_which_code_ran_where(sweep, uri):
+    import mujoco
+
+    folder, plan = sweep
+    set_result(folder, plan[0], commit="0123456789ab+dirty")
+    set_result(folder, plan[1], commit="0123456789ab")
+    assert Tracker(folder, plan, uri=uri).ship()
+    parent, children = runs_of(uri, folder)
+    tags = [children[config.name].data.tags for config in plan[:2]]
+    assert [(t["aepo.commit"], t["mlflow.source.git.commit"], t["aepo.dirty"]) for t in tags] == [
+        ("0123456789ab+dirty", "0123456789ab", "true"),
+        ("0123456789ab", "0123456789ab", "false"),
+    ]
+    for each in (*tags, parent.data.tags):
+        assert (each["aepo.version.mujoco"], each["aepo.version.torch"]) == (mujoco.__version__, torch.__version__)
+    assert (tags[0]["aepo.seed"], tags[0]["aepo.fingerprint"]) == ("0", plan[0].fingerprint)
+    assert parent.data.tags["aepo.host"] == socket.gethostname()
+
+
+def test_the_sweep_is_the_parent_of_its_runs_and_ends_with_its_table(sweep, uri):
+    from mlflow import MlflowClient
+
+    folder, plan = sweep
+    client = MlflowClient(uri)
+
+    def carry_out(plan):
+        tracker = Tracker(folder, plan, uri=uri)
+        assert tracker.ship()
+        assert runs_of(uri, folder)[0].info.status == "RUNNING"
+        rows = collect_rows(folder, plan, mlflow_run_ids=tracker.run_ids)
+        write_rows(folder, rows)
+        assert tracker.close(rows)
+        return runs_of(uri, folder)
+
+    parent, children = carry_out(plan)
+    assert parent.info.run_name == "sweep"
+    assert {entry.data.tags["mlflow.parentRunId"] for entry in children.values()} == {parent.info.run_id}
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"sweep.json", "runs.parquet"}
+    assert parent.info.status == "KILLED", "one run is missing"
+    counts = {key: parent.data.metrics[f"runs/{key}"] for key in ("finished", "failed", "missing")}
+    assert counts == {"finished": 2, "failed": 0, "missing": 1}
+    again, _ = carry_out(plan[:2])
+    assert (again.info.run_id, again.info.status) == (parent.info.run_id, "FINISHED")
+    set_result(folder, plan[1], status="failed", error="TrainingError: NaN")
+    parent, children = carry_out(plan[:2])
+    assert (parent.info.status, parent.data.metrics["runs/failed"]) == ("FAILED", 1)
+    assert children[plan[1].name].info.status == "FAILED"
+    assert children[plan[1].name].data.tags["aepo.error"] == "TrainingError: NaN"
+
+
+def test_the_parent_has_the_load_of_the_machine_once_a_minute(sweep, uri, monkeypatch):
+    from mlflow import MlflowClient
+
+    folder, plan = sweep
+    tracker = Tracker(folder, plan, uri=uri)
+    clock = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    for seconds in (0, 30, 61):
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: clock + seconds)
+        assert tracker.ship()
+    monkeypatch.undo()
+    parent, _ = runs_of(uri, folder)
+    for key, high in (("cpu_utilization_percentage", 100), ("system_memory_usage_megabytes", 1e8)):
+        history = MlflowClient(uri).get_metric_history(parent.info.run_id, f"system/{key}")
+        assert len(history) == 2
+        assert all(0 <= metric.value <= high for metric in history)
+
+
+# -- the policy as a model -------------------------------------------------------------------------------------------
+
+
+def test_a_process_of_its_own_loads_the_logged_policy_and_acts(sweep, uri):
+    folder, plan = sweep
+    tracker = Tracker(folder, plan, uri=uri)
+    assert tracker.ship()
+    code = """
+import json, sys
+import mlflow, numpy as np
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(f"runs:/{sys.argv[2]}/policy")
+states = np.linspace(-1, 1, 15).reshape(5, 3)
+actions = [model.predict(each, params={"seed": 7}) for each in (states, states.astype(np.float32))]
+assert not np.array_equal(model.predict(states), model.predict(states)), "without a seed the draws go on"
+assert model.predict(model.input_example).shape == (1, 1)
+assert not {"ray", "tune"} & set(sys.modules)
+print(json.dumps([str(actions[0].dtype), *[each.tolist() for each in actions]]))
+"""
+    words = [sys.executable, "-c", code, uri, tracker.run_ids[plan[0].name]]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    dtype, *actions = json.loads(done.stdout)
+    policy = Policy.load(run_folder(folder, plan[0]) / run.POLICY)
+    expected = policy.act(np.linspace(-1, 1, 15).reshape(5, 3), torch.Generator().manual_seed(7))
+    assert dtype == "float32"
+    assert actions == [expected.tolist()] * 2
+
+
+def test_dict_observations_are_joined_as_the_run_joined_them(tmp_path, tiny_config):
+    import mlflow.pyfunc
+
+    from tune.model import write_model
+
+    config = tiny_config(method="iql")
+    data = dataclasses.replace(config.data, observation_keys=("goal", "place"))
+    torch.manual_seed(0)
+    policy = Policy.make(dataclasses.replace(config, data=data), random_transitions().spaces)
+    policy.save(tmp_path / run.POLICY)
+    (tmp_path / "model").mkdir()
+    write_model(tmp_path / "model", tmp_path / run.POLICY, run_id="r", model_id="m-1")
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    place, goal = np.random.default_rng(0).normal(size=(2, 4, 2))
+    goal = goal[:, :1]
+    joined = np.concatenate([goal, place], axis=1)
+    actions = model.predict({"place": place, "goal": goal, "time": np.zeros((4, 1))})
+    assert actions.shape == (4, 2)
+    assert np.array_equal(actions, policy.act(joined, torch.Generator()))
+    assert np.array_equal(actions, model.predict(joined))
+    with pytest.raises(DataError, match="no entry 'goal'"):
+        model.predict({"place": place})
+
+
+def test_a_model_is_made_once_and_holds_the_scores_and_the_newest_policy(sweep, uri):
+    from mlflow import MlflowClient
+
+    folder, plan = sweep
+    place = run_folder(folder, plan[0])
+    assert Tracker(folder, plan, uri=uri).ship()
+    shutil.copy(run_folder(folder, plan[1]) / run.POLICY, place / run.POLICY)
+    set_result(folder, plan[0], score=1.0)
+    assert Tracker(folder, plan, uri=uri).ship()
+    client = MlflowClient(uri)
+    entry = runs_of(uri, folder)[1][plan[0].name]
+    (output,) = entry.outputs.model_outputs
+    models = {m.source_run_id: m for m in client.search_logged_models([entry.info.experiment_id])}
+    assert len(models) == 2
+    model = models[entry.info.run_id]
+    assert (model.model_id, model.name, str(model.status)) == (output.model_id, "policy", "READY")
+    assert "final/aepo/score" in {metric.key for metric in model.metrics}
+    stored = client.list_logged_model_artifacts(model.model_id)
+    assert not [file.path for file in stored if file.path.endswith(("pkl", "pickle"))]
+    (weights,) = (folder / "mlartifacts").glob(f"**/{model.model_id}/artifacts/{run.POLICY}")
+    assert weights.read_bytes() == (place / run.POLICY).read_bytes()
+
+
+def test_a_store_that_takes_no_files_costs_warnings_but_no_row(sweep, uri, capsys, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    folder, plan = sweep
+
+    def refuse(*_, **__):
+        raise MlflowException("no access to the bucket")
+
+    monkeypatch.setattr(MlflowClient, "log_model_artifacts", refuse)
+    tracker = Tracker(folder, plan, uri=uri)
+    assert [tracker.ship() for _ in range(3)] == [False, False, True]
+    assert capsys.readouterr().err.count("no access to the bucket") == 4
+    _, children = runs_of(uri, folder)
+    assert [children[config.name].info.status for config in plan[:2]] == ["FINISHED", "FINISHED"]
+    assert "final/aepo/score" in children[plan[0].name].data.metrics
+
+
+# -- restarts and failures -------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_repeated_is_open_again_and_then_ends_as_it_ended(sweep, uri):
+    folder, plan = sweep
+    result = run.read_result(run_folder(folder, plan[0]))
+    set_result(folder, plan[0], status="failed", error="ResourceError: full")
+    assert Tracker(folder, plan, uri=uri).ship()
+    assert runs_of(uri, folder)[1][plan[0].name].info.status == "FAILED"
+    (run_folder(folder, plan[0]) / run.RESULT).unlink()
+    tracker = Tracker(folder, plan, uri=uri)
+    assert tracker.ship()
+    assert runs_of(uri, folder)[1][plan[0].name].info.status == "RUNNING"
+    run.write_json(run_folder(folder, plan[0]) / run.RESULT, result)
+    assert tracker.ship()
+    entry = runs_of(uri, folder)[1][plan[0].name]
+    assert (entry.info.status, entry.data.tags.get("aepo.error", "")) == ("FINISHED", "")
+
+
+def test_a_run_that_ray_gave_up_is_failed_with_its_reason_until_it_goes_on(sweep, uri):
+    folder, plan = sweep
+    tracker = Tracker(folder, plan, uri=uri)
+    tracker.fail(plan[2], "ActorDiedError: killed")
+    assert tracker.ship()
+    entry = runs_of(uri, folder)[1][plan[2].name]
+    assert (entry.info.status, entry.data.tags["aepo.error"]) == ("FAILED", "ActorDiedError: killed")
+    run_folder(folder, plan[2]).mkdir()
+    run.write_json(run_folder(folder, plan[2]) / run.CONFIG, dataclasses.asdict(plan[2]))
+    assert Tracker(folder, plan, uri=uri).ship()
+    again = runs_of(uri, folder)[1][plan[2].name]
+    assert (again.info.run_id, again.info.status) == (entry.info.run_id, "RUNNING")
+
+
+def test_nothing_is_asked_of_the_server_when_nothing_has_changed(sweep, uri, monkeypatch):
+    from mlflow import MlflowClient
+
+    folder, plan = sweep
+    tracker = Tracker(folder, plan, uri=uri)
+    assert tracker.ship()
+    for name in vars(MlflowClient):
+        if not name.startswith("_"):
+            monkeypatch.setattr(MlflowClient, name, lambda *_, **__: pytest.fail("called"))
+    assert tracker.ship()
+
+
+def test_a_server_that_is_away_costs_a_warning_and_its_rows_come_later(sweep, uri, capsys, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    folder, plan = sweep
+    tracker = Tracker(folder, plan, uri=uri)
+
+    def away(*_, **__):
+        raise MlflowException("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", away)
+        assert not tracker.ship()
+    assert "metrics wait on disk (MlflowException: connection refused)" in capsys.readouterr().err
+    assert tracker.ship()
+    assert set(tracker.run_ids) == {config.name for config in plan[:2]}
+
+
+def test_a_password_in_the_uri_is_not_printed(sweep, capsys):
+    folder, plan = sweep
+    assert not Tracker(folder, plan, uri="nonsense://me:secret@host/db").ship()
+    out, err = capsys.readouterr()
+    assert "nonsense://host/db" in err
+    assert "secret" not in out + err
+
+
+def test_a_run_whose_making_was_not_answered_is_not_made_twice(sweep, uri, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    folder, plan = sweep
+    make, calls = MlflowClient.create_run, []
+
+    def unanswered(*args, **kwargs):
+        made = make(*args, **kwargs)
+        calls.append(made)
+        if len(calls) in (1, 3):  # the sweep's own, and its second run
+            raise MlflowException("read timed out")
+        return made
+
+    monkeypatch.setattr(MlflowClient, "create_run", unanswered)
+    tracker = Tracker(folder, plan, uri=uri)
+    assert [tracker.ship() for _ in range(4)] == [False, False, True, True]
+    assert len(calls) == 3
+    _, children = runs_of(uri, folder)
+    assert all(entry.data.params for entry in children.values())
+
+
+def test_two_folders_of_one_name_are_two_sweeps_and_a_moved_folder_is_the_same(sweep, uri, tmp_path):
+    from mlflow import MlflowClient
+
+    folder, plan = sweep
+    other = shutil.copytree(folder, tmp_path / "elsewhere" / "sweep")
+    assert Tracker(folder, plan, uri=uri).ship()
+    second = Tracker(other, plan, uri=uri)
+    assert second.ship()
+    moved = other.rename(tmp_path / "elsewhere" / "moved").rename(tmp_path / "sweep2").rename(other)
+    third = Tracker(moved, plan, uri=uri)
+    assert third.ship()
+    assert third.run_ids == second.run_ids
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("aepo/sweep")
+    entries = client.search_runs([experiment.experiment_id])
+    assert len(entries) == 6
+    assert len({entry.data.tags[SWEEP] for entry in entries}) == 2
+
+
+# -- a server that is killed -----------------------------------------------------------------------------------------
+
+
+class Server:
+    """`mlflow server` on a SQLite file, in a process group of its own."""
+
+    def __init__(self, folder):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
+        self.folder, self.uri, self.database = folder, f"http://127.0.0.1:{self.port}", folder / "server.db"
+
+    def start(self):
+        words = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{self.database}", "--artifacts-destination", str(self.folder / "files"),
+        ]  # fmt: skip
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
+        wait_for(self.answers, 120)
+
+    def answers(self):
+        try:
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def rows(self):
+        """MLflow run id -> key -> steps, in the order in which they came."""
+        found = defaultdict(lambda: defaultdict(list))
+        with sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=30) as connection:
+            for run_id, key, step in connection.execute("SELECT run_uuid, key, step FROM metrics ORDER BY rowid"):
+                found[run_id][key].append(step)
+        connection.close()
+        return found
+
+
+def wait_for(condition, timeout_s):
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def append_rows(folder, config, steps):
+    place = run_folder(folder, config)
+    place.mkdir(parents=True, exist_ok=True)
+    if not (place / run.CONFIG).exists():
+        run.write_json(place / run.CONFIG, dataclasses.asdict(config))
+    spool = run.Spool(place / run.METRICS, ["critic"])
+    for step in steps:
+        row = {"time": 1.7e9 + step, "stage": "critic", "step": step, "num_steps": 10_000}
+        row["metrics"] = {f"critic/{i}": step + i / 16 for i in range(10)}
+        spool._file.write(json.dumps(row).encode() + b"\n")
+    spool.close()
+
+
+def test_a_server_killed_amid_a_shipment_has_every_row_once_and_in_order_in_the_end(tmp_path):
+    from mlflow import MlflowClient
+
+    folder = tmp_path / "sweep"
+    plan = [small_config("tests/pendulum/random-v0", seed) for seed in range(3)]
+    write_manifest(folder, plan)
+    for config in plan[:2]:
+        append_rows(folder, config, range(400))
+    server = Server(tmp_path)
+    server.start()
+    try:
+        tracker, answers = Tracker(folder, plan, uri=server.uri), []
+        thread = threading.Thread(target=lambda: answers.append(tracker.ship()))
+        thread.start()
+        wait_for(lambda: server.database.exists() and sum(len(k) for k in server.rows().values()) > 2, 60)
+        server.kill()
+        thread.join(timeout=60)
+        assert answers == [False]
+        there = sum(len(steps) for keys in server.rows().values() for key, steps in keys.items() if "critic" in key)
+        assert 0 < there < 8000, "killed amid the shipment"
+        for keys in server.rows().values():
+            for key, steps in keys.items():
+                assert not key.startswith("critic") or steps == list(range(len(steps))), "a beginning, without holes"
+        assert not tracker.ship()
+        for config in plan:  # training goes on meanwhile
+            append_rows(folder, config, range(400, 500))
+        set_result(folder, plan[0], status="finished")
+        set_result(folder, plan[1], status="failed", error="TrainingError: NaN")
+        server.start()
+        assert tracker.ship()
+        assert Tracker(folder, plan, uri=server.uri).ship(), "a second process, which sends nothing twice"
+        rows, (_, children) = server.rows(), runs_of(server.uri, folder)
+        assert [children[config.name].info.status for config in plan] == ["FINISHED", "FAILED", "RUNNING"]
+        client = MlflowClient(server.uri)
+        for config, first in zip(plan, (0, 0, 400), strict=True):
+            run_id = children[config.name].info.run_id
+            assert rows[run_id] == {f"critic/{i}": list(range(first, 500)) for i in range(10)}
+            history = client.get_metric_history(run_id, "critic/3")
+            assert [(m.step, m.value) for m in history] == [(step, step + 3 / 16) for step in range(first, 500)]
+    finally:
+        server.kill()
+
+
+def test_flatten_gives_dotted_keys():
+    assert flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}
