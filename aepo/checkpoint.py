@@ -71,13 +71,11 @@ def _collect(value: Any) -> Any:
 
 def save(folder: Path, content: dict[str, Any]) -> None:
     """Write `content` as the folder's newest checkpoint; at no moment is there none."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    payload = buffer.getbuffer()
+    data = to_bytes(content)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / FILE).exists():
         (folder / FILE).replace(folder / PREVIOUS)
-    write_atomically(folder / FILE, MAGIC + hashlib.sha256(payload).digest() + payload)
+    write_atomically(folder / FILE, data)
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -89,7 +87,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     problems = []
     for path in (folder / FILE, folder / PREVIOUS):
         try:
-            content = _read(path)
+            content = from_bytes(path.read_bytes(), path)
         except FileNotFoundError:
             continue
         except CheckpointError as error:
@@ -116,8 +114,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
+def to_bytes(content: dict[str, Any]) -> bytes:
+    """Return the content of a checkpoint file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    payload = buffer.getbuffer()
+    return MAGIC + hashlib.sha256(payload).digest() + payload
+
+
+def from_bytes(data: bytes, path: Path) -> dict[str, Any]:
+    """Return what `to_bytes` was given, on the CPU; `path` is for the message.
+
+    Raises:
+        CheckpointError: if it is torn, changed or foreign.
+    """
     start = len(MAGIC) + hashlib.sha256().digest_size
     if not data.startswith(MAGIC):
         raise CheckpointError(f"{path} is not a checkpoint of this version of aepo")

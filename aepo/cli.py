@@ -24,6 +24,7 @@ COMMANDS = {
     "report": ("analysis.report:Report", "turn a sweep's runs into tables and figures"),
     "toy": ("aepo.commands:Toy", "compare all energy targets with the exact answer on two-dimensional sets"),
     "data": ("aepo.data.commands:DATA", "list, show and collect data sets"),
+    "store": ("aepo.commands:STORE", "list and prune the trained stages that runs share"),
     "doctor": ("cluster.doctor:Doctor", "say what this machine can run, and what is missing"),
 }
 """name -> (module:object that tyro can parse and that has run() -> exit status, one line of help)."""

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -62,6 +62,8 @@ class Train:
     """CPU cores to use; results are the same bit for bit only for the same number."""
     checkpoint_s: float = 60.0
     """Seconds between two checkpoints."""
+    stage_store: Path | None = None
+    """Folder of trained stages: what another run has trained there is taken, the rest is left there (aepo store)."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 
@@ -74,6 +76,7 @@ class Train:
         from aepo import config as configs
         from aepo import run, tasks
         from aepo.presets import preset
+        from aepo.store import StageStore
 
         if self.source and self.dataset:
             raise ConfigError("--source chooses among the data of a --task; --dataset is one data set")
@@ -90,6 +93,7 @@ class Train:
                     device=run.select_device(self.device),
                     checkpoint_s=self.checkpoint_s,
                     on_progress=bars.update,
+                    stage_store=StageStore(self.stage_store) if self.stage_store is not None else None,
                 )
             except Exception:
                 failed = run.read_result(folder) if folder.is_dir() else None
@@ -329,3 +333,95 @@ def _as_table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         line = table.setdefault(key, {"set": row["set"], "beta": f"{row['beta']:g}", "floor": f"{row['floor']:.3f}"})
         line[row["target"].replace("analytic_second_order", "second_order")] = f"{row['distance']:.3f}"
     return list(table.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreList:
+    """List trained stages, the most recently used first.
+
+    For example:
+      aepo store list sweeps/methods/stages
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of the store."""
+    json: bool = False
+    """Print one JSON document on standard output and nothing else."""
+
+    def run(self) -> int:
+        """Print a row per stage; return the exit status."""
+        rows = _stored(self.folder)
+        emit_json(rows) if self.json else emit_table(f"trained stages in {self.folder}", rows)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreSize:
+    """Say how many trained stages there are and what they take.
+
+    For example:
+      aepo store size sweeps/methods/stages
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of the store."""
+    json: bool = False
+    """Print one JSON document on standard output and nothing else."""
+
+    def run(self) -> int:
+        """Print the size; return the exit status."""
+        rows = _stored(self.folder)
+        facts = {"folder": str(self.folder), "stages": len(rows), "mb": sum(row["mb"] for row in rows)}
+        emit_json(facts) if self.json else emit_table("store", [facts])
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StorePrune:
+    """Delete the stages that were used longest ago; runs train them again if they want them.
+
+    For example:
+      aepo store prune sweeps/methods/stages --max-mb 1000
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of the store."""
+    max_mb: float
+    """What the rest may take."""
+    json: bool = False
+    """Print one JSON document on standard output and nothing else."""
+
+    def run(self) -> int:
+        """Delete and print what was deleted; return the exit status."""
+        from aepo.store import StageStore
+
+        if self.max_mb < 0:
+            raise ConfigError(f"--max-mb must not be below 0, got {self.max_mb}")
+        _stored(self.folder)
+        deleted = StageStore(self.folder).prune(int(self.max_mb * 1e6))
+        rows = [{"key": entry.key, "mb": entry.num_bytes / 1e6} for entry in deleted]
+        emit_json(rows) if self.json else emit_table(f"deleted from {self.folder}", rows, columns=("key", "mb"))
+        return 0
+
+
+STORE: TypeAlias = (
+    Annotated[StoreList, tyro.conf.subcommand("list")]
+    | Annotated[StoreSize, tyro.conf.subcommand("size")]
+    | Annotated[StorePrune, tyro.conf.subcommand("prune")]
+)
+"""What `aepo store` parses."""
+
+
+def _stored(folder: Path) -> list[dict[str, Any]]:
+    from aepo.store import StageStore
+
+    if not folder.is_dir():
+        raise CheckpointError(f"no store at {folder}; a sweep with --reuse-stages has one in its folder, stages/")
+    return [
+        {
+            "key": entry.key,
+            "mb": entry.num_bytes / 1e6,
+            "used": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.used_at)),
+        }
+        for entry in StageStore(folder).entries()
+    ]

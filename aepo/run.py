@@ -30,6 +30,7 @@ from aepo.errors import AEPOError, CheckpointError, Interrupted, ResourceError
 from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
 from aepo.policy import GuidedPolicy, Policy
+from aepo.store import Reuse, StageStore
 
 RESULT, CONFIG, METRICS, POLICY = "result.json", "config.json", "metrics.jsonl", "policy.safetensors"
 GRID = "grid.png"
@@ -101,6 +102,14 @@ class Spool:
         self._file.flush()
         self._last = self._place(row)
 
+    def copy(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows that another run wrote, those that are not there yet."""
+        for row in rows:
+            if self._place(row) > self._last:
+                self._file.write(json.dumps(row).encode() + b"\n")
+                self._last = self._place(row)
+        self._file.flush()
+
     def sync(self) -> None:
         """Put all rows on the disk, before the checkpoint that makes them unrepeatable."""
         os.fsync(self._file.fileno())
@@ -147,6 +156,7 @@ def execute(
     device: torch.device,
     checkpoint_s: float = 60.0,
     on_progress: Callable[[Progress], bool | None] | None = None,
+    stage_store: StageStore | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate and return the result; from the last checkpoint if there is one, at once if it has ended.
 
@@ -159,6 +169,7 @@ def execute(
         device: where to train.
         checkpoint_s: seconds between two checkpoints, >= 0.
         on_progress: called at every Progress; True asks the run to stop.
+        stage_store: where stages that other runs have trained are, and this one's go.
 
     Raises:
         AEPOError: what failed, in one line.
@@ -172,7 +183,7 @@ def execute(
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     facts = {**describe(config, folder), "started_at": started_at}
     try:
-        outcome = _train_and_evaluate(config, folder, store, device, checkpoint_s, on_progress)
+        outcome = _train_and_evaluate(config, folder, store, device, checkpoint_s, on_progress, stage_store)
     except (AEPOError, MemoryError, torch.OutOfMemoryError, OSError) as error:
         if not (known := _as_known(error, folder)):
             raise
@@ -222,6 +233,7 @@ def describe(config: RunConfig, folder: Path) -> dict[str, Any]:
         "return_mean": None,
         "num_episodes": None,
         "steps": 0,
+        "steps_reused": 0,
         "seconds": 0.0,
         "evaluations": [],
         "curve": [],
@@ -241,6 +253,7 @@ def _train_and_evaluate(
     device: torch.device,
     checkpoint_s: float,
     on_progress: Callable[[Progress], bool | None] | None,
+    stage_store: StageStore | None,
 ) -> dict[str, Any]:
     begin = time.monotonic()
     data = _load(config).to(device)
@@ -257,6 +270,11 @@ def _train_and_evaluate(
     points = _curve_points(config)
     last_saved = time.monotonic()
     state: pipeline.PipelineState | None = None
+    resume = saved["state"] if saved is not None else None
+    reuse = Reuse(stage_store, config, data.digest) if stage_store is not None else None
+    if reuse is not None:
+        resume, taken = reuse.begin(lambda: pipeline.start(config, data, device), resume)
+        spool.copy(taken)
 
     def keep(progress: Progress) -> None:
         spool.sync()
@@ -270,7 +288,7 @@ def _train_and_evaluate(
         )
 
     try:
-        for progress in pipeline.train(config, data, device=device, resume=saved and saved["state"]):
+        for progress in pipeline.train(config, data, device=device, resume=resume):
             state = progress.state
             metrics = dict(progress.metrics)
             if metrics and not spool.has(progress):
@@ -292,10 +310,12 @@ def _train_and_evaluate(
                 last_saved = time.monotonic()
             if stop:
                 raise Interrupted(f"stopped at step {progress.step} of {progress.stage}")
+            if reuse is not None and progress.step == progress.num_steps:
+                spool.copy(reuse.next(progress.stage, state, read_spool(folder / METRICS)[0]))
         if state is None:  # resumed after the last step
             state = pipeline.start(config, data, device)
-            assert saved is not None
-            checkpoint.restore(state, saved["state"])
+            assert resume is not None
+            checkpoint.restore(state, resume)
         policy = Policy.from_state(config, state, data.spaces)
         policy.save(folder / POLICY)
         policies = [policy]
@@ -310,6 +330,8 @@ def _train_and_evaluate(
         if grid:
             draw_grid(grid, folder / GRID, title=f"{config.task}, seed {config.seed}")
     finally:
+        if reuse is not None:
+            reuse.close()
         spool.close()
         evaluator.close()
     headline = evaluations[0]
@@ -335,6 +357,7 @@ def _train_and_evaluate(
         **final,
         "num_episodes": headline["num_episodes"],
         "steps": config.num_steps,
+        "steps_reused": reuse.steps_taken if reuse is not None else 0,
         "seconds": round(seconds_before + time.monotonic() - begin, 3),
         "evaluations": evaluations,
         "curve": curve,

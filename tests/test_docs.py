@@ -21,6 +21,7 @@ APPENDED = {
     "data": [],
     "report": [],
     "doctor": [],
+    "store": [],
 }
 REPLACED = {"1000000": "3000", **{method: f"{method}-smoke" for method in METHODS}}
 
@@ -67,3 +68,16 @@ def test_every_command_of_the_readme_runs(make_dataset, tmp_path, monkeypatch):
             del words[first:last]
         trains = words[0] in ("train", "sweep") and "--preset" not in words
         aepo(*words, *(SMOKE if trains else []), *APPENDED[words[0]])
+
+
+def test_the_sweep_file_of_the_operations_page_is_one(tmp_path):
+    from tune.commands import Sweep, merge_file
+    from tune.plan import make_plan
+
+    text = (ROOT / "docs" / "operations.md").read_text()
+    (tmp_path / "mazes.toml").write_text(text.partition("```toml\n")[2].partition("```")[0])
+    command = merge_file(Sweep(), tmp_path / "mazes.toml")
+    overrides = dict(word.split("=") for word in command.set)
+    plan = make_plan(command.task, (), command.seeds, presets=command.preset, overrides=overrides)
+    assert len(plan) == 24
+    assert {config.evaluation.num_episodes for config in plan} == {100}

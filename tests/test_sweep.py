@@ -268,7 +268,14 @@ def values(sweep, monkeypatch):
     folder, plan = sweep
     monkeypatch.setattr("ray.tune.report", lambda _: None)
     monkeypatch.setattr(trainable, "STOP_INTERVAL_S", 0.0)
-    return {"run": plan[3].name, "sweep": str(folder), "cpus": 1.0, "gpus": 0.0, "checkpoint_s": 60.0}
+    return {
+        "run": plan[3].name,
+        "sweep": str(folder),
+        "cpus": 1.0,
+        "gpus": 0.0,
+        "checkpoint_s": 60.0,
+        "reuse_stages": False,
+    }
 
 
 def test_a_stopped_run_stores_its_checkpoint_and_ends_like_the_unbroken_one(sweep, values, tmp_path):

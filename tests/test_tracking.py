@@ -26,7 +26,7 @@ from aepo.presets import preset
 from tests.conftest import random_transitions, write_pendulum
 from tune.plan import run_folder, write_manifest
 from tune.record import collect_rows, write_rows
-from tune.tracking import SWEEP, TAG, Tracker, flatten
+from tune.tracking import SWEEP, TAG, Tracker
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
@@ -507,4 +507,4 @@ def test_a_server_killed_amid_a_shipment_has_every_row_once_and_in_order_in_the_
 
 
 def test_flatten_gives_dotted_keys():
-    assert flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}
+    assert configs.flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}

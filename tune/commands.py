@@ -88,6 +88,9 @@ class Sweep:
     """Runs at the same time, at most; 0 = as many as fit."""
     checkpoint_s: float = 60.0
     """Seconds between two checkpoints of a run."""
+    reuse_stages: bool = False
+    """Train a stage that several runs have alike (data, settings, seed, stages before it) once: stages/ of the folder
+    keeps them."""
     tracking_uri: str = ""
     """MLflow store or server; none = MLFLOW_TRACKING_URI, or else a SQLite file in the sweep's folder."""
     retry_failed: bool = False
@@ -135,8 +138,8 @@ class Sweep:
     def _carry_out(self) -> int:
         if self.cpus <= 0 or self.gpus < 0 or self.max_concurrent < 0 or self.checkpoint_s < 0:
             raise ConfigError("--cpus must be above 0; --gpus, --max-concurrent and --checkpoint-s not below it")
-        if self.workers_per_run < 1 or (self.workers_per_run > 1 and self.runner == "inline"):
-            raise ConfigError("--workers-per-run must be at least 1, and 1 with --runner inline")
+        if self.workers_per_run < 1 or (self.workers_per_run > 1 and (self.runner == "inline" or self.reuse_stages)):
+            raise ConfigError("--workers-per-run must be at least 1, and 1 with --runner inline or --reuse-stages")
         from tune.plan import make_plan, pending, read_digests, read_manifest
 
         manifest = self.file if self.file is not None and self.file.suffix == ".json" else None
@@ -175,6 +178,7 @@ class Sweep:
             gpus=self.gpus,
             max_concurrent=self.max_concurrent,
             checkpoint_s=self.checkpoint_s,
+            reuse_stages=self.reuse_stages,
         )
         uri = self.tracking_uri or default_uri(self.out)
         rows = run_sweep(

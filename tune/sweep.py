@@ -50,6 +50,8 @@ class Resources:
     """Train workers per trial, each with these cores and GPUs; a batch is shared among them."""
     checkpoint_s: float = 60.0
     """Seconds between two checkpoints of a run."""
+    reuse_stages: bool = False
+    """Whether runs share the stages that they have alike."""
     runner: Runner = "train"
     """train: a Ray Train run per trial, whose worker is replaced if it dies; inline: in Tune's own process, which costs
     less per run and less memory."""
@@ -178,6 +180,7 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
                 "cpus": resources.cpus,
                 "gpus": resources.gpus,
                 "workers": resources.workers,
+                "reuse_stages": resources.reuse_stages,
                 "checkpoint_s": resources.checkpoint_s,
             },
             tune_config=ray.tune.TuneConfig(

@@ -145,6 +145,7 @@ def _is_stopped(values: dict[str, Any]) -> bool:
 def _execute(values: dict[str, Any]) -> None:
     from aepo import run
     from aepo.errors import AEPOError, Interrupted
+    from aepo.store import StageStore
     from tune.plan import read_manifest
 
     sweep = Path(values["sweep"])
@@ -175,6 +176,7 @@ def _execute(values: dict[str, Any]) -> None:
                 device=run.select_device("cuda" if values["gpus"] else "cpu"),
                 checkpoint_s=values["checkpoint_s"],
                 on_progress=stop,
+                stage_store=StageStore(sweep / "stages") if values["reuse_stages"] else None,
             )
         except AEPOError as error:  # stands in result.json; a repetition would meet it again
             log.write(f"failed: {error}\n")

@@ -1,0 +1,225 @@
+"""Trained stages, kept under what they are a function of, so that no run trains again what another has trained.
+
+A stage is determined by the data, its own settings, the seed, and the stages that it learns from: its key is a digest
+of these. A file of the store is a checkpoint (aepo/checkpoint.py) of one stage with the metrics that its training
+wrote. Two runs that want a stage at once train it once: the second waits for a lock that goes with the process which
+holds it.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO, TypeAlias
+
+import torch
+
+from aepo import checkpoint
+from aepo.config import GuidedConfig, RunConfig
+from aepo.console import err
+from aepo.errors import CheckpointError
+
+FORMAT = 1
+SUFFIX = ".stage"
+Row: TypeAlias = dict[str, Any]
+"""Of a run's metrics.jsonl."""
+
+
+def stage_keys(config: RunConfig, data_digest: str) -> dict[str, str]:
+    """Return stage -> key, 24 hex digits, of every stage of a run.
+
+    Args:
+        config: the run.
+        data_digest: of its transitions.
+    """
+    keys: dict[str, str] = {}
+    for name, stage in config.stages.items():
+        facts = {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "stage": name,
+            "config": dataclasses.asdict(stage),
+            "data": [data_digest, list(config.data.observation_keys), config.data.reward_rule],
+            "seed": config.seed,
+            "upstream": [keys[other] for other in _upstream(config, name)],
+        }
+        text = json.dumps(facts, sort_keys=True)
+        keys[name] = hashlib.sha256(text.encode()).hexdigest()[:24]
+    return keys
+
+
+def _upstream(config: RunConfig, stage: str) -> tuple[str, ...]:
+    """Return the stages that a stage learns from."""
+    if stage == "critic":
+        in_support = isinstance(config, GuidedConfig) and config.critic.learner == "softmax_in_support"
+        return ("behavior",) if in_support else ()
+    return {"energy": ("behavior", "critic"), "actor": ("critic",)}.get(stage, ())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A stored stage, as `aepo store list` shows it."""
+
+    key: str
+    num_bytes: int
+    used_at: float
+    """Seconds since the epoch."""
+    path: Path
+
+
+class StageStore:
+    """A folder of trained stages, shared by all runs that see it."""
+
+    def __init__(self, folder: Path):
+        """Nothing is made before something is stored."""
+        self.folder = folder
+        self._held: dict[str, TextIO] = {}
+
+    def claim(self, key: str) -> dict[str, Any] | None:
+        """Return a stored stage; else None, and the right to train it, which `publish` or `release` give back.
+
+        Waits while another process trains it.
+        """
+        if (found := self._read(key)) is not None:
+            return found
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = (self.folder / f"{key}.lock").open("a")
+        told = False
+        while not _lock(file):
+            if not told:
+                err.print(f"waiting for a stage that another run trains ({key})")
+                told = True
+            time.sleep(0.5)
+        if (found := self._read(key)) is not None:
+            file.close()
+            return found
+        self._held[key] = file
+        return None
+
+    def publish(self, key: str, content: dict[str, Any]) -> None:
+        """Store a stage that was claimed; a full or read-only disk costs time, not the run."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomically(self._path(key), checkpoint.to_bytes(content))
+        except OSError as error:
+            err.print(f"[yellow]warning:[/] the stage was not stored in {self.folder}: {error}")
+        self.release(key)
+
+    def release(self, key: str) -> None:
+        """Give a claim back, if it is held."""
+        if (file := self._held.pop(key, None)) is not None:
+            file.close()
+
+    def close(self) -> None:
+        """Give all claims back."""
+        for key in list(self._held):
+            self.release(key)
+
+    def entries(self) -> list[Entry]:
+        """Return what is stored, the most recently used first."""
+        found = []
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
+                facts = path.stat()
+                found.append(Entry(key=path.stem, num_bytes=facts.st_size, used_at=facts.st_mtime, path=path))
+        return sorted(found, key=lambda entry: entry.used_at, reverse=True)
+
+    def prune(self, max_bytes: int) -> list[Entry]:
+        """Delete the stages used longest ago until the rest takes at most so many bytes; return them."""
+        kept, deleted = 0, []
+        for entry in self.entries():
+            kept += entry.num_bytes
+            if kept > max_bytes:
+                entry.path.unlink(missing_ok=True)
+                deleted.append(entry)
+        return deleted
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        path = self._path(key)
+        try:
+            content = checkpoint.from_bytes(path.read_bytes(), path)
+        except FileNotFoundError:
+            return None
+        except CheckpointError as error:
+            err.print(f"[yellow]warning:[/] {error}; the stage is trained again")
+            path.unlink(missing_ok=True)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return content
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}{SUFFIX}"
+
+
+class Reuse:
+    """One run's dealings with a store: it takes the stages that are there and gives those that it trains."""
+
+    def __init__(self, store: StageStore, config: RunConfig, data_digest: str):
+        """Nothing is claimed before a stage begins."""
+        self._store = store
+        self._keys = stage_keys(config, data_digest)
+        self._steps = {name: stage.steps for name, stage in config.stages.items()}
+        self.steps_taken = 0
+        """Gradient steps that this run did not have to take."""
+
+    def begin(self, start: Callable[[], Any], saved: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[Row]]:
+        """Return the state to resume from, None for the very start, and the metrics of stages that were taken.
+
+        Args:
+            start: gives the state before the first step.
+            saved: the checkpoint's state, if there is one.
+        """
+        state = saved or checkpoint.collect(start())
+        taken: list[Row] = []
+        for name in self._keys:
+            if state[name]["step"] == self._steps[name]:
+                continue
+            if state[name]["step"] or (found := self._claim(name)) is None:
+                break
+            state[name] = found["state"]
+            taken += json.loads(found["rows"])
+        return (state if saved or taken else None), taken
+
+    def next(self, ended: str, state: Any, rows: Sequence[Row]) -> list[Row]:
+        """Give a stage that has ended; put those after it that are there into the live state; return their metrics."""
+        own = [
+            {**row, "metrics": {key: value for key, value in row["metrics"].items() if not key.startswith("eval/")}}
+            for row in rows
+            if row["stage"] == ended
+        ]
+        content = {"stage": ended, "state": checkpoint.collect(getattr(state, ended)), "rows": json.dumps(own)}
+        self._store.publish(self._keys[ended], content)
+        names = list(self._keys)
+        taken: list[Row] = []
+        for name in names[names.index(ended) + 1 :]:
+            if (found := self._claim(name)) is None:
+                break
+            checkpoint.restore(getattr(state, name), found["state"])
+            taken += json.loads(found["rows"])
+        return taken
+
+    def close(self) -> None:
+        """Give claims back."""
+        self._store.close()
+
+    def _claim(self, name: str) -> dict[str, Any] | None:
+        found = self._store.claim(self._keys[name])
+        if found is not None:
+            self.steps_taken += self._steps[name]
+        return found
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
