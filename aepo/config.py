@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, get_args
 
@@ -471,6 +471,16 @@ def settings(config: RunConfig) -> list[str]:
     """Return the dotted keys that `with_overrides` takes."""
     groups = dataclasses.asdict(config).items()
     return [f"{group}.{field}" for group, fields in groups if isinstance(fields, Mapping) for field in fields]
+
+
+def used_settings(config: RunConfig, overrides: Iterable[str] = ()) -> list[str]:
+    """Return the dotted keys that make a difference to a run, or may, where `overrides` change a learner or target."""
+    idle: set[str] = set()
+    if isinstance(config, GuidedConfig | IQLConfig) and "critic.learner" not in overrides:
+        idle |= {f"critic.{name}" for name in unused_of_learner(config.critic.learner)}
+    if isinstance(config, GuidedConfig) and "energy.target" not in overrides:
+        idle |= {f"energy.{name}" for name in unused_of_target(config.energy.target)}
+    return [key for key in settings(config) if key not in idle]
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:

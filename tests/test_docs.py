@@ -81,3 +81,8 @@ def test_the_sweep_file_of_the_operations_page_is_one(tmp_path):
     plan = make_plan(command.task, (), command.seeds, presets=command.preset, overrides=overrides)
     assert len(plan) == 24
     assert {config.evaluation.num_episodes for config in plan} == {100}
+    assert {c.method: c.critic.expectile for c in plan if "critic" in c.stages} == {
+        "aepo": 0.9,
+        "qgpo": 0.7,
+        "iql": 0.9,
+    }

@@ -36,7 +36,7 @@ def make_plan(
 ) -> list[RunConfig]:
     """Return one config per (task or data set), preset and seed, seeds innermost.
 
-    An override changes the runs whose method has that setting; one that no method of the plan has is refused.
+    An override changes the runs whose method uses that setting; one that no method of the plan uses is refused.
     `source` holds for all tasks; empty = each task's first. `suites` adds all tasks that a suite has of it.
 
     Raises:
@@ -48,10 +48,10 @@ def make_plan(
     if not rows or not seeds or not presets:
         raise ConfigError("a sweep wants at least one task, preset and seed; `aepo data list` shows the tasks")
     bases = [preset(name, row, seed) for row in rows for name in presets for seed in seeds]
-    known = {key for base in bases for key in configs.settings(base)}
+    known = {key for base in bases for key in configs.used_settings(base, overrides)}
     plan = []
     for base in bases:
-        own = configs.settings(base)
+        own = configs.used_settings(base, overrides)
         heeded = {key: value for key, value in overrides.items() if key in own or key not in known}
         plan.append(configs.with_overrides(base, heeded))
     names = [config.name for config in plan]
