@@ -86,7 +86,22 @@ def read_manifest(sweep: Path) -> list[RunConfig]:
     Raises:
         CheckpointError: if there is no manifest or it is not of this version.
     """
-    return _read(sweep)[0]
+    try:
+        return [configs.from_dict(values) for values in _document(sweep)["runs"].values()]
+    except ConfigError as error:
+        raise CheckpointError(f"{sweep} holds a run that is not of this version: {error}") from error
+
+
+def read_planned(sweep: Path, name: str) -> RunConfig:
+    """Return one planned run of a sweep folder.
+
+    Raises:
+        CheckpointError: if it is not planned, or there is no manifest of this version.
+    """
+    runs = _document(sweep)["runs"]
+    if name not in runs:
+        raise CheckpointError(f"{sweep / MANIFEST} plans no run {name}")
+    return configs.from_dict(runs[name])
 
 
 def read_digests(sweep: Path) -> dict[str, str]:
@@ -96,20 +111,20 @@ def read_digests(sweep: Path) -> dict[str, str]:
         CheckpointError: if the manifest is not of this version.
     """
     path = sweep if sweep.suffix == ".json" else sweep / MANIFEST
-    return _read(sweep)[1] if path.exists() else {}
+    return dict(_document(sweep).get("data", {})) if path.exists() else {}
 
 
-def _read(sweep: Path) -> tuple[list[RunConfig], dict[str, str]]:
+def _document(sweep: Path) -> dict[str, Any]:
     path = sweep if sweep.suffix == ".json" else sweep / MANIFEST
     try:
         document = json.loads(path.read_text())
         assert document["format"] == FORMAT
-        plan = [configs.from_dict(values) for values in document["runs"].values()]
-        return plan, {str(name): str(digest) for name, digest in document.get("data", {}).items()}
+        assert isinstance(document["runs"], dict)
     except FileNotFoundError:
         raise CheckpointError(f"{sweep} is not a sweep: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, AssertionError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(f"{path} is not a manifest of this version: {error}") from error
+    return document  # type: ignore[no-any-return]
 
 
 def pending(sweep: Path, plan: Sequence[RunConfig], *, retry_failed: bool) -> list[RunConfig]:

@@ -128,11 +128,12 @@ def _is_repeated(folder: Path, text: str) -> bool:
 def _follow(values: dict[str, Any]) -> None:
     from aepo import run
     from aepo.errors import AEPOError, Interrupted
-    from tune.plan import read_manifest
+    from tune.plan import read_planned
 
     sweep = Path(values["sweep"])
-    config = next(config for config in read_manifest(sweep) if config.name == values["run"])
+    config = read_planned(sweep, values["run"])
     run.set_threads(max(1, int(values["cpus"])))
+    _claim_share(values["gpus"])
     store = run.FolderStore(sweep / "runs" / config.name)
     with contextlib.suppress(AEPOError, Interrupted):  # the leader says it
         run.follow(config, store, device=run.select_device("cuda" if values["gpus"] else "cpu"))
@@ -142,17 +143,26 @@ def _is_stopped(values: dict[str, Any]) -> bool:
     return (Path(values["sweep"]) / "stop").exists()
 
 
+def _claim_share(gpus: float) -> None:
+    """Keep to a fraction of a GPU's memory: Ray counts fractions and does not enforce them."""
+    if 0 < gpus < 1:
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(gpus)
+
+
 def _execute(values: dict[str, Any]) -> None:
     from aepo import run
     from aepo.errors import AEPOError, Interrupted
     from aepo.store import StageStore
-    from tune.plan import read_manifest
+    from tune.plan import read_planned
 
     sweep = Path(values["sweep"])
-    config = next(config for config in read_manifest(sweep) if config.name == values["run"])
+    config = read_planned(sweep, values["run"])
     folder = sweep / "runs" / config.name
     folder.mkdir(parents=True, exist_ok=True)
     run.set_threads(max(1, int(values["cpus"])))
+    _claim_share(values["gpus"])
     looked = time.monotonic()
 
     def stop(_: Any) -> bool:
