@@ -100,6 +100,13 @@ def kill(process: psutil.Process) -> None:
         process.send_signal(signal.SIGKILL)
 
 
+def kill_family(process: "subprocess.Popen[bytes]") -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        for member in [*parent.children(recursive=True), parent]:
+            kill(member)
+
+
 def start_tracking(folder: Path, port: int) -> "subprocess.Popen[bytes]":
     words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     words += [
@@ -259,8 +266,7 @@ def main() -> None:
                 second.kill()
                 second = Node(folder, "--address", f"127.0.0.1:{gcs}")
             else:
-                for member in [psutil.Process(tracking.pid), *psutil.Process(tracking.pid).children(recursive=True)]:
-                    kill(member)
+                kill_family(tracking)
                 tracking.wait()
                 time.sleep(20)
                 tracking = start_tracking(folder, tracking_port)
@@ -281,7 +287,7 @@ def main() -> None:
         process.kill()
         second.kill()
         head.kill()
-        tracking.kill()
+        kill_family(tracking)
 
 
 if __name__ == "__main__":

@@ -428,8 +428,9 @@ class Server:
             return False
 
     def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def rows(self):
         """MLflow run id -> key -> steps, in the order in which they came."""

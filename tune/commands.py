@@ -170,6 +170,11 @@ class Sweep:
         from tune.sweep import Resources, run_sweep
         from tune.tracking import default_uri
 
+        uri = self.tracking_uri or default_uri(self.out)
+        if (scheme := uri.partition("://")[0]) not in SCHEMES:
+            raise ConfigError(
+                f"no MLflow store has an address that begins with {scheme!r}; wanted {', '.join(SCHEMES)}"
+            )
         resources = Resources(
             address=self.address,
             runner=self.runner,
@@ -180,7 +185,6 @@ class Sweep:
             checkpoint_s=self.checkpoint_s,
             reuse_stages=self.reuse_stages,
         )
-        uri = self.tracking_uri or default_uri(self.out)
         rows = run_sweep(
             self.out,
             plan,
@@ -293,6 +297,8 @@ def _grouped(plan: Sequence[RunConfig]) -> dict[tuple[str, str, str], list[RunCo
     return groups
 
 
+SCHEMES = ("sqlite", "http", "https", "postgresql", "postgresql+psycopg", "mysql", "mssql", "databricks")
+"""What a tracking address may begin with."""
 COLUMNS = ["task", "method", "seed", "status", "score", "return_mean", "num_episodes", "steps", "seconds"]
 
 

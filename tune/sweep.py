@@ -111,6 +111,7 @@ def _drive(
     tracker.ship()
     rows = collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids)
     write_rows(sweep, rows)
+    tracker.close(rows)
     if (sweep / STOP).exists():
         err.print("stopped as asked; the same command goes on")
     return rows

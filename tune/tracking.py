@@ -1,27 +1,57 @@
 """The only MLflow writer: ships the runs' spools from the sweep's own process, never from a training loop.
 
-A run of MLflow per fingerprint, found again by its tag. Rows are sent with the time at which they were
-written, so sending one twice changes nothing; the offset on disk only saves work.
+An experiment per sweep, in it a run for the sweep itself and below it one per fingerprint, found again by their
+tags. Rows are sent with the time at which they were written, so sending one twice changes nothing; the offset on disk
+only saves work. After any failure the server is asked anew what it has, so that nothing is made twice.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import platform
+import secrets
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aepo import run
-from aepo.config import RunConfig
+import psutil
+from rich.markup import escape
+
+from aepo import __version__, run
+from aepo.config import RunConfig, flatten
 from aepo.console import err
-from tune.plan import run_folder
+from aepo.errors import AEPOError
+from tune.plan import MANIFEST, PACKAGES, run_folder
+from tune.record import RUNS
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 OFFSET = "mlflow.json"
-BATCH = 500
-"""Metrics per request, at most."""
-TAG = "aepo.run"
-TAGGED = ("task", "suite", "fingerprint", "method", "preset", "commit")
+"""In a run's folder: its MLflow run, bytes of the spool sent, digest of the result sent. In the sweep's: its id."""
+BATCH = 1000
+"""Metrics per request, as many as MLflow takes."""
+PAGE = 200
+"""Runs per answer of a search."""
+TAG, SWEEP = "aepo.run", "aepo.sweep"
+TAGGED = ("task", "suite", "seed", "fingerprint", "method", "preset")
+LOAD, LOAD_INTERVAL_S = "system/", 60.0
+"""What this machine has used, in the names of MLflow's own monitor; its page shows them apart."""
+ATTACH_ATTEMPTS = 3
+"""Failures to store files, one after the other, until runs are closed without them."""
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a repeated "create" makes two; `ship` repeats, and looks first
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 
 
 def default_uri(sweep: Path) -> str:
@@ -29,109 +59,180 @@ def default_uri(sweep: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{sweep.resolve()}/mlflow.db"
 
 
+@dataclasses.dataclass
+class _Entry:
+    """One run as MLflow has it."""
+
+    run_id: str
+    status: str
+    has_params: bool
+    has_error: bool
+    offset: int
+    """Bytes of the spool that have been sent."""
+    closed: str
+    """Digest of the result that has been sent."""
+
+    @staticmethod
+    def of(found: "Run", folder: Path) -> "_Entry":
+        run_id, tags = found.info.run_id, found.data.tags
+        sent = _read(folder)
+        offset, closed = (sent["offset"], sent["closed"]) if sent.get("run_id") == run_id else (0, "")
+        return _Entry(run_id, found.info.status, bool(found.data.params), "aepo.error" in tags, offset, closed)
+
+
 class Tracker:
-    """Ships what the runs of a plan have written so far; call `ship` now and then and `finish` at the end."""
+    """Ships what the runs of a plan have written so far; call `ship` now and then and `close` at the end."""
 
     def __init__(self, sweep: Path, plan: Sequence[RunConfig], *, uri: str):
-        """Make the store and the experiment, which is named like the sweep's folder."""
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        """Contact nobody yet; the first `ship` makes the experiment, which is named like the sweep's folder."""
+        for key, value in SETTINGS.items():
+            os.environ.setdefault(key, value)
         for name in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-
-        self._failure: type[Exception] = MlflowException
-        self._sweep, self._plan, self.uri = sweep, plan, uri
-        self._client = MlflowClient(uri)
-        self._ids: dict[str, str] = {}
-        self._closed: set[str] = set()
-        name = f"aepo/{sweep.resolve().name}"
-        experiment = self._client.get_experiment_by_name(name)
-        artifacts = None if uri.startswith("http") else (sweep.resolve() / "mlartifacts").as_uri()
-        self._experiment = experiment.experiment_id if experiment else self._client.create_experiment(name, artifacts)
+        warnings.filterwarnings("ignore", ".*Any type hint is inferred")  # mlflow's, about types of its own
+        self._sweep, self.uri = sweep.resolve(), uri
+        self._folders = {config.name: run_folder(self._sweep, config) for config in plan}
+        self._open = {config.name: config for config in plan}
+        self._entries: dict[str, _Entry] = {}
+        self._reasons: dict[str, str] = {}
+        self._client: MlflowClient
+        self._is_connected, self._lock = False, threading.Lock()
+        self._attach_failures = 0
+        self._load: list[tuple[str, float, float]] = []
+        self._next_sample = 0.0
+        self._tags = {
+            **_commit_tags(run.commit()),
+            **{f"aepo.version.{name}": version(name) for name in PACKAGES},
+            "aepo.version.aepo": __version__,
+            "aepo.version.python": platform.python_version(),
+            "mlflow.source.name": "aepo sweep",
+        }
 
     @property
     def run_ids(self) -> dict[str, str]:
         """Run name -> MLflow run id, of the runs that have one."""
-        return dict(self._ids)
+        return {name: entry.run_id for name, entry in self._entries.copy().items()}
 
     def ship(self) -> bool:
         """Send what is new; return whether the tracking server took it. What it did not waits for the next call."""
-        try:
-            for config in self._plan:
-                self._ship_run(config)
-        except (self._failure, OSError) as error:
-            err.print(
-                f"[yellow]warning:[/] MLflow at {_without_secrets(self.uri)} does not answer; "
-                f"metrics wait on disk ({type(error).__name__})"
-            )
-            return False
-        return True
+        if time.monotonic() >= self._next_sample:
+            self._next_sample = time.monotonic() + LOAD_INTERVAL_S
+            now, used = time.time(), psutil.virtual_memory().used / 1e6
+            self._load += [(f"{LOAD}cpu_utilization_percentage", psutil.cpu_percent(), now)]
+            self._load += [(f"{LOAD}system_memory_usage_megabytes", used, now)]
+        return self._attempt(self._ship)
 
     def fail(self, config: RunConfig, reason: str) -> None:
-        """Close the run of a planned run that ended without a result."""
-        try:
-            run_id = self._run_id(config)
-            self._client.set_tag(run_id, "aepo.error", reason[:5000])
-            self._client.set_terminated(run_id, "FAILED")
-        except (self._failure, OSError):
-            err.print(f"[yellow]warning:[/] MLflow could not be told that {config.name} failed")
+        """Let the next `ship` close, as failed, a run that ended without a result."""
+        self._reasons[config.name] = reason
 
-    def _ship_run(self, config: RunConfig) -> None:
-        folder = run_folder(self._sweep, config)
-        if config.name in self._closed or not (folder / run.CONFIG).exists():
+    def close(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """End the sweep's own run by the rows of runs.parquet, which it keeps; return whether the server took it."""
+        return self._attempt(lambda: self._close_sweep(rows))
+
+    def _attempt(self, action: Callable[[], None]) -> bool:
+        with self._lock:
+            try:
+                if not self._is_connected:
+                    self._connect()
+                action()
+            except AEPOError:
+                raise
+            except Exception as error:  # whatever tracking meets, training goes on
+                self._is_connected = False
+                self._warn(f"does not answer; metrics wait on disk ({_one_line(error, self.uri)})")
+        return self._is_connected
+
+    def _warn(self, text: str) -> None:
+        err.print(f"[yellow]warning:[/] MLflow at {escape(_without_secrets(self.uri))} {escape(text)}", soft_wrap=True)
+
+    def _connect(self) -> None:
+        """Find the experiment, the sweep's run and all others in it, and make what is missing."""
+        from mlflow import MlflowClient
+
+        self._client = client = MlflowClient(self.uri)
+        name = f"aepo/{self._sweep.name}"
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            artifacts = None if self.uri.startswith("http") else (self._sweep / "mlartifacts").as_uri()
+            self._experiment = client.create_experiment(name, artifacts)
+        else:
+            self._experiment = experiment.experiment_id
+            if experiment.lifecycle_stage == "deleted":
+                client.restore_experiment(self._experiment)
+        if not (identity := _read(self._sweep).get("sweep")):
+            identity = secrets.token_hex(8)
+            run.write_json(self._sweep / OFFSET, {"sweep": identity})
+        self._tags[SWEEP] = identity
+        found = {entry.data.tags.get(TAG, ""): entry for entry in self._search(f"tags.`{SWEEP}` = '{identity}'")}
+        parent = found.pop("", None)
+        if parent is None:
+            tags = {**self._tags, "aepo.host": platform.node(), "aepo.machine": platform.platform()}
+            parent = client.create_run(self._experiment, tags=tags, run_name=self._sweep.name)
+        elif parent.info.status != "RUNNING":
+            client.update_run(parent.info.run_id, status="RUNNING")
+        self._parent, self._began_at = parent.info.run_id, parent.info.start_time / 1000
+        self._entries = {n: _Entry.of(found[n], folder) for n, folder in self._folders.items() if n in found}
+        self._is_connected = True
+
+    def _search(self, query: str, token: str | None = None) -> "Iterator[Run]":
+        page = self._client.search_runs([self._experiment], query, max_results=PAGE, page_token=token)
+        yield from page
+        if page.token:
+            yield from self._search(query, page.token)
+
+    def _ship(self) -> None:
+        from mlflow.entities import Metric
+
+        if self._load:
+            load = [
+                Metric(key, value, int(at * 1000), int((at - self._began_at) / LOAD_INTERVAL_S))
+                for key, value, at in self._load
+            ]
+            self._client.log_batch(self._parent, metrics=load)
+            self._load.clear()
+        for name, config in list(self._open.items()):
+            self._ship_run(name, config, self._folders[name])
+
+    def _ship_run(self, name: str, config: RunConfig, folder: Path) -> None:
+        reason = self._reasons.get(name)
+        if reason is None and not (folder / run.CONFIG).exists():
             return
         result = run.read_result(folder)  # before the spool: what the spool lacks then, the next call sends
-        sent = _read_offset(folder)
-        if sent.get("uri") != self.uri:
-            sent = {"uri": self.uri, "offset": 0, "closed": False}
-        run_id = self._run_id(config, sent.get("run_id"))
-        if sent["closed"] and result is not None and sent.get("status") == result["status"]:
-            self._closed.add(config.name)
-            return
-        sent["run_id"] = run_id
-        offset = self._send_metrics(run_id, folder / run.METRICS, int(sent["offset"]))
-        if offset != sent["offset"]:
-            sent["offset"] = offset
-            run.write_json(folder / OFFSET, sent)
-        if result is not None:
-            self._close(run_id, folder, result)
-            run.write_json(folder / OFFSET, {**sent, "closed": True, "status": result["status"]})
-            self._closed.add(config.name)
+        digest = hashlib.sha256((folder / run.RESULT).read_bytes()).hexdigest()[:16] if result else ""
+        entry = self._entries.get(name) or self._create(name, config, folder)
+        if not entry.has_params:
+            self._log_params(entry, config)
+        if result is None and reason is None and entry.status != "RUNNING":
+            self._client.update_run(entry.run_id, status="RUNNING")
+            entry.status, entry.closed = "RUNNING", ""
+        if result is None or entry.closed != digest:
+            offset = self._send_metrics(entry.run_id, folder / run.METRICS, entry.offset)
+            if result is not None:
+                self._close_run(entry, folder, config, result)
+            elif reason is not None:
+                self._client.set_tag(entry.run_id, "aepo.error", reason[:5000])
+                self._client.set_terminated(entry.run_id, "FAILED")
+            if (offset, digest) != (entry.offset, entry.closed):
+                entry.offset, entry.closed = offset, digest
+                run.write_json(folder / OFFSET, {"run_id": entry.run_id, "offset": offset, "closed": digest})
+        if result is not None or reason is not None:
+            del self._open[name]
 
-    def _run_id(self, config: RunConfig, known: str | None = None) -> str:
-        if config.name in self._ids:
-            return self._ids[config.name]
-        if known is None:
-            found = self._client.search_runs([self._experiment], f"tags.`{TAG}` = '{config.name}'")
-            known = found[0].info.run_id if found else self._create(config)
-        elif self._client.get_run(known).info.status != "RUNNING":
-            folder = run_folder(self._sweep, config)
-            if run.read_result(folder) is None:
-                self._client.update_run(known, status="RUNNING")
-        self._ids[config.name] = known
-        return known
+    def _create(self, name: str, config: RunConfig, folder: Path) -> _Entry:
+        """Make the run of MLflow, its tags in the same request, so that it is found again whatever comes next."""
+        tags = {**self._tags, TAG: name, "mlflow.parentRunId": self._parent}
+        tags |= {f"aepo.{key}": str(getattr(config, key)) for key in TAGGED}
+        began_at = (folder / run.CONFIG).stat().st_mtime if (folder / run.CONFIG).exists() else time.time()
+        created = self._client.create_run(self._experiment, int(began_at * 1000), tags, run_name=name)
+        return self._entries.setdefault(name, _Entry.of(created, folder))
 
-    def _create(self, config: RunConfig) -> str:
-        from mlflow.entities import Param, RunTag
+    def _log_params(self, entry: _Entry, config: RunConfig) -> None:
+        from mlflow.entities import Param
 
-        facts = run.describe(config, run_folder(self._sweep, config))
-        tags = {
-            TAG: config.name,
-            **{f"aepo.{key}": str(facts[key]) for key in TAGGED},
-            "aepo.seed": str(config.seed),
-            "mlflow.source.name": "aepo sweep",
-            "mlflow.source.git.commit": str(facts["commit"]),
-        }
-        created = self._client.create_run(self._experiment, run_name=config.name)
-        run_id: str = created.info.run_id
-        self._client.log_batch(
-            run_id,
-            params=[Param(key, str(value)) for key, value in flatten(dataclasses.asdict(config)).items()],
-            tags=[RunTag(key, value) for key, value in tags.items()],
-        )
-        return run_id
+        params = [Param(key, str(value)) for key, value in flatten(dataclasses.asdict(config)).items()]
+        self._client.log_batch(entry.run_id, params=params)
+        entry.has_params = True
 
     def _send_metrics(self, run_id: str, path: Path, offset: int) -> int:
         """Send the spool's whole lines after `offset`; return the new offset."""
@@ -147,52 +248,80 @@ class Tracker:
             self._client.log_batch(run_id, metrics=metrics[start : start + BATCH])
         return end
 
-    def _close(self, run_id: str, folder: Path, result: dict[str, Any]) -> None:
+    def _close_run(self, entry: _Entry, folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
         from mlflow.entities import Dataset as DatasetEntity
-        from mlflow.entities import DatasetInput, InputTag, Metric
+        from mlflow.entities import DatasetInput, InputTag, Metric, RunTag
 
-        now = int((folder / run.RESULT).stat().st_mtime * 1000)
-        finals = {
-            f"final/{row['method']}/{key}": row[key]
+        run_id, model_id = entry.run_id, self._attach(entry.run_id, folder, config, step=result["steps"])
+        ended_at = int((folder / run.RESULT).stat().st_mtime * 1000)
+        finals = [
+            Metric(f"final/{row['method']}/{key}", row[key], ended_at, result["steps"], model_id=model_id)
             for row in result["evaluations"]
             for key in ("score", "return_mean")
             if row[key] is not None
-        }
-        self._client.log_batch(
-            run_id, metrics=[Metric(key, value, now, result["steps"]) for key, value in finals.items()]
-        )
+        ]
+        tags = _commit_tags(result["commit"]) | {"aepo.machine": result["machine"]}
+        if result["error"] or entry.has_error:
+            tags["aepo.error"] = (result["error"] or "")[:5000]
+        self._client.log_batch(run_id, metrics=finals, tags=[RunTag(key, value) for key, value in tags.items()])
         if result["dataset_digest"]:
-            entity = DatasetEntity(
-                name=result["dataset"],
-                digest=result["dataset_digest"],
-                source_type="minari",
-                source=json.dumps({"dataset": result["dataset"], "source": result["source"]}),
-            )
-            self._client.log_inputs(
-                run_id, datasets=[DatasetInput(entity, tags=[InputTag("mlflow.data.context", "training")])]
-            )
-        for name in (run.CONFIG, run.RESULT, run.POLICY, run.GRID, "log.txt"):
-            if (folder / name).exists():
-                self._client.log_artifact(run_id, str(folder / name))
-        if result["error"]:
-            self._client.set_tag(run_id, "aepo.error", result["error"][:5000])
-        self._client.set_terminated(run_id, "FINISHED" if result["status"] == "finished" else "FAILED")
+            source = json.dumps({"dataset": result["dataset"], "source": result["source"]})
+            inputs = DatasetEntity(result["dataset"], result["dataset_digest"], "minari", source)
+            dataset = DatasetInput(inputs, tags=[InputTag("mlflow.data.context", "training")])
+            self._client.log_inputs(run_id, datasets=[dataset])
+        self._client.set_terminated(run_id, "FINISHED" if result["status"] == "finished" else "FAILED", ended_at)
+
+    def _attach(self, run_id: str, folder: Path, config: RunConfig, *, step: int) -> str | None:
+        """Store the run's files and its policy as a logged model, whose id is returned; in the end without them."""
+        from tune.model import log_model
+
+        try:
+            for name in (run.CONFIG, run.RESULT, run.POLICY, run.GRID, "log.txt"):
+                if (folder / name).exists():
+                    self._client.log_artifact(run_id, str(folder / name))
+            tags = {TAG: config.name, "aepo.task": config.task, "aepo.method": config.method}
+            policy = folder / run.POLICY
+            model_id = log_model(self._client, run_id, policy, tags=tags, step=step) if policy.exists() else None
+        except Exception as error:
+            self._attach_failures += 1
+            if self._attach_failures < ATTACH_ATTEMPTS:
+                raise
+            self._warn(f"does not store the files of {config.name} ({_one_line(error, self.uri)})")
+            return None
+        self._attach_failures = 0
+        return model_id
+
+    def _close_sweep(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        counts, now = Counter(str(row["status"]) for row in rows), int(time.time() * 1000)
+        numbers = [Metric(f"runs/{key}", counts[key], now, 0) for key in ("finished", "failed", "missing")]
+        self._client.log_batch(self._parent, metrics=numbers)
+        for name in (MANIFEST, RUNS):
+            if (self._sweep / name).exists():
+                self._client.log_artifact(self._parent, str(self._sweep / name))
+        status = "FAILED" if counts["failed"] else "KILLED" if counts["missing"] else "FINISHED"
+        self._client.set_terminated(self._parent, status)
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {"critic.expectile": 0.9} from nested dicts."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _commit_tags(commit: str | None) -> dict[str, str]:
+    if commit is None:
+        return {}
+    clean = commit.removesuffix("+dirty")
+    return {"aepo.commit": commit, "aepo.dirty": str(clean != commit).lower(), "mlflow.source.git.commit": clean}
 
 
-def _read_offset(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> dict[str, Any]:
     try:
         sent = json.loads((folder / OFFSET).read_text())
     except (FileNotFoundError, ValueError):
         return {}
     return sent if isinstance(sent, dict) else {}
+
+
+def _one_line(error: BaseException, uri: str) -> str:
+    text = " ".join(str(error).replace(uri, _without_secrets(uri)).split())
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 def _without_secrets(uri: str) -> str:
