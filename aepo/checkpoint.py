@@ -7,7 +7,6 @@ A file is MAGIC, the SHA-256 of the payload, the payload (torch's zip format, re
 import dataclasses
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from aepo.console import err
 from aepo.errors import CheckpointError
+from aepo.rundir import write_atomically
 
 MAGIC = b"aepo-checkpoint-1\n"
 FILE = "state.ckpt"
@@ -99,19 +99,6 @@ def load(folder: Path) -> dict[str, Any] | None:
     if problems:
         raise CheckpointError(f"{'; '.join(problems)}; delete {folder} to start this run anew")
     return None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that after a crash is either whole or as it was before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_bytes(content: dict[str, Any]) -> bytes:

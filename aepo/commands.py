@@ -74,7 +74,7 @@ class Train:
         if self.threads < 1:
             raise ConfigError(f"--threads must be at least 1, got {self.threads}")
         from aepo import config as configs
-        from aepo import run, tasks
+        from aepo import run, rundir, tasks
         from aepo.presets import preset
         from aepo.store import StageStore
 
@@ -96,7 +96,7 @@ class Train:
                     stage_store=StageStore(self.stage_store) if self.stage_store is not None else None,
                 )
             except Exception:
-                failed = run.read_result(folder) if folder.is_dir() else None
+                failed = rundir.read_result(folder) if folder.is_dir() else None
                 if self.json and failed is not None:
                     emit_json({key: failed[key] for key in (*RESULT_KEYS, "error")})
                 raise
@@ -198,12 +198,12 @@ class Evaluate:
         """Evaluate every combination and print; return the exit status."""
         if self.num_episodes < 1 or self.threads < 1:
             raise ConfigError(f"--num-episodes and --threads must be at least 1, got {self}")
-        from aepo import run
+        from aepo import run, rundir
         from aepo.evaluate import Evaluator, draw_grid
         from aepo.policy import Policy
 
         run.set_threads(self.threads)
-        path = self.policy / run.POLICY if self.policy.is_dir() else self.policy
+        path = self.policy / rundir.POLICY if self.policy.is_dir() else self.policy
         if not path.exists():
             raise CheckpointError(f"no policy at {path}; `aepo train` writes one into the folder it prints")
         policy = Policy.load(path, run.select_device(self.device))

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -430,13 +431,19 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     if (method := values.get("method")) not in CLASSES:
         raise ConfigError(f"method must be one of {', '.join(CLASSES)}, got {method!r}")
     try:
-        return TypeAdapter(CLASSES[str(method)]).validate_python(dict(values))
+        return _adapter(str(method)).validate_python(dict(values))
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors()
         ]
         raise ConfigError("; ".join(problems)) from None
+
+
+@cache
+def _adapter(method: str) -> TypeAdapter[RunConfig]:
+    """Return the parser of a method's config; making one takes milliseconds."""
+    return TypeAdapter(CLASSES[method])
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:

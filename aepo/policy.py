@@ -18,13 +18,13 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from aepo import config as configs
-from aepo.checkpoint import write_atomically
 from aepo.config import GuidedConfig, IQLConfig, RunConfig, SamplingConfig, StageConfig, TD3BCConfig
 from aepo.data.transitions import Spaces
 from aepo.diffusion import sampler
 from aepo.errors import CheckpointError, ConfigError
 from aepo.networks import Actor, GaussianActor, TwinQ
 from aepo.pipeline import GuidedState, IQLState, PipelineState, TD3BCState
+from aepo.rundir import write_atomically
 from aepo.stages import energy
 from aepo.stages.behavior import NoiseNet
 

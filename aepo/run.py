@@ -11,8 +11,6 @@ import errno
 import itertools
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aepo import __version__, checkpoint, parallel, pipeline
+from aepo import checkpoint, parallel, pipeline
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.data.transitions import Transitions, load_transitions
@@ -30,10 +28,20 @@ from aepo.errors import AEPOError, CheckpointError, Interrupted, ResourceError
 from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
 from aepo.policy import GuidedPolicy, Policy
+from aepo.rundir import (
+    CONFIG,
+    GRID,
+    METRICS,
+    POLICY,
+    RESULT,
+    describe,
+    read_result,
+    read_spool,
+    record_failure,
+    write_json,
+)
 from aepo.store import Reuse, StageStore
 
-RESULT, CONFIG, METRICS, POLICY = "result.json", "config.json", "metrics.jsonl", "policy.safetensors"
-GRID = "grid.png"
 CLONING = "diffusion-bc"
 """Name in tables of a guided method at guidance scale 0."""
 BEST_CLONE = "best-clone"
@@ -119,35 +127,6 @@ class Spool:
         self._file.close()
 
 
-def read_spool(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Return the whole rows of a metrics file after a byte offset, and the offset behind them."""
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            text = file.read()
-    except FileNotFoundError:
-        return [], offset
-    whole = text.rfind(b"\n") + 1
-    return [json.loads(line) for line in text[:whole].splitlines()], offset + whole
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return the result of an ended run, None if it has not ended.
-
-    Raises:
-        CheckpointError: if the file is not a result.
-    """
-    try:
-        result = json.loads((folder / RESULT).read_text())
-        assert isinstance(result, dict)
-        assert {"status", "fingerprint"} <= set(result)
-    except FileNotFoundError:
-        return None
-    except (ValueError, AssertionError) as error:
-        raise CheckpointError(f"{folder / RESULT} is not a result; delete {folder} to repeat the run") from error
-    return result
-
-
 def execute(
     config: RunConfig,
     folder: Path,
@@ -203,47 +182,6 @@ def _as_known(error: BaseException, folder: Path) -> AEPOError | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"no space left for {folder}; make room, then repeat with --retry-failed")
     return None
-
-
-def record_failure(config: RunConfig, folder: Path, error: str, *, started_at: str | None = None) -> None:
-    """Write the result of a run that failed for good."""
-    facts = {**describe(config, folder), "started_at": started_at}
-    write_json(folder / RESULT, {**facts, "status": "failed", "error": error})
-
-
-def describe(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Return what is known of a run before it starts, with every key that a result has."""
-    return {
-        "run": config.name,
-        "task": config.task,
-        "suite": config.suite,
-        "source": config.data.source,
-        "dataset": config.data.dataset,
-        "dataset_digest": None,
-        "env_id": None,
-        "ref_min": None,
-        "ref_max": None,
-        "seed": config.seed,
-        "fingerprint": config.fingerprint,
-        "method": config.method,
-        "preset": config.preset,
-        "status": "missing",
-        "error": None,
-        "score": None,
-        "return_mean": None,
-        "num_episodes": None,
-        "steps": 0,
-        "steps_reused": 0,
-        "seconds": 0.0,
-        "evaluations": [],
-        "curve": [],
-        "grid": [],
-        "commit": commit(),
-        "version": __version__,
-        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
-        "started_at": None,
-        "folder": str(folder),
-    }
 
 
 def _train_and_evaluate(
@@ -454,27 +392,6 @@ def _check_saved(saved: dict[str, Any] | None, config: RunConfig, data: Transiti
             f"({saved.get('dataset_digest')} then, {data.digest} now); train into another folder"
         )
     return float(saved["seconds"])
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write JSON atomically."""
-    checkpoint.write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
-
-
-def commit() -> str | None:
-    """Return the git commit of this code, with `+dirty` if changed, None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip() or None
 
 
 def set_threads(threads: int) -> None:

@@ -23,6 +23,7 @@ from aepo import checkpoint
 from aepo.config import GuidedConfig, RunConfig
 from aepo.console import err
 from aepo.errors import CheckpointError
+from aepo.rundir import write_atomically
 
 FORMAT = 1
 SUFFIX = ".stage"
@@ -105,7 +106,7 @@ class StageStore:
         """Store a stage that was claimed; a full or read-only disk costs time, not the run."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_atomically(self._path(key), checkpoint.to_bytes(content))
+            write_atomically(self._path(key), checkpoint.to_bytes(content))
         except OSError as error:
             err.print(f"[yellow]warning:[/] the stage was not stored in {self.folder}: {error}")
         self.release(key)

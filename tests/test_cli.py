@@ -14,13 +14,15 @@ def run(capsys, *argv):
     return status, out, err
 
 
-@pytest.mark.parametrize("command", [*cli.COMMANDS, "data collect", "data list", "data show"])
+@pytest.mark.parametrize(
+    "command", [*cli.COMMANDS, "data collect", "data list", "data import", "store list", "store prune"]
+)
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as leaving:
         cli.run([*command.split(), "--help"])
     assert leaving.value.code == 0
     out = capsys.readouterr().out
-    if command != "data":
+    if command not in ("data", "store"):
         assert f"aepo {command}" in out.partition("example")[2]
         assert "--json" in out
 

@@ -14,11 +14,11 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
-from aepo import run
+from aepo import rundir
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.errors import AEPOError, ResourceError
-from tune.plan import run_folder
+from tune.plan import RUNS
 
 COLUMNS = ("stage", "step", "steps/s", "left", "score")
 LOCK, STOP = "sweep.lock", "stop"
@@ -26,6 +26,8 @@ TAIL_BYTES = 8_000
 """Of a metrics file, read when a board is made for runs that are under way already."""
 LOG_LINES = 5
 """Of a failed run's log, shown by `aepo sweep --status`."""
+KEPT = ("status", "score", "steps", "error")
+"""Of an ended run's result: a sweep may have thousands."""
 LINE_INTERVAL_S = 30.0
 """Between two status lines where standard error is no terminal."""
 
@@ -95,8 +97,11 @@ class Board:
 
     def __init__(self, sweep: Path, plan: Sequence[RunConfig]):
         """Nothing is read before `refresh`; of what was written before, the ends."""
-        self._plan = {config.name: (config, run_folder(sweep, config)) for config in plan}
-        self._seen = {name: _Seen(offset=_near_end(folder / run.METRICS)) for name, (_, folder) in self._plan.items()}
+        names = [config.name for config in plan]  # a digest of the whole config each: once
+        self._plan = {name: (config, sweep / RUNS / name) for name, config in zip(names, plan, strict=True)}
+        self._seen = {
+            name: _Seen(offset=_near_end(folder / rundir.METRICS)) for name, (_, folder) in self._plan.items()
+        }
         self._seconds_per_step: dict[str, float] = {}
         self._lines: dict[str, str] = {}
 
@@ -106,7 +111,7 @@ class Board:
             seen = self._seen[name]
             if seen.result is not None:
                 continue
-            rows, seen.offset = run.read_spool(folder / run.METRICS, seen.offset)
+            rows, seen.offset = rundir.read_spool(folder / rundir.METRICS, seen.offset)
             for row in rows:
                 if seen.last is not None and row["stage"] != seen.last["stage"]:
                     self._learn(seen.first[seen.last["stage"]], seen.last)
@@ -116,7 +121,15 @@ class Board:
                 seen.score = row["metrics"].get("eval/score", seen.score)
                 seen.last = row
             with suppress(AEPOError):  # an unreadable result is said when the rows are collected
-                seen.result = run.read_result(folder)
+                if (result := rundir.read_result(folder)) is not None:
+                    seen.result = {key: result.get(key) for key in KEPT}
+                    seen.recent.clear()
+                    seen.first.clear()
+
+    @property
+    def plan(self) -> dict[str, tuple[RunConfig, Path]]:
+        """Run name -> config and folder."""
+        return self._plan
 
     @property
     def all_ended(self) -> bool:
@@ -210,14 +223,13 @@ def status(sweep: Path, plan: Sequence[RunConfig]) -> list[dict[str, Any]]:
     driven = is_driven(sweep)
     shown = board.rows()
     rows = []
-    for config in plan:
-        folder = run_folder(sweep, config)
-        row: dict[str, Any] = {"run": config.name, "task": config.task, "method": config.method, "seed": config.seed}
-        here = shown.get(config.name)
+    for name, (config, folder) in board.plan.items():
+        row: dict[str, Any] = {"run": name, "task": config.task, "method": config.method, "seed": config.seed}
+        here = shown.get(name)
         if here is None:
             rows.append({**row, "state": "waiting", **dict.fromkeys(COLUMNS, ""), "error": None, "log": []})
             continue
-        result = board.result(config.name)
+        result = board.result(name)
         state = result["status"] if result else "running" if driven else "interrupted"
         failed = state == "failed"
         cells = here | ({"stage": ""} if result else {})

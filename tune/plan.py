@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from aepo import config as configs
-from aepo import run, tasks
+from aepo import rundir, tasks
 from aepo.config import RunConfig
 from aepo.errors import CheckpointError, ConfigError
 from aepo.presets import preset
 
 MANIFEST = "sweep.json"
+RUNS = "runs"
+"""Folder of the runs' folders."""
 FORMAT = 1
 PACKAGES = ["torch", "ray", "mlflow", "minari", "gymnasium", "gymnasium-robotics", "mujoco", "numpy", "pandas"]
 
@@ -62,7 +64,7 @@ def make_plan(
 
 def run_folder(sweep: Path, config: RunConfig) -> Path:
     """Return the folder of one run of a sweep."""
-    return sweep / "runs" / config.name
+    return sweep / RUNS / config.name
 
 
 def write_manifest(sweep: Path, plan: Sequence[RunConfig], digests: Mapping[str, str] | None = None) -> None:
@@ -71,13 +73,13 @@ def write_manifest(sweep: Path, plan: Sequence[RunConfig], digests: Mapping[str,
     document = {
         "format": FORMAT,
         "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": run.commit(),
+        "commit": rundir.commit(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": platform.platform(),
         "data": dict(digests or {}),
         "runs": {config.name: dataclasses.asdict(config) for config in plan},
     }
-    run.write_json(sweep / MANIFEST, document)
+    rundir.write_json(sweep / MANIFEST, document)
 
 
 def read_manifest(sweep: Path) -> list[RunConfig]:
@@ -131,7 +133,7 @@ def pending(sweep: Path, plan: Sequence[RunConfig], *, retry_failed: bool) -> li
     """Return the runs that have not ended yet, and with `retry_failed` those that failed."""
     wanted = []
     for config in plan:
-        result = run.read_result(run_folder(sweep, config))
+        result = rundir.read_result(run_folder(sweep, config))
         if result is None or (retry_failed and result["status"] == "failed"):
             wanted.append(config)
     return wanted

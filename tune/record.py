@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aepo import run
+from aepo import rundir
 from aepo.config import RunConfig
 from tune.plan import run_folder
 
@@ -77,8 +77,8 @@ def collect_rows(
     rows = []
     for config in plan:
         folder = run_folder(sweep, config)
-        result = run.read_result(folder)
-        row = run.describe(config, folder) if result is None else result
+        result = rundir.read_result(folder)
+        row = rundir.describe(config, folder) if result is None else result
         if result is None and errors and config.name in errors:
             row |= {"status": "failed", "error": errors[config.name]}
         row["mlflow_run_id"] = (mlflow_run_ids or {}).get(config.name)

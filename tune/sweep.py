@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rich.live import Live
 
-from aepo import parallel, run
+from aepo import parallel, rundir
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.data.transitions import load_transitions
@@ -101,12 +101,12 @@ def _drive(
     if waiting:
         for config in waiting:
             if retry_failed:
-                for name in (run.RESULT, "error.txt"):
+                for name in (rundir.RESULT, "error.txt"):
                     (run_folder(sweep, config) / name).unlink(missing_ok=True)
         with _watch(sweep, plan, waiting, tracker, errors):
             errors |= _run_on_ray(sweep, waiting, resources)
     for config in plan:
-        if config.name in errors and run.read_result(run_folder(sweep, config)) is None:
+        if config.name in errors and rundir.read_result(run_folder(sweep, config)) is None:
             tracker.fail(config, errors[config.name])
     tracker.ship()
     rows = collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids)

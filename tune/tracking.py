@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from rich.markup import escape
 
-from aepo import __version__, run
+from aepo import __version__, rundir
 from aepo.config import RunConfig, flatten
 from aepo.console import err
 from aepo.errors import AEPOError
@@ -101,7 +101,7 @@ class Tracker:
         self._load: list[tuple[str, float, float]] = []
         self._next_sample = 0.0
         self._tags = {
-            **_commit_tags(run.commit()),
+            **_commit_tags(rundir.commit()),
             **{f"aepo.version.{name}": version(name) for name in PACKAGES},
             "aepo.version.aepo": __version__,
             "aepo.version.python": platform.python_version(),
@@ -162,7 +162,7 @@ class Tracker:
                 client.restore_experiment(self._experiment)
         if not (identity := _read(self._sweep).get("sweep")):
             identity = secrets.token_hex(8)
-            run.write_json(self._sweep / OFFSET, {"sweep": identity})
+            rundir.write_json(self._sweep / OFFSET, {"sweep": identity})
         self._tags[SWEEP] = identity
         found = {entry.data.tags.get(TAG, ""): entry for entry in self._search(f"tags.`{SWEEP}` = '{identity}'")}
         parent = found.pop("", None)
@@ -196,10 +196,10 @@ class Tracker:
 
     def _ship_run(self, name: str, config: RunConfig, folder: Path) -> None:
         reason = self._reasons.get(name)
-        if reason is None and not (folder / run.CONFIG).exists():
+        if reason is None and not (folder / rundir.CONFIG).exists():
             return
-        result = run.read_result(folder)  # before the spool: what the spool lacks then, the next call sends
-        digest = hashlib.sha256((folder / run.RESULT).read_bytes()).hexdigest()[:16] if result else ""
+        result = rundir.read_result(folder)  # before the spool: what the spool lacks then, the next call sends
+        digest = hashlib.sha256((folder / rundir.RESULT).read_bytes()).hexdigest()[:16] if result else ""
         entry = self._entries.get(name) or self._create(name, config, folder)
         if not entry.has_params:
             self._log_params(entry, config)
@@ -207,7 +207,7 @@ class Tracker:
             self._client.update_run(entry.run_id, status="RUNNING")
             entry.status, entry.closed = "RUNNING", ""
         if result is None or entry.closed != digest:
-            offset = self._send_metrics(entry.run_id, folder / run.METRICS, entry.offset)
+            offset = self._send_metrics(entry.run_id, folder / rundir.METRICS, entry.offset)
             if result is not None:
                 self._close_run(entry, folder, config, result)
             elif reason is not None:
@@ -215,7 +215,7 @@ class Tracker:
                 self._client.set_terminated(entry.run_id, "FAILED")
             if (offset, digest) != (entry.offset, entry.closed):
                 entry.offset, entry.closed = offset, digest
-                run.write_json(folder / OFFSET, {"run_id": entry.run_id, "offset": offset, "closed": digest})
+                rundir.write_json(folder / OFFSET, {"run_id": entry.run_id, "offset": offset, "closed": digest})
         if result is not None or reason is not None:
             del self._open[name]
 
@@ -223,7 +223,7 @@ class Tracker:
         """Make the run of MLflow, its tags in the same request, so that it is found again whatever comes next."""
         tags = {**self._tags, TAG: name, "mlflow.parentRunId": self._parent}
         tags |= {f"aepo.{key}": str(getattr(config, key)) for key in TAGGED}
-        began_at = (folder / run.CONFIG).stat().st_mtime if (folder / run.CONFIG).exists() else time.time()
+        began_at = (folder / rundir.CONFIG).stat().st_mtime if (folder / rundir.CONFIG).exists() else time.time()
         created = self._client.create_run(self._experiment, int(began_at * 1000), tags, run_name=name)
         return self._entries.setdefault(name, _Entry.of(created, folder))
 
@@ -238,7 +238,7 @@ class Tracker:
         """Send the spool's whole lines after `offset`; return the new offset."""
         from mlflow.entities import Metric
 
-        rows, end = run.read_spool(path, offset)
+        rows, end = rundir.read_spool(path, offset)
         metrics = [
             Metric(key, value, int(row["time"] * 1000), row["step"])
             for row in rows
@@ -253,7 +253,7 @@ class Tracker:
         from mlflow.entities import DatasetInput, InputTag, Metric, RunTag
 
         run_id, model_id = entry.run_id, self._attach(entry.run_id, folder, config, step=result["steps"])
-        ended_at = int((folder / run.RESULT).stat().st_mtime * 1000)
+        ended_at = int((folder / rundir.RESULT).stat().st_mtime * 1000)
         finals = [
             Metric(f"final/{row['method']}/{key}", row[key], ended_at, result["steps"], model_id=model_id)
             for row in result["evaluations"]
@@ -276,11 +276,11 @@ class Tracker:
         from tune.model import log_model
 
         try:
-            for name in (run.CONFIG, run.RESULT, run.POLICY, run.GRID, "log.txt"):
+            for name in (rundir.CONFIG, rundir.RESULT, rundir.POLICY, rundir.GRID, "log.txt"):
                 if (folder / name).exists():
                     self._client.log_artifact(run_id, str(folder / name))
             tags = {TAG: config.name, "aepo.task": config.task, "aepo.method": config.method}
-            policy = folder / run.POLICY
+            policy = folder / rundir.POLICY
             model_id = log_model(self._client, run_id, policy, tags=tags, step=step) if policy.exists() else None
         except Exception as error:
             self._attach_failures += 1

@@ -152,7 +152,7 @@ def _claim_share(gpus: float) -> None:
 
 
 def _execute(values: dict[str, Any]) -> None:
-    from aepo import run
+    from aepo import run, rundir
     from aepo.errors import AEPOError, Interrupted
     from aepo.store import StageStore
     from tune.plan import read_planned
@@ -198,4 +198,4 @@ def _execute(values: dict[str, Any]) -> None:
             if not _is_repeated(folder, text):
                 raise
             log.write(f"failed twice in the same way: {text}\n")
-            run.record_failure(config, folder, f"{text} (twice; log.txt has the traceback)")
+            rundir.record_failure(config, folder, f"{text} (twice; log.txt has the traceback)")
