@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from analysis.scores import Average, Score
 
 TITLE = "Normalized score: mean ± standard deviation (seeds)"
+AGGREGATE_TITLE = "Over all tasks: value (95 % interval)"
+AGGREGATE_NOTE = (
+    "Methods with every score of every task. IQM: mean of the middle half of all scores; median and mean: of the "
+    "tasks' means; optimality gap: what scores lack to 100. Intervals: stratified bootstrap over seeds, 2,000 "
+    "resamples (arXiv 2108.13264)."
+)
 PARTIAL, AS_RETURN = "*", "†"
 """Marks behind a cell; each has its footnote."""
 
@@ -61,6 +67,8 @@ class Report:
         else:
             emit_table(TITLE, result.rows)
             emit_text("\n".join(result.notes))
+            if result.aggregates:
+                emit_table(AGGREGATE_TITLE, result.aggregates)
         err.print(f"report: {out / 'report.md'}", markup=False, soft_wrap=True)
         return 0
 
@@ -74,6 +82,8 @@ class ReportResult:
     """The results table: one row per task and, after each suite, its average."""
     notes: list[str]
     """Footnotes of that table."""
+    aggregates: list[dict[str, str]]
+    """One row per method that is complete on all of several tasks."""
 
 
 def write_report(paths: Sequence[Path], out: Path, *, allow_missing: bool) -> ReportResult:
@@ -100,15 +110,16 @@ def write_report(paths: Sequence[Path], out: Path, *, allow_missing: bool) -> Re
     scores = task_scores(runs)
     averages = suite_averages(scores)
     rows, notes = _table(runs, scores, averages)
+    aggregates = _aggregate_rows(scores)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{out} cannot be a folder ({error.strerror}); give another with --out") from error
     stems = draw_curves(runs, out / "curves")
     _write_csv(out / "scores.csv", scores)
-    text = _markdown(runs, rows, notes, holes, stems)
+    text = _markdown(runs, rows, notes, aggregates, holes, stems)
     (out / "report.md").write_text(text, encoding="utf-8", newline="\n")
-    return ReportResult(scores=scores, rows=rows, notes=notes)
+    return ReportResult(scores=scores, rows=rows, notes=notes, aggregates=aggregates)
 
 
 def _holes(runs: "pd.DataFrame") -> list[str]:
@@ -154,6 +165,35 @@ def _table(
     return rows, notes
 
 
+def _aggregate_rows(scores: "Sequence[Score]") -> list[dict[str, str]]:
+    """Return what several tasks say together, none for one task."""
+    from analysis.aggregate import aggregate
+    from analysis.figures import LABELS
+
+    if len({score.task for score in scores}) < 2:
+        return []
+    found = aggregate(scores)
+    first = LABELS.get(found[0].method, found[0].method) if found else ""
+    rows = []
+    for row in found:
+        cells = {
+            name: f"{value.value:.1f} ({_number(value.low)} to {_number(value.high)})"
+            for name, value in (
+                ("IQM", row.iqm),
+                ("median", row.median),
+                ("mean", row.mean),
+                ("optimality gap", row.optimality_gap),
+            )
+        }
+        better = row.improvement
+        chance = (
+            "-" if better is None else f"{better.value:.2f} ({better.low:.2f} to {better.high:.2f})".replace("nan", "-")
+        )
+        label = LABELS.get(row.method, row.method)
+        rows.append({"method": label, "tasks": str(row.num_tasks), **cells, f"P({first} is better)": chance})
+    return rows
+
+
 def _cell(score: "Score") -> str:
     mean, std = (score.return_mean, score.return_std) if score.is_return else (score.score_mean, score.score_std)
     text = f"{_number(mean)} ± {_number(std)} ({len(score.seeds)})" if score.seeds else "-"
@@ -193,6 +233,7 @@ def _markdown(
     runs: "pd.DataFrame",
     rows: Sequence[dict[str, str]],
     notes: Sequence[str],
+    aggregates: Sequence[dict[str, str]],
     holes: Sequence[str],
     stems: dict[str, str],
 ) -> str:
@@ -205,6 +246,7 @@ def _markdown(
         "## Results",
         _pipe_table(rows),
         *(_escape(note) for note in notes),
+        *(["## Over all tasks", _pipe_table(aggregates), AGGREGATE_NOTE] if aggregates else []),
         *(["## Runs without a result", "\n".join(f"- {_code(hole)}" for hole in holes)] if holes else []),
         "## Protocol",
         "\n".join(f"- {line}" for line in _protocol(runs)),

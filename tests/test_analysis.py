@@ -318,6 +318,25 @@ def test_table_with_columns_of_nulls_and_other_widths_is_read(tmp_path):
     assert load_runs(tmp_path / "runs.parquet")["status"].to_list() == ["failed"]
 
 
+def test_several_tasks_are_told_together_and_one_is_not(tmp_path, capsys):
+    rows = [row(task, seed=seed, score=60.0 + seed) for task in ("a", "b") for seed in (0, 1)]
+    sweep = write(tmp_path / "sweep", *rows)
+    assert report(sweep) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    assert "## Over all tasks" in text
+    line = next(line for line in text.splitlines() if line.startswith("| AEPO | 2 |"))
+    assert line.startswith("| AEPO | 2 | 60.5 (60.0 to 61.0) | 60.5 (60.0 to 61.0) |")
+    assert "| diffusion BC | 2 | 20.0 (20.0 to 20.0) |" in text
+    assert "1.00 (1.00 to 1.00)" in text
+    assert "Over all tasks" in capsys.readouterr().out
+    one = write(tmp_path / "one", row("a"))
+    assert report(one) == 0
+    assert "Over all tasks" not in (one / "report" / "report.md").read_text()
+    holes = write(tmp_path / "holes", row("a"), row("b"), lost("b", seed=1))
+    assert report(holes, "--allow-missing") == 0
+    assert "| AEPO | 2 |" not in (holes / "report" / "report.md").read_text()
+
+
 def test_a_table_over_several_sources_says_so(tmp_path, capsys):
     sweep = write(tmp_path / "sweep", row("a", env_id="Maze-v3"), row("b", source="d4rl"))
     assert report(sweep) == 0
