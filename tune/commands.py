@@ -226,10 +226,18 @@ class Sweep:
         cores = len(os.sched_getaffinity(0))
         slots = max(1, min(int(cores / self.cpus), self.max_concurrent or len(waiting), len(waiting) or 1))
         if not self.json:
-            shown = [row | {"seconds": _duration(row["seconds"])} for row in rows]
-            emit_table(
-                f"plan of {self.out}", [{key.replace("seconds", "time each"): row[key] for key in row} for row in shown]
-            )
+            shown = [
+                {
+                    "task": row["task"],
+                    "method": row["method"],
+                    "to do": f"{row['to do']} of {row['runs']}",
+                    "time each": _duration(row["seconds"]),
+                    "GiB each": row["memory_gib"],
+                    "data": row["data"],
+                }
+                for row in rows
+            ]
+            emit_table(f"plan of {self.out}", shown)
         total = sum(seconds.values())
         unknown = sum(config.name not in seconds for config in waiting)
         lacking = f", {unknown} of unknown length (their data are missing)" if unknown else ""
