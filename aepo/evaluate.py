@@ -46,7 +46,7 @@ def references(dataset: Any) -> References | None:
 def register_robotics() -> None:
     """Register the environments of gymnasium-robotics, if it is there, without its notice about Adroit's rewards.
 
-    What the notice says stands in docs/method.md, where it concerns scores.
+    What the notice says stands in docs/data.md, where it concerns scores.
     """
     with contextlib.suppress(ImportError):
         importlib.import_module("farama_notifications").notifications.pop("gymnasium_robotics", None)

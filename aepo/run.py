@@ -194,7 +194,7 @@ def _train_and_evaluate(
     stage_store: StageStore | None,
 ) -> dict[str, Any]:
     begin = time.monotonic()
-    data = _load(config).to(device)
+    data = load_data(config).to(device)
     evaluator = Evaluator.of(config)
     saved = store.load()
     seconds_before = _check_saved(saved, config, data)
@@ -310,7 +310,7 @@ def follow(config: RunConfig, store: Store, *, device: torch.device) -> None:
         Interrupted: if the leader was asked to stop.
         AEPOError: what the leader meets too.
     """
-    data = _load(config).to(device)
+    data = load_data(config).to(device)
     saved = store.load()
     _check_saved(saved, config, data)
     for progress in pipeline.train(config, data, device=device, resume=saved and saved["state"]):
@@ -318,7 +318,8 @@ def follow(config: RunConfig, store: Store, *, device: torch.device) -> None:
             raise Interrupted(f"stopped at step {progress.step} of {progress.stage}")
 
 
-def _load(config: RunConfig) -> Transitions:
+def load_data(config: RunConfig) -> Transitions:
+    """Return a run's transitions on the CPU, by the rules of its config; errors as `load_transitions`."""
     return load_transitions(
         config.data.dataset,
         observation_keys=config.data.observation_keys,

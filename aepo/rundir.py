@@ -3,10 +3,12 @@
 config.json  metrics.jsonl  state.ckpt  policy.safetensors  result.json  [grid.png]  [log.txt]
 """
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@cache
 def commit() -> str | None:
     """Return the git commit of this code, with `+dirty` if changed, None outside a checkout."""
     here = Path(__file__).parent
@@ -121,3 +124,17 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head.stdout.strip() or None
+
+
+def try_lock(descriptor: int) -> bool:
+    """Return whether this process now holds an open file's lock, which goes with the process.
+
+    On a file system without locks everybody holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -8,7 +8,6 @@ holds it.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from aepo import checkpoint
 from aepo.config import GuidedConfig, RunConfig
 from aepo.console import err
 from aepo.errors import CheckpointError
-from aepo.rundir import write_atomically
+from aepo.rundir import try_lock, write_atomically
 
 FORMAT = 1
 SUFFIX = ".stage"
@@ -91,7 +90,7 @@ class StageStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = (self.folder / f"{key}.lock").open("a")
         told = False
-        while not _lock(file):
+        while not try_lock(file.fileno()):
             if not told:
                 err.print(f"waiting for a stage that another run trains ({key})")
                 told = True
@@ -214,13 +213,3 @@ class Reuse:
         if found is not None:
             self.steps_taken += self._steps[name]
         return found
-
-
-def _lock(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True

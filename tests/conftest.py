@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,16 @@ def write_pendulum(
     )
     env.close()
     return dataset_id
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 120.0) -> object:
+    """Return the first truth that a condition gives, asked twenty times a second."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pyarrow.parquet as pq
@@ -13,6 +12,7 @@ import pytest
 
 from aepo import run
 from aepo.errors import ResourceError
+from tests.conftest import wait_for
 from tune.tracking import default_uri
 
 pytestmark = pytest.mark.ray
@@ -49,15 +49,6 @@ def net_connections(process):
         return process.net_connections("inet")
     except psutil.Error:
         return []
-
-
-def wait_for(condition, timeout_s=120.0):
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.2)
-    raise AssertionError("waited in vain")
 
 
 def policies(folder):

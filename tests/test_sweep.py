@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from aepo import cli, run
-from aepo.console import err
 from aepo.errors import CheckpointError, ConfigError, DataError, Interrupted, ResourceError
 from tune import board, commands, estimate, trainable
-from tune.board import LOCK, STOP, Board, driving, is_driven, status
-from tune.plan import make_plan, run_folder, write_manifest
+from tune.board import LOCK, Board, driving, is_driven, status
+from tune.plan import STOP, make_plan, run_folder, write_manifest
 
 CPU = torch.device("cpu")
 TINY = [f"{stage}.{key}" for stage in ("behavior", "critic", "energy") for key in ("steps=20", "hidden_size=16")]
@@ -146,10 +145,10 @@ def test_the_estimate_is_of_the_order_of_the_truth(make_dataset, tiny_config):
 
 def test_memory_counts_the_support_actions_that_a_method_keeps():
     plan = make_plan(("maze2d-umaze",), (), (0,), presets=("best-paper", "qgpo-paper"), overrides={})
-    plain, qgpo = (estimate.memory_gib(config, "train", action_dim=6) for config in plan)
+    plain, qgpo = (estimate.memory_gib(config, "train") for config in plan)
     assert plain == 1.2
-    assert qgpo - plain == pytest.approx(2 * 1_000_000 * 16 * 6 * 4 / 2**30)
-    assert estimate.memory_gib(plan[0], "inline", action_dim=6) < plain
+    assert qgpo - plain == pytest.approx(2 * 1_000_000 * 16 * estimate.MAX_ACTION_DIM * 4 / 2**30)
+    assert estimate.memory_gib(plan[0], "inline") < plain
 
 
 def test_long_runs_come_first():
@@ -360,10 +359,6 @@ def test_a_full_disk_is_a_row_that_says_so(sweep, values, monkeypatch):
     result = run.read_result(run_folder(folder, plan[3]))
     assert result["status"] == "failed"
     assert result["error"].startswith("ResourceError: no space left for ")
-
-
-def test_the_console_is_no_terminal_here():
-    assert not err.is_terminal  # or the sweeps of these tests would ask
 
 
 def test_memory_and_cores_bound_the_slots():

@@ -23,7 +23,7 @@ from aepo import run, tasks
 from aepo.errors import DataError
 from aepo.policy import Policy
 from aepo.presets import preset
-from tests.conftest import random_transitions, write_pendulum
+from tests.conftest import random_transitions, wait_for, write_pendulum
 from tune.plan import run_folder, write_manifest
 from tune.record import collect_rows, write_rows
 from tune.tracking import SWEEP, TAG, Tracker
@@ -440,15 +440,6 @@ class Server:
                 found[run_id][key].append(step)
         connection.close()
         return found
-
-
-def wait_for(condition, timeout_s):
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 def append_rows(folder, config, steps):

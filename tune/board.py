@@ -1,7 +1,6 @@
 """Where every run of a sweep stands, read from its folder alone: from any terminal, while it runs or after."""
 
 import dataclasses
-import fcntl
 import os
 import time
 from collections import deque
@@ -18,10 +17,10 @@ from aepo import rundir
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.errors import AEPOError, ResourceError
-from tune.plan import RUNS
+from tune.plan import RUN_FOLDERS, STOP
 
 COLUMNS = ("stage", "step", "steps/s", "left", "score")
-LOCK, STOP = "sweep.lock", "stop"
+LOCK = "sweep.lock"
 TAIL_BYTES = 8_000
 """Of a metrics file, read when a board is made for runs that are under way already."""
 LOG_LINES = 5
@@ -42,7 +41,7 @@ def driving(sweep: Path) -> Iterator[None]:
     sweep.mkdir(parents=True, exist_ok=True)
     with (sweep / LOCK).open("a+") as file:
         for _ in range(10):  # one that only looks is gone by then
-            if held := _lock(file.fileno()):
+            if held := rundir.try_lock(file.fileno()):
                 break
             time.sleep(0.1)
         if not held:
@@ -62,19 +61,9 @@ def is_driven(sweep: Path) -> bool:
     """Return whether a process carries the sweep out now."""
     try:
         with (sweep / LOCK).open("r+") as file:
-            return not _lock(file.fileno())
+            return not rundir.try_lock(file.fileno())
     except FileNotFoundError:
         return False
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 @dataclasses.dataclass
@@ -98,7 +87,7 @@ class Board:
     def __init__(self, sweep: Path, plan: Sequence[RunConfig]):
         """Nothing is read before `refresh`; of what was written before, the ends."""
         names = [config.name for config in plan]  # a digest of the whole config each: once
-        self._plan = {name: (config, sweep / RUNS / name) for name, config in zip(names, plan, strict=True)}
+        self._plan = {name: (config, sweep / RUN_FOLDERS / name) for name, config in zip(names, plan, strict=True)}
         self._seen = {
             name: _Seen(offset=_near_end(folder / rundir.METRICS)) for name, (_, folder) in self._plan.items()
         }
@@ -132,9 +121,14 @@ class Board:
         return self._plan
 
     @property
+    def num_ended(self) -> int:
+        """Runs that have a result."""
+        return sum(seen.result is not None for seen in self._seen.values())
+
+    @property
     def all_ended(self) -> bool:
         """Whether every run has a result."""
-        return all(seen.result is not None for seen in self._seen.values())
+        return self.num_ended == len(self._seen)
 
     def result(self, name: str) -> dict[str, Any] | None:
         """Return the result of a run, None if it has not ended."""
@@ -151,7 +145,7 @@ class Board:
     def table(self) -> Table:
         """Return the rows as a table, the newest 40."""
         rows = self.rows()
-        ended = sum(seen.result is not None for seen in self._seen.values())
+        ended = self.num_ended
         table = Table(title=f"{ended} of {len(self._plan)} runs ended", title_justify="left")
         for column in ("run", *COLUMNS):
             table.add_column(column, justify="left" if column in ("run", "stage") else "right")

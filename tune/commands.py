@@ -108,8 +108,8 @@ class Sweep:
         return wanted._carry_out()
 
     def _look(self) -> int:
-        from tune.board import STOP, is_driven, status, watch
-        from tune.plan import read_manifest
+        from tune.board import is_driven, status, watch
+        from tune.plan import STOP, read_manifest
 
         sweep = self.out.resolve()
         plan = read_manifest(sweep)
@@ -201,7 +201,7 @@ class Sweep:
 
     def _show_plan(self, plan: Sequence[RunConfig], waiting: Sequence[RunConfig]) -> list[dict[str, Any]]:
         """Print the plan, a row per task and method, with what it is estimated to take; return the rows."""
-        from tune.estimate import MAX_ACTION_DIM, memory_gib, seconds_per_run
+        from tune.estimate import memory_gib, seconds_per_run
 
         here = [config for config in plan if _is_here(config.data.dataset)]
         seconds = seconds_per_run([config for config in here if config in waiting], cpus=self.cpus, gpus=self.gpus)
@@ -219,7 +219,7 @@ class Sweep:
                     "to do": len(to_do),
                     "steps": runs[0].num_steps,
                     "seconds": max(known, default=None),
-                    "memory_gib": memory_gib(runs[0], self.runner, action_dim=MAX_ACTION_DIM),
+                    "memory_gib": memory_gib(runs[0], self.runner),
                     "data": "here" if runs[0] in here else "missing",
                 }
             )

@@ -9,14 +9,14 @@ from rich.progress import track
 from aepo import pipeline, run
 from aepo.config import CriticConfig, EnergyConfig, GuidedConfig, RunConfig, with_overrides
 from aepo.console import err
-from aepo.data.transitions import Transitions, load_transitions
+from aepo.data.transitions import Transitions
 
 SECONDS = 0.4
 """Per stage measured."""
 BASE_GIB = {"train": 1.2, "inline": 0.6}
-"""By runner, measured: driver, controller and worker of one running trial, or the one process (docs/operations.md)."""
+"""By runner, half above what was measured: processes of one running trial (docs/operations.md)."""
 MAX_ACTION_DIM = 30
-"""Of the benchmark's tasks; for the estimate of memory."""
+"""Of the benchmark's tasks; memory is estimated before data are read."""
 MEASURED_SUPPORT = 512
 """States with support actions while rates are measured; drawing them is preparation, not a step."""
 
@@ -32,7 +32,7 @@ def seconds_per_run(plan: Sequence[RunConfig], *, cpus: float, gpus: float) -> d
     datasets: dict[Any, Transitions] = {}
     for config in plan:
         if config.data not in datasets:
-            datasets[config.data] = _load(config)
+            datasets[config.data] = run.load_data(config)
         data = datasets[config.data]
         same = dataclasses.replace(config, task="", suite="", preset="", seed=0, data=plan[0].data)
         kinds.setdefault((same, data.state_dim, data.action_dim), []).append(config)
@@ -61,18 +61,13 @@ def work(config: RunConfig) -> float:
     )
 
 
-def memory_gib(config: RunConfig, runner: str, *, action_dim: int) -> float:
+def memory_gib(config: RunConfig, runner: str) -> float:
     """Return the memory of a run: processes, and the support actions that a stage keeps; data are shared."""
     support = 0
     if isinstance(config, GuidedConfig):
         for stage in _keepers(config):
-            support += stage.num_support_states * stage.num_samples * action_dim * 4
+            support += stage.num_support_states * stage.num_samples * MAX_ACTION_DIM * 4
     return BASE_GIB[runner] + support / 2**30
-
-
-def _load(config: RunConfig) -> Transitions:
-    data = config.data
-    return load_transitions(data.dataset, observation_keys=data.observation_keys, reward_rule=data.reward_rule)
 
 
 def _light(config: RunConfig) -> RunConfig:

@@ -20,8 +20,8 @@ from aepo.errors import CheckpointError, ConfigError
 from aepo.presets import preset
 
 MANIFEST = "sweep.json"
-RUNS = "runs"
-"""Folder of the runs' folders."""
+RUN_FOLDERS, STOP = "runs", "stop"
+"""In a sweep's folder: the runs' own; and the file that asks the sweep to stop."""
 FORMAT = 1
 PACKAGES = ["torch", "ray", "mlflow", "minari", "gymnasium", "gymnasium-robotics", "mujoco", "numpy", "pandas"]
 
@@ -64,7 +64,7 @@ def make_plan(
 
 def run_folder(sweep: Path, config: RunConfig) -> Path:
     """Return the folder of one run of a sweep."""
-    return sweep / RUNS / config.name
+    return sweep / RUN_FOLDERS / config.name
 
 
 def write_manifest(sweep: Path, plan: Sequence[RunConfig], digests: Mapping[str, str] | None = None) -> None:

@@ -15,15 +15,14 @@ from typing import Any, Literal
 
 from rich.live import Live
 
-from aepo import parallel, rundir
+from aepo import parallel, run, rundir
 from aepo.config import RunConfig
 from aepo.console import err
-from aepo.data.transitions import load_transitions
 from aepo.errors import DataError, ResourceError
 from aepo.evaluate import Evaluator
-from tune.board import LINE_INTERVAL_S, STOP, Board, driving
-from tune.estimate import MAX_ACTION_DIM, memory_gib, work
-from tune.plan import pending, read_digests, run_folder, write_manifest
+from tune.board import LINE_INTERVAL_S, Board, driving
+from tune.estimate import memory_gib, work
+from tune.plan import STOP, pending, read_digests, run_folder, write_manifest
 from tune.record import collect_rows, write_rows
 from tune.tracking import Tracker
 
@@ -120,11 +119,10 @@ def _drive(
 def _check_data(plan: Sequence[RunConfig], digests: dict[str, str]) -> dict[str, str]:
     """Decode every data set once and make every environment once, before anything is scheduled; return all digests."""
     for config in {config.data: config for config in plan}.values():
-        data = config.data
-        found = load_transitions(data.dataset, observation_keys=data.observation_keys, reward_rule=data.reward_rule)
-        if digests.setdefault(data.dataset, found.digest) != found.digest:
+        found, name = run.load_data(config), config.data.dataset
+        if digests.setdefault(name, found.digest) != found.digest:
             raise DataError(
-                f"{data.dataset} has changed since this sweep was planned ({digests[data.dataset]} then, "
+                f"{name} has changed since this sweep was planned ({digests[name]} then, "
                 f"{found.digest} now); bring the old data, or sweep into another folder"
             )
         Evaluator.of(config).close()
@@ -165,7 +163,7 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
             logging_level=logging.ERROR,
         )
     try:
-        memory = max(memory_gib(config, resources.runner, action_dim=MAX_ACTION_DIM) for config in plan)
+        memory = max(memory_gib(config, resources.runner) for config in plan)
         slots = _slots(ray.nodes(), resources, memory)  # type: ignore[no-untyped-call]
         concurrent = min(slots, resources.max_concurrent or slots, len(plan))
         inline = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
@@ -248,7 +246,7 @@ def _watch(
 
     def watch() -> None:
         next_ship, next_line = 0.0, time.monotonic() + LINE_INTERVAL_S
-        backoff = SHIP_INTERVAL_S
+        backoff, written = SHIP_INTERVAL_S, -1
         with Live(board.table(), console=err, auto_refresh=False) if err.is_terminal else nullcontext() as live:
             while True:
                 last = stop.wait(1.0)
@@ -264,15 +262,12 @@ def _watch(
                 if time.monotonic() >= next_ship:
                     backoff = SHIP_INTERVAL_S if tracker.ship() else min(300.0, 2 * backoff)
                     next_ship = time.monotonic() + backoff
-                    write_rows(sweep, collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids))
+                    if board.num_ended != written:
+                        written = board.num_ended
+                        write_rows(sweep, collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids))
 
-    thread = threading.Thread(target=_reporting, args=(watch,), name="watch", daemon=True)
-    thread.start()
-    try:
+    with _thread(lambda: _reporting(watch), stop):
         yield
-    finally:
-        stop.set()
-        thread.join(timeout=60)
 
 
 @contextmanager
@@ -285,7 +280,14 @@ def _in_background(action: Callable[[], object], *, every_s: float) -> Iterator[
             with suppress(Exception):
                 action()
 
-    thread = threading.Thread(target=repeat, name=getattr(action, "__name__", None), daemon=True)
+    with _thread(repeat, stop):
+        yield
+
+
+@contextmanager
+def _thread(target: Callable[[], None], stop: threading.Event) -> Iterator[None]:
+    """Run a function beside the body; `stop` is set at its end, and the function waited for."""
+    thread = threading.Thread(target=target, daemon=True)
     thread.start()
     try:
         yield

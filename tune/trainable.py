@@ -19,6 +19,8 @@ import ray.train
 import ray.train.v2.api.data_parallel_trainer as v2
 import ray.tune
 
+from tune.plan import RUN_FOLDERS, STOP, read_planned
+
 MAX_WORKER_FAILURES = 3
 STOP_INTERVAL_S = 1.0
 """Between two looks for the file that asks a sweep to stop."""
@@ -67,7 +69,7 @@ def run_trial(values: dict[str, Any]) -> None:
     """
     if _is_stopped(values):
         return
-    folder = Path(values["sweep"]) / "runs" / values["run"]
+    folder = Path(values["sweep"]) / RUN_FOLDERS / values["run"]
     trainer = SlimTrainer(
         train_worker,
         backend_config=_backend(values),
@@ -128,19 +130,18 @@ def _is_repeated(folder: Path, text: str) -> bool:
 def _follow(values: dict[str, Any]) -> None:
     from aepo import run
     from aepo.errors import AEPOError, Interrupted
-    from tune.plan import read_planned
 
     sweep = Path(values["sweep"])
     config = read_planned(sweep, values["run"])
     run.set_threads(max(1, int(values["cpus"])))
     _claim_share(values["gpus"])
-    store = run.FolderStore(sweep / "runs" / config.name)
+    store = run.FolderStore(sweep / RUN_FOLDERS / config.name)
     with contextlib.suppress(AEPOError, Interrupted):  # the leader says it
         run.follow(config, store, device=run.select_device("cuda" if values["gpus"] else "cpu"))
 
 
 def _is_stopped(values: dict[str, Any]) -> bool:
-    return (Path(values["sweep"]) / "stop").exists()
+    return (Path(values["sweep"]) / STOP).exists()
 
 
 def _claim_share(gpus: float) -> None:
@@ -155,11 +156,10 @@ def _execute(values: dict[str, Any]) -> None:
     from aepo import run, rundir
     from aepo.errors import AEPOError, Interrupted
     from aepo.store import StageStore
-    from tune.plan import read_planned
 
     sweep = Path(values["sweep"])
     config = read_planned(sweep, values["run"])
-    folder = sweep / "runs" / config.name
+    folder = sweep / RUN_FOLDERS / config.name
     folder.mkdir(parents=True, exist_ok=True)
     run.set_threads(max(1, int(values["cpus"])))
     _claim_share(values["gpus"])

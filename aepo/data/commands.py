@@ -73,7 +73,7 @@ class Download:
 
     def run(self) -> int:
         """Download, join and print what came; return the exit status."""
-        from aepo.data.library import download
+        from aepo.data.download import download
 
         wanted = [
             tasks.find(name, "minari") if name in tasks.table() else tasks.for_dataset(name) for name in self.names

@@ -1,7 +1,6 @@
 """New data sets appear whole or not at all: they are made in a hidden folder of Minari's library and then renamed."""
 
 import contextlib
-import fcntl
 import functools
 import itertools
 import math
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aepo.console import err
 from aepo.data.episodes import DAMAGE, one_line, read_episode
 from aepo.errors import DataError
+from aepo.rundir import try_lock
 
 CHUNK_EPISODES = 100
 """Written episodes between two updates of a progress bar."""
@@ -154,12 +154,8 @@ def locked_staging(dataset_id: str, doing: str) -> Iterator[Path]:
     except OSError as error:
         raise DataError(f"{one_line(error)}; make the library writable, or set MINARI_DATASETS_PATH") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"another process is {doing} it in {folder}; wait until that has ended") from error
-        except OSError:  # a file system without locks
-            pass
+        if not try_lock(handle):
+            raise DataError(f"another process is {doing} it in {folder}; wait until that has ended")
         yield folder
     finally:
         os.close(handle)

@@ -106,7 +106,8 @@ def postgres(folder):
     words = [*user, programs[-1] / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", data]
     with group(words, log, cwd="/"):
         wait_for(lambda: socket.create_connection(("127.0.0.1", port), timeout=1).close() or True, log)
-        time.sleep(1.0)  # it listens before it answers
+        ready = [programs[-1] / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+        wait_for(lambda: subprocess.run(ready, capture_output=True, check=False).returncode == 0, log)
         yield f"postgresql+psycopg://mlflow@127.0.0.1:{port}/postgres"
 
 

@@ -13,19 +13,17 @@ from threading import Thread
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
-import gymnasium
 import huggingface_hub
 import minari
 import numpy as np
 import pytest
 from huggingface_hub import constants
-from minari.data_collector.episode_buffer import EpisodeBuffer
 
 from aepo import cli
-from aepo.data import combine as combining
-from aepo.data import library, staging
+from aepo.data import download as downloading
+from aepo.data import staging
 from aepo.data.combine import combine
-from aepo.data.library import download
+from aepo.data.download import download
 from aepo.errors import ConfigError, DataError, ResourceError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -188,7 +186,7 @@ def point_client_at(url, monkeypatch, tmp_path):
     }
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(library, "WAIT_S", 0.01)
+    monkeypatch.setattr(downloading, "WAIT_S", 0.01)
     monkeypatch.delenv("MINARI_REMOTE", raising=False)
 
 
@@ -224,7 +222,7 @@ def assert_same_episodes(got, wanted):
 
 
 def test_importing_it_loads_neither_minari_nor_its_client():
-    code = "import sys, aepo.data.library; print([m for m in sys.modules if m in sys.argv])"
+    code = "import sys, aepo.data.download; print([m for m in sys.modules if m in sys.argv])"
     heavy = ["minari", "huggingface_hub", "gymnasium", "h5py"]
     done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -291,7 +289,7 @@ def test_several_come_at_once_in_the_order_asked_for(hub, make_dataset, monkeypa
         make_dataset(name, num_episodes=num_episodes)
         hub.publish(name)
     running, most = [], []
-    one = library._download_one
+    one = downloading._download_one
 
     def watched(*args, **kwargs):
         running.append(args[0])
@@ -301,7 +299,7 @@ def test_several_come_at_once_in_the_order_asked_for(hub, make_dataset, monkeypa
         running.remove(args[0])
         return summary
 
-    monkeypatch.setattr(library, "_download_one", watched)
+    monkeypatch.setattr(downloading, "_download_one", watched)
     summaries = download([*names, EXPERT], jobs=2)
     assert [summary.dataset for summary in summaries] == names
     assert [summary.num_episodes for summary in summaries] == [1, 2, 3]
@@ -323,7 +321,7 @@ def test_an_interrupted_transfer_shows_no_data_set_and_goes_on_where_it_ended(hu
     assert HUMAN in str(caught.value)
     assert minari.list_local_datasets() == {}
     assert not (root / HUMAN).exists()
-    assert hub.ranges() == [None] + [f"bytes={size // 2}-"] * (library.TRIES - 1)
+    assert hub.ranges() == [None] + [f"bytes={size // 2}-"] * (downloading.TRIES - 1)
     hub.end = None
     hub.seen.clear()
     (summary,) = download([HUMAN])
@@ -337,7 +335,7 @@ def test_a_connection_that_breaks_once_is_taken_up_again(hub, make_dataset, monk
     make_dataset(HUMAN)
     hub.publish(HUMAN)
     size = len(hub.files["D4RL"]["pen/human-v2/data/main_data.hdf5"])
-    hub.end, receive = size // 3, library._receive
+    hub.end, receive = size // 3, downloading._receive
 
     def receive_and_mend(*args, **kwargs):
         try:
@@ -346,7 +344,7 @@ def test_a_connection_that_breaks_once_is_taken_up_again(hub, make_dataset, monk
             if hub.ranges():
                 hub.end = None
 
-    monkeypatch.setattr(library, "_receive", receive_and_mend)
+    monkeypatch.setattr(downloading, "_receive", receive_and_mend)
     (summary,) = download([HUMAN])
     assert summary.num_bytes == sum(len(hub.files["D4RL"][f"pen/human-v2/data/{name}"]) for name in FILES)
     assert hub.ranges() == [None, f"bytes={size // 3}-"]
@@ -359,7 +357,7 @@ def test_a_killed_process_shows_no_data_set_and_the_next_goes_on(sent, hub, root
     hub.publish(HUMAN)
     size = len(hub.files["D4RL"]["pen/human-v2/data/main_data.hdf5"])
     hub.end, hub.trickle = size // 2, True
-    code = f"from aepo.data.library import download; download([{HUMAN!r}])"
+    code = f"from aepo.data.download import download; download([{HUMAN!r}])"
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "hf"),
@@ -475,7 +473,7 @@ def test_without_network_the_error_comes_at_once_and_says_how_to_do_without(root
 
 def test_a_server_that_never_answers_is_given_up(hub, monkeypatch):
     monkeypatch.setattr(Handler, "answer", lambda self, *, with_body: time.sleep(1))
-    monkeypatch.setattr(library, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(downloading, "TIMEOUT_S", 0.2)
     begin = time.monotonic()
     with pytest.raises(DataError, match="ReadTimeout"):
         download([HUMAN])
@@ -598,15 +596,6 @@ def test_a_disk_that_is_too_small_is_said_before_it_is_full(hub, root, make_data
     assert "minari download" not in str(caught.value)
 
 
-def test_a_library_that_cannot_be_written_is_said(parts, root, monkeypatch):
-    def refuse(path, *_, **__):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "mkdir", refuse)  # root may write anywhere
-    with pytest.raises(DataError, match=rf"Permission denied: '{re.escape(str(root))}/.combining.*; make the library"):
-        combine(BOTH, parts, **WORDS)
-
-
 def test_settings_that_cannot_be_are_refused(hub, monkeypatch):
     with pytest.raises(ConfigError, match="jobs >= 1"):
         download([HUMAN], jobs=0)
@@ -618,156 +607,3 @@ def test_settings_that_cannot_be_are_refused(hub, monkeypatch):
     with pytest.raises(ResourceError, match=r'pip install "minari\[hf\]"'):
         download([HUMAN])
     assert hub.seen == []
-
-
-# Combinations.
-
-MEDIUM, BEST, BOTH = "tests/pendulum/medium-v0", "tests/pendulum/expert-v0", "local/tests/both-v0"
-WORDS = {"description": "both", "ref_min": -1300.0, "ref_max": -100.0}
-
-
-@pytest.fixture
-def parts(make_dataset):
-    make_dataset(MEDIUM, num_episodes=2)
-    make_dataset(BEST, num_episodes=3, edit=lambda arrays: arrays["rewards"].fill(7))
-    return [MEDIUM, BEST]
-
-
-def test_a_combined_set_holds_the_episodes_of_its_parts_in_their_order(parts, root, capsys):
-    summary = combine(BOTH, parts, **WORDS)
-    wanted = [episode for part in parts for episode in episodes(part)]
-    oracle = minari.combine_datasets([minari.load_dataset(part) for part in parts], "tests/pendulum/oracle-v0")
-    assert_same_episodes(list(oracle.iterate_episodes()), wanted)
-    for part in parts:
-        minari.delete_dataset(part)
-    capsys.readouterr()
-    dataset = minari.load_dataset(BOTH)
-    assert_same_episodes(list(dataset.iterate_episodes()), wanted)
-    assert [episode.id for episode in dataset.iterate_episodes()] == [0, 1, 2, 3, 4]
-    assert [m["id"] for m in dataset.storage.get_episode_metadata(range(5))] == [0, 1, 2, 3, 4]
-    assert (dataset.total_episodes, dataset.total_steps) == (5, 200)
-    assert dataset.combined_datasets == parts
-    assert dataset.env_spec == oracle.env_spec
-    assert dataset.recover_environment(eval_env=True).spec.max_episode_steps == 40
-    metadata = dataset.storage.metadata
-    assert (metadata["description"], metadata["ref_min_score"], metadata["ref_max_score"]) == ("both", -1300, -100)
-    assert (summary.combined, summary.parts, summary.path) == (True, tuple(parts), str(root / BOTH))
-    assert (summary.num_episodes, summary.num_steps, summary.ref_min, summary.ref_max) == (5, 200, -1300, -100)
-    assert capsys.readouterr().out == ""
-    assert set(minari.list_local_datasets()) == {BOTH, "tests/pendulum/oracle-v0"}
-
-
-def store(dataset_id, size=3, *, num_episodes=2, value=0.0, **kwargs):
-    """Write episodes of one step with seeds, a Dict observation and infos."""
-    box = gymnasium.spaces.Box(-1.0, 1.0, (size,), np.float64)
-    buffers = [
-        EpisodeBuffer(
-            id=episode,
-            seed=10 * episode + 3,
-            observations={"where": np.full((2, size), value + episode)},
-            actions=np.zeros((1, size)),
-            rewards=np.array([1.0]),
-            terminations=np.array([True]),
-            truncations=np.array([False]),
-            infos={"qpos": np.full((2, 4), value)},
-        )
-        for episode in range(num_episodes)
-    ]
-    words = {"author": "tests", "author_email": "t@example.org", "code_permalink": "tests", "algorithm_name": "none"}
-    options = {"observation_space": gymnasium.spaces.Dict({"where": box}), "action_space": box, **words, **kwargs}
-    minari.create_dataset_from_buffers(
-        dataset_id, buffers, description="stored", **({"env": "Pendulum-v1", "eval_env": "Pendulum-v1"} | options)
-    )
-    return dataset_id
-
-
-def test_seeds_infos_and_dict_observations_survive(capsys):
-    store("tests/a/one-v0", value=0.1)
-    store("tests/a/two-v0", value=0.5, algorithm_name="other")
-    combine(BOTH, ["tests/a/two-v0", "tests/a/one-v0"], description="", ref_min=None, ref_max=None)
-    dataset = minari.load_dataset(BOTH)
-    found = list(dataset.iterate_episodes())
-    assert [episode.observations["where"][0, 0] for episode in found] == [0.5, 1.5, 0.1, 1.1]
-    assert [episode.infos["qpos"][0, 0] for episode in found] == [0.5, 0.5, 0.1, 0.1]
-    assert [m["seed"] for m in dataset.storage.get_episode_metadata(range(4))] == [3, 13, 3, 13]
-    assert "ref_min_score" not in dataset.storage.metadata
-    assert "algorithm_name" not in dataset.storage.metadata
-    assert dataset.storage.metadata["author"] == {"tests"}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"size": 4}, r"observation space of tests/a/two-v0 is .*\(4,\)"),
-        ({"action_space": gymnasium.spaces.Box(-2.0, 2.0, (3,), np.float64)}, r"action space of tests/a/two-v0 is"),
-        (
-            {"env": "MountainCarContinuous-v0"},
-            r"different environments \(tests/a/one-v0 Pendulum-v1, tests/a/two-v0 Mount",
-        ),
-        ({"eval_env": "MountainCarContinuous-v0"}, r"evaluation environment of tests/a/two-v0 is"),
-        ({"data_format": "arrow"}, r"format of tests/a/two-v0 is arrow"),
-    ],
-)
-def test_parts_that_are_not_alike_are_not_combined(change, message):
-    store("tests/a/one-v0")
-    store("tests/a/two-v0", **change)
-    with pytest.raises(DataError, match=message):
-        combine(BOTH, ["tests/a/one-v0", "tests/a/two-v0"], description="", ref_min=None, ref_max=None)
-    assert BOTH not in minari.list_local_datasets()
-
-
-def test_what_cannot_be_combined_is_refused(parts, root):
-    with pytest.raises(DataError, match=f"needs {HUMAN}, which is not in .*; aepo data download {HUMAN}"):
-        combine(BOTH, [MEDIUM, HUMAN], **WORDS)
-    for wrong in ([], [MEDIUM], [MEDIUM, MEDIUM], [MEDIUM, BOTH]):
-        with pytest.raises(DataError, match="two or more different parts"):
-            combine(BOTH, wrong, **WORDS)
-    for low, high in ((1.0, 0.0), (float("nan"), 1.0), (None, 1.0), (0.0, None)):
-        with pytest.raises(ConfigError, match="reference return"):
-            combine(BOTH, parts, description="", ref_min=low, ref_max=high)
-    with (root / BEST / "data" / "main_data.hdf5").open("r+b") as file:
-        file.truncate(5000)
-    with pytest.raises(DataError, match=f"{BEST} is no complete data set .*; aepo data download {BEST} --overwrite"):
-        combine(BOTH, parts, **WORDS)
-    assert not (root / BOTH).exists()
-
-
-def test_a_combined_set_that_is_there_is_left_alone_unless_it_is_to_be_replaced(parts, make_dataset, capsys):
-    combine(BOTH, parts, **WORDS)
-    again = combine(BOTH, parts[::-1], description="other", ref_min=0.0, ref_max=1.0)
-    assert (again.combined, again.parts, again.ref_min) == (False, tuple(parts), -1300)
-    assert "was left alone" in capsys.readouterr().err
-    again = combine(BOTH, parts[::-1], description="other", ref_min=0.0, ref_max=1.0, overwrite=True)
-    assert (again.combined, again.parts, again.ref_min) == (True, tuple(parts[::-1]), 0)
-    assert_same_episodes(episodes(BOTH), [*episodes(BEST), *episodes(MEDIUM)])
-
-
-def test_a_process_killed_before_the_last_step_leaves_nothing_to_see(parts, root):
-    code = (
-        "import os, signal, aepo.data.combine as combining\n"
-        "combining.publish = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"combining.combine({BOTH!r}, {parts!r}, **{WORDS!r})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert list(root.glob(".combining.*/data/metadata.json"))
-    assert set(minari.list_local_datasets()) == set(parts)
-    combine(BOTH, parts, **WORDS)
-    assert len(episodes(BOTH)) == 5
-    assert not list(root.glob(".*"))
-
-
-def test_one_that_fails_in_the_middle_leaves_nothing_and_spares_the_one_that_is_there(parts, root, monkeypatch):
-    combine(BOTH, parts, **WORDS)
-    before = episodes(BOTH)
-    copy = combining._copy_episodes
-
-    def full(*args):
-        copy(*args)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(combining, "_copy_episodes", full)
-    with pytest.raises(DataError, match="No space left on device"):
-        combine(BOTH, parts[::-1], **WORDS, overwrite=True)
-    assert_same_episodes(episodes(BOTH), before)
-    assert not list(root.glob(".*"))
