@@ -39,7 +39,7 @@ class Sweep:
       aepo sweep --watch --out sweeps/mazes
     """
 
-    file: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="FILE")]] = None
+    file: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[FILE]")]] = None
     """TOML with the same names as the flags below, as in docs/operations.md; a flag that is given wins. Or the
     sweep.json of a sweep, whose runs are then planned again."""
     task: tuple[str, ...] = ()

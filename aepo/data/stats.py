@@ -54,8 +54,11 @@ def draw(data: Transitions, path: Path, *, title: str) -> None:
         axes.hist(values, bins=NUM_BINS, color="#0072B2")
         axes.axvline(values.mean(), color="#D55E00", label=f"mean {values.mean():.4g}")
         axes.set(xlabel=name, ylabel="episodes")
+        axes.ticklabel_format(useOffset=False)  # lengths around 1,000 read 1000, not "+1e3"
+        for axis in (axes.yaxis, axes.xaxis) if values.dtype.kind == "i" else (axes.yaxis,):
+            axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
