@@ -201,9 +201,8 @@ def _train_and_evaluate(
     stages = list(config.stages)
     if saved is not None:
         place = {name: int(saved["state"][name]["step"]) for name in stages}
-        err.print(
-            f"{config.name} continues behind {', '.join(f'{name} step {step:,}' for name, step in place.items())}"
-        )
+        reached = ", ".join(f"{name} step {step:,}" for name, step in place.items())
+        err.print(f"{config.name} continues behind {reached}", soft_wrap=True)
     spool = Spool(folder / METRICS, stages)
     points = _curve_points(config)
     last_saved = time.monotonic()

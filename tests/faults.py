@@ -174,6 +174,7 @@ def recomputed(sweep: Path) -> list[tuple[str, int, float]]:
             reached, last_s = steps[gap - 1], rows[gap - 1]["time"]
             for match in re.finditer(r"continues behind (.*)", text):
                 behind = sum(int(number.replace(",", "")) for number in re.findall(r"step ([\d,]+)", match[1]))
+                assert match[1].count("step") == 3, f"a line of {folder.name}'s log is broken: {match[0]!r}"
                 before = [row["time"] for row, step in zip(rows, steps, strict=True) if step <= behind]
                 if behind <= reached and before and 0 <= last_s - before[-1] < 60:
                     found.append((folder.name, reached - behind, last_s - before[-1]))

@@ -143,6 +143,7 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nobody reads Tune's own state: a sweep resumes from its run folders
         "RAY_AIR_NEW_OUTPUT": "0",
     }.items():
         os.environ.setdefault(name, value)
@@ -151,7 +152,7 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
     import ray
     import ray.tune
 
-    from tune.trainable import free_orphans, run_inline, run_trial
+    from tune.trainable import ForgetEnded, free_orphans, run_inline, run_trial
 
     if resources.address:
         ray.init(address=resources.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -191,6 +192,7 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
                 name=f"tune-{os.getpid()}-{int(time.time())}",
                 storage_path=str(sweep / "tune"),
                 failure_config=ray.tune.FailureConfig(max_failures=2),
+                callbacks=[ForgetEnded()],
                 verbose=0,
             ),
         )
