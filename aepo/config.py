@@ -9,9 +9,11 @@ import hashlib
 import json
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -334,11 +336,20 @@ class RunConfig:
     """The preset from which the other fields came; a name, without effect."""
     data: DataConfig
     evaluation: EvaluationConfig
+    rounds: tuple[float, ...] = (1.0,)
+    """Share of every stage's steps that is taken by the end of each round, rising to 1. A round goes through all
+    stages and ends with an evaluation, so that a search can compare runs early; one round is the paper's pipeline."""
 
     def __post_init__(self) -> None:
         _check(self, seed="[0, 2147483647]")
         if CLASSES.get(self.method) is not type(self):
             raise ConfigError(f"{type(self).__name__}: method {self.method!r} does not have these stages")
+        shares = (0.0, *self.rounds)
+        if shares[-1] != 1.0 or not all(low < high for low, high in pairwise(shares)):
+            raise ConfigError(f"rounds must rise from above 0 to 1, as in 0.1, 0.3, 1; got {list(self.rounds)}")
+        for name in self.stages:
+            if not all(low < high for low, high in pairwise([0, *self.round_ends(name)])):
+                raise ConfigError(f"{len(self.rounds)} rounds want more steps than {self.stages[name].steps} of {name}")
 
     @property
     def stages(self) -> dict[str, StageConfig]:
@@ -349,8 +360,10 @@ class RunConfig:
     @property
     def fingerprint(self) -> str:
         """12 hex digits of the whole config."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        values = dataclasses.asdict(self)
+        if self.rounds == (1.0,):
+            del values["rounds"]  # so that runs from before there were rounds go on
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def name(self) -> str:
@@ -362,6 +375,20 @@ class RunConfig:
     def num_steps(self) -> int:
         """Gradient steps of all stages."""
         return sum(stage.steps for stage in self.stages.values())
+
+    def round_ends(self, stage: str) -> list[int]:
+        """Return the step of a stage at which each round leaves it."""
+        return [round(share * self.stages[stage].steps) for share in self.rounds]
+
+    def place(self, stage: str, step: int) -> tuple[int, int, int]:
+        """Return (round, number of the stage, step) of a step >= 1: places sort as training goes."""
+        return bisect_left(self.round_ends(stage), step), list(self.stages).index(stage), step
+
+    def steps_until(self, stage: str, step: int) -> int:
+        """Return the gradient steps that the run has taken, in all stages, when a stage has come to a step >= 1."""
+        here, number, _ = self.place(stage, step)
+        ends = [[0, *self.round_ends(name)] for name in self.stages]
+        return step + sum(ends[i][here + (i < number)] for i in range(len(ends)) if i != number)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

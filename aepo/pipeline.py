@@ -64,6 +64,10 @@ class Progress:
     """Gradient steps taken in this stage."""
     num_steps: int
     """Gradient steps of this stage in all."""
+    round: int
+    """Of the config's rounds, from 0."""
+    ends_stage: bool
+    """Whether this is the stage's last step in the round."""
     metrics: dict[str, float]
     """`behavior/loss` and the like at this step; empty between logs."""
     state: PipelineState
@@ -93,8 +97,9 @@ def train(
     state, train_steps = _prepare(config, data, device)
     if resume is not None:
         checkpoint.restore(state, resume)
-    for name, train_step in train_steps.items():
-        yield from _stage(name, train_step, getattr(state, name), config.stages[name].steps, state)
+    for number in range(len(config.rounds)):
+        for name, train_step in train_steps.items():
+            yield from _stage(config, name, number, train_step, state)
 
 
 def measure_rates(config: RunConfig, data: Transitions, *, device: torch.device, seconds: float) -> dict[str, float]:
@@ -149,13 +154,15 @@ def _guided(
     def behavior_step() -> Metrics:
         return behavior.train_step(state.behavior, config.behavior, data)
 
+    critic_begins, energy_begins = ({0, *config.round_ends(stage)} for stage in ("critic", "energy"))
+
     def critic_step() -> Metrics:
-        if state.critic.step == 0:
+        if state.critic.step in critic_begins:
             critic.measure(state.critic, config.critic, data, state.behavior)
         return critic.train_step(state.critic, config.critic, data, steps)
 
     def energy_step() -> Metrics:
-        if state.energy.step == 0:
+        if state.energy.step in energy_begins:
             state.energy.q_scale = critic.advantage_scale(state.critic, data)
             energy.measure(state.energy, config.energy, data, state.behavior)
         return energy.train_step(state.energy, config.energy, data, state.behavior, value)
@@ -186,16 +193,14 @@ def _look_ahead(config: CriticConfig, data: Transitions) -> critic.Steps | None:
 
 
 def _stage(
-    name: str,
-    train_step: Callable[[], Metrics],
-    stage: Any,
-    num_steps: int,
-    state: PipelineState,
+    config: RunConfig, name: str, number: int, train_step: Callable[[], Metrics], state: PipelineState
 ) -> Iterator[Progress]:
+    """Take a stage's steps of one round."""
+    stage, num_steps, end = getattr(state, name), config.stages[name].steps, config.round_ends(name)[number]
     log_interval = max(1, num_steps // NUM_LOGS)
-    while stage.step < num_steps:
+    while stage.step < end:
         tensors = train_step()
-        log = stage.step % log_interval == 0 or stage.step == num_steps
+        log = stage.step % log_interval == 0 or stage.step == end
         if not log and stage.step % HEARTBEAT:
             continue
         metrics = {f"{name}/{key}": float(parallel.mean(tensor)) for key, tensor in tensors.items()} if log else {}
@@ -204,4 +209,12 @@ def _stage(
                 f"{bad[0]} is {metrics[bad[0]]} at step {stage.step} of {num_steps}; "
                 f"lower {name}.learning_rate or look for outliers in the data (aepo data show)"
             )
-        yield Progress(stage=name, step=stage.step, num_steps=num_steps, metrics=metrics, state=state)
+        yield Progress(
+            stage=name,
+            step=stage.step,
+            num_steps=num_steps,
+            round=number,
+            ends_stage=stage.step == end,
+            metrics=metrics,
+            state=state,
+        )

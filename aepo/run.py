@@ -12,7 +12,8 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +51,10 @@ EVALUATION_SEED = 1_000_000
 """Episode i of a run's evaluation is reset with EVALUATION_SEED * (1 + seed) % 2**31 + i: apart from training."""
 
 
+ROUND = "round"
+"""Metric of the row that a round's evaluation writes: its number, from 1."""
+
+
 class Store(Protocol):
     """Where a run keeps its checkpoint."""
 
@@ -76,47 +81,53 @@ class FolderStore:
 
 
 class Spool:
-    """The run's metrics.jsonl, open for appending; every (stage, step) stands in it once."""
+    """The run's metrics.jsonl, open for appending; every (stage, step) stands in it once, and each evaluated round."""
 
-    def __init__(self, path: Path, stages: Sequence[str]):
-        """Open it, cutting off a last line that a crash has torn; `stages` are the run's, in order."""
-        self._stages = list(stages)
+    def __init__(self, path: Path, config: RunConfig):
+        """Open it, cutting off a last line that a crash has torn."""
+        self._config = config
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         self._file.seek(0)
         text = self._file.read()
         whole = text.rfind(b"\n") + 1
         self._file.truncate(whole)
-        rows = text[:whole].splitlines()
-        self._last = self._place(json.loads(rows[-1])) if rows else (-1, 0)
+        rows = [json.loads(line) for line in text[:whole].splitlines()]
+        self._last = self._place(rows[-1]) if rows else (0, 0, 0)
+        self.rounds = {int(row["metrics"][ROUND]): row for row in rows if ROUND in row["metrics"]}
+        """Number, from 1, of an evaluated round -> its row."""
 
-    def _place(self, row: dict[str, Any]) -> tuple[int, int]:
-        return self._stages.index(row["stage"]), int(row["step"])
+    def _place(self, row: dict[str, Any]) -> tuple[int, int, int]:
+        return self._config.place(row["stage"], int(row["step"]))
 
     def has(self, progress: Progress) -> bool:
         """Return whether a row of this step, or of a later one, is already there."""
-        return self._last >= (self._stages.index(progress.stage), progress.step)
+        return self._last >= self._config.place(progress.stage, progress.step)
 
-    def write(self, progress: Progress, metrics: dict[str, float]) -> None:
+    def write(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Append one row; readers see whole lines only."""
         row = {
             "time": round(time.time(), 3),
-            "stage": progress.stage,
-            "step": progress.step,
-            "num_steps": progress.num_steps,
+            "stage": stage,
+            "step": step,
+            "num_steps": self._config.stages[stage].steps,
             "metrics": metrics,
         }
-        self._file.write(json.dumps(row).encode() + b"\n")
+        self._append(row)
+        if ROUND in metrics:
+            self.rounds[int(metrics[ROUND])] = row
         self._file.flush()
-        self._last = self._place(row)
 
     def copy(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows that another run wrote, those that are not there yet."""
         for row in rows:
             if self._place(row) > self._last:
-                self._file.write(json.dumps(row).encode() + b"\n")
-                self._last = self._place(row)
+                self._append(row)
         self._file.flush()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._last = self._place(row)
 
     def sync(self) -> None:
         """Put all rows on the disk, before the checkpoint that makes them unrepeatable."""
@@ -157,20 +168,70 @@ def execute(
     ended = read_result(folder)
     if ended is not None and ended["status"] == "finished":
         return ended
+    with _recorded(config, folder) as facts:
+        num_evaluated = len(config.rounds) - 1  # the last round ends with the result
+        with _Training(
+            config, folder, store, device, checkpoint_s, on_progress, stage_store, num_evaluated
+        ) as training:
+            outcome = training.conclude(training.until(len(config.rounds)))
+    result = {**facts, **outcome, "status": "finished", "error": None}
+    write_json(folder / RESULT, result)
+    return result
+
+
+def advance(
+    config: RunConfig,
+    folder: Path,
+    store: Store,
+    *,
+    num_rounds: int,
+    device: torch.device,
+    checkpoint_s: float = 60.0,
+    on_progress: Callable[[Progress], bool | None] | None = None,
+    stage_store: StageStore | None = None,
+) -> dict[str, float]:
+    """Train to the end of a round, evaluate there and return the metrics; at once if that round has ended before.
+
+    Errors are those of `execute`; there is no result, the run can go on.
+
+    Args:
+        config: the run.
+        folder: its folder.
+        store: where checkpoints go.
+        num_rounds: rounds to have ended, in [1, number of the config's rounds].
+        device: where to train.
+        checkpoint_s: seconds between two checkpoints.
+        on_progress: as `execute`.
+        stage_store: as `execute`.
+
+    Returns:
+        `eval/score` where there are references, `eval/return_mean`, and `steps_reused`, gradient steps that the stage
+        store has saved so far. Where the config has a heat map, `grid/beta 1 scale 3` and so on, the score (or
+        return) of each cell, and `eval/beta` and `eval/guidance_scale` of the best, whose score it is.
+    """
+    with (
+        _recorded(config, folder),
+        _Training(config, folder, store, device, checkpoint_s, on_progress, stage_store, num_rounds) as training,
+    ):
+        if num_rounds not in training.spool.rounds:
+            training.until(num_rounds)
+        metrics: dict[str, float] = training.spool.rounds[num_rounds]["metrics"]
+    return metrics
+
+
+@contextmanager
+def _recorded(config: RunConfig, folder: Path) -> Iterator[dict[str, Any]]:
+    """Give what is known of a run at its start; what fails in the body for good becomes the run's result."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, dataclasses.asdict(config))
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    facts = {**describe(config, folder), "started_at": started_at}
     try:
-        outcome = _train_and_evaluate(config, folder, store, device, checkpoint_s, on_progress, stage_store)
+        yield {**describe(config, folder), "started_at": started_at}
     except (AEPOError, MemoryError, torch.OutOfMemoryError, OSError) as error:
         if not (known := _as_known(error, folder)):
             raise
         record_failure(config, folder, f"{type(known).__name__}: {known}", started_at=started_at)
         raise known from error
-    result = {**facts, **outcome, "status": "finished", "error": None}
-    write_json(folder / RESULT, result)
-    return result
 
 
 def _as_known(error: BaseException, folder: Path) -> AEPOError | None:
@@ -184,122 +245,188 @@ def _as_known(error: BaseException, folder: Path) -> AEPOError | None:
     return None
 
 
-def _train_and_evaluate(
-    config: RunConfig,
-    folder: Path,
-    store: Store,
-    device: torch.device,
-    checkpoint_s: float,
-    on_progress: Callable[[Progress], bool | None] | None,
-    stage_store: StageStore | None,
-) -> dict[str, Any]:
-    begin = time.monotonic()
-    data = load_data(config).to(device)
-    evaluator = Evaluator.of(config)
-    saved = store.load()
-    seconds_before = _check_saved(saved, config, data)
-    stages = list(config.stages)
-    if saved is not None:
-        place = {name: int(saved["state"][name]["step"]) for name in stages}
-        reached = ", ".join(f"{name} step {step:,}" for name, step in place.items())
-        err.print(f"{config.name} continues behind {reached}", soft_wrap=True)
-    spool = Spool(folder / METRICS, stages)
-    points = _curve_points(config)
-    last_saved = time.monotonic()
-    state: pipeline.PipelineState | None = None
-    resume = saved["state"] if saved is not None else None
-    reuse = Reuse(stage_store, config, data.digest) if stage_store is not None else None
-    if reuse is not None:
-        resume, taken = reuse.begin(lambda: pipeline.start(config, data, device), resume)
-        spool.copy(taken)
+class _Training:
+    """A run under way: what the pipeline yields becomes metrics, checkpoints and evaluations."""
 
-    def keep(progress: Progress) -> None:
-        spool.sync()
-        store.save(
-            {
-                "fingerprint": config.fingerprint,
-                "dataset_digest": data.digest,
-                "seconds": seconds_before + time.monotonic() - begin,
-                "state": checkpoint.collect(progress.state),
-            }
-        )
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        store: Store,
+        device: torch.device,
+        checkpoint_s: float,
+        on_progress: Callable[[Progress], bool | None] | None,
+        stage_store: StageStore | None,
+        num_evaluated: int,
+    ):
+        """Load data and checkpoint; the first `num_evaluated` rounds end with an evaluation."""
+        self._config, self._folder, self._store, self._device = config, folder, store, device
+        self._checkpoint_s, self._on_progress, self._num_evaluated = checkpoint_s, on_progress, num_evaluated
+        self._began_at = time.monotonic()
+        self._data = load_data(config).to(device)
+        self._saved = store.load()
+        self._seconds_before = _check_saved(self._saved, config, self._data)
+        self._reused_before = int(self._saved.get("steps_reused", 0)) if self._saved is not None else 0
+        self._evaluator = Evaluator.of(config)
+        self.spool = Spool(folder / METRICS, config)
+        self._reuse = Reuse(stage_store, config, self._data.digest) if stage_store is not None else None
+        self._points = _curve_points(config)
+        self._last_stage = list(config.stages)[-1]
 
-    try:
-        for progress in pipeline.train(config, data, device=device, resume=resume):
+    def __enter__(self) -> "_Training":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._reuse is not None:
+            self._reuse.close()
+        self.spool.close()
+        self._evaluator.close()
+
+    def until(self, num_rounds: int) -> pipeline.PipelineState:
+        """Train to the end of a round and return the state there.
+
+        Raises:
+            Interrupted: if asked to stop.
+        """
+        resume = None
+        if self._saved is not None or self._reuse is not None:
+            state = pipeline.start(self._config, self._data, self._device)
+            if self._saved is not None:
+                checkpoint.restore(state, self._saved["state"])
+                reached = ", ".join(f"{name} step {getattr(state, name).step:,}" for name in self._config.stages)
+                err.print(f"{self._config.name} continues behind {reached}", soft_wrap=True)
+            if self._settle(state, 0, num_rounds) == num_rounds:
+                return state
+            resume = checkpoint.collect(state)
+        last_saved = time.monotonic()
+        for progress in pipeline.train(self._config, self._data, device=self._device, resume=resume):
             state = progress.state
-            metrics = dict(progress.metrics)
-            if metrics and not spool.has(progress):
-                if progress.stage == stages[-1] and progress.step in points:
-                    policy = Policy.from_state(config, state, data.spaces)
-                    returns = evaluator.run(
-                        policy,
-                        num_episodes=config.evaluation.num_curve_episodes,
-                        seed=evaluation_seed(config.seed),
-                    )
-                    metrics |= _eval_metrics(evaluator, returns)
-                spool.write(progress, metrics)
-            stop = bool(on_progress is not None and on_progress(progress))
-            last = progress.stage == stages[-1] and progress.step == progress.num_steps
-            save = stop or last or time.monotonic() - last_saved >= checkpoint_s
+            self._note(progress)
+            stop = bool(self._on_progress is not None and self._on_progress(progress))
+            ends_round = progress.ends_stage and progress.stage == self._last_stage
+            save = stop or ends_round or time.monotonic() - last_saved >= self._checkpoint_s
             parallel.agree(stop)
             if save:
-                keep(progress)
+                self._keep(state)
                 last_saved = time.monotonic()
             if stop:
                 raise Interrupted(f"stopped at step {progress.step} of {progress.stage}")
-            if reuse is not None and progress.step == progress.num_steps:
-                spool.copy(reuse.next(progress.stage, state, read_spool(folder / METRICS)[0]))
-        if state is None:  # resumed after the last step
-            state = pipeline.start(config, data, device)
-            assert resume is not None
-            checkpoint.restore(state, resume)
-        policy = Policy.from_state(config, state, data.spaces)
-        policy.save(folder / POLICY)
+            if progress.ends_stage:
+                if self._reuse is not None:
+                    self._reuse.give(progress.stage, progress.step, state, read_spool(self._folder / METRICS)[0])
+                if self._settle(state, progress.round, num_rounds) == num_rounds:
+                    break
+        return state
+
+    def _note(self, progress: Progress) -> None:
+        """Write a step's metrics, with an evaluation at the points of the learning curve."""
+        if not progress.metrics or self.spool.has(progress):
+            return
+        metrics = dict(progress.metrics)
+        if progress.stage == self._last_stage and progress.step in self._points:
+            metrics |= self._evaluate(progress.state, self._config.evaluation.num_curve_episodes)
+        self.spool.write(progress.stage, progress.step, metrics)
+
+    def _settle(self, state: pipeline.PipelineState, number: int, num_rounds: int) -> int:
+        """Take from the store what is there, and evaluate each round that has ended; return the first that has not."""
+        while number < num_rounds:
+            if self._reuse is not None:
+                self.spool.copy(self._reuse.take(state, number))
+            if any(getattr(state, name).step < self._config.round_ends(name)[number] for name in self._config.stages):
+                break
+            number += 1
+            if number <= self._num_evaluated and number not in self.spool.rounds:
+                self._evaluate_round(state, number)
+        return number
+
+    def _evaluate_round(self, state: pipeline.PipelineState, number: int) -> None:
+        policy = Policy.from_state(self._config, state, self._data.spaces)
+        if isinstance(policy, GuidedPolicy) and self._config.evaluation.grid_beta:
+            cells = _evaluate_grid(policy, self._evaluator, self._config)
+            best = max(cells, key=lambda cell: float(cell["return_mean"]))
+            keys = ("score", "return_mean", "beta", "guidance_scale")
+            metrics = {f"eval/{key}": float(best[key]) for key in keys if best[key] is not None}
+            for cell in cells:
+                value = cell["return_mean"] if cell["score"] is None else cell["score"]
+                metrics[f"grid/{cell_name(cell['beta'], cell['guidance_scale'])}"] = value
+        else:
+            metrics = self._evaluate(state, self._config.evaluation.num_curve_episodes)
+        metrics |= {ROUND: float(number), "steps_reused": float(self._steps_reused)}
+        self.spool.write(self._last_stage, self._config.round_ends(self._last_stage)[number - 1], metrics)
+        self._keep(state)
+
+    def _evaluate(self, state: pipeline.PipelineState, num_episodes: int) -> dict[str, float]:
+        policy = Policy.from_state(self._config, state, self._data.spaces)
+        seed = evaluation_seed(self._config.seed)
+        return _eval_metrics(self._evaluator, self._evaluator.run(policy, num_episodes=num_episodes, seed=seed))
+
+    @property
+    def _steps_reused(self) -> int:
+        return self._reused_before + (self._reuse.steps_taken if self._reuse is not None else 0)
+
+    @property
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._began_at
+
+    def _keep(self, state: pipeline.PipelineState) -> None:
+        """Store a checkpoint, behind the metrics that it makes unrepeatable."""
+        self.spool.sync()
+        self._store.save(
+            {
+                "fingerprint": self._config.fingerprint,
+                "dataset_digest": self._data.digest,
+                "seconds": self._seconds,
+                "steps_reused": self._steps_reused,
+                "state": checkpoint.collect(state),
+            }
+        )
+
+    def conclude(self, state: pipeline.PipelineState) -> dict[str, Any]:
+        """Write the policy, evaluate it, and return what the result says of training and evaluation."""
+        config = self._config
+        policy = Policy.from_state(config, state, self._data.spaces)
+        policy.save(self._folder / POLICY)
         policies = [policy]
         if isinstance(policy, GuidedPolicy):
             cloning = dataclasses.replace(policy.sampling, guidance_scale=0.0, num_candidates=1)
             policies.append(policy.with_sampling(cloning))
-        seed = evaluation_seed(config.seed)
-        evaluations = [
-            evaluate(each, evaluator, num_episodes=config.evaluation.num_episodes, seed=seed) for each in policies
-        ]
-        grid = _evaluate_grid(policy, evaluator, config) if isinstance(policy, GuidedPolicy) else []
+        num_episodes, seed = config.evaluation.num_episodes, evaluation_seed(config.seed)
+        evaluations = [evaluate(each, self._evaluator, num_episodes=num_episodes, seed=seed) for each in policies]
+        grid = _evaluate_grid(policy, self._evaluator, config) if isinstance(policy, GuidedPolicy) else []
         if grid:
-            draw_grid(grid, folder / GRID, title=f"{config.task}, seed {config.seed}")
-    finally:
-        if reuse is not None:
-            reuse.close()
-        spool.close()
-        evaluator.close()
-    headline = evaluations[0]
-    before = config.num_steps - config.stages[stages[-1]].steps
-    curve = [
-        {
-            "stage": row["stage"],
-            "step": before + row["step"],
-            "score": row["metrics"].get("eval/score"),
-            "return_mean": row["metrics"]["eval/return_mean"],
+            draw_grid(grid, self._folder / GRID, title=f"{config.task}, seed {config.seed}")
+        final = {key: evaluations[0][key] for key in ("score", "return_mean")}
+        curve = [
+            {
+                "stage": row["stage"],
+                "step": config.steps_until(row["stage"], row["step"]),
+                "score": row["metrics"].get("eval/score"),
+                "return_mean": row["metrics"]["eval/return_mean"],
+            }
+            for row in read_spool(self._folder / METRICS)[0]
+            if "eval/return_mean" in row["metrics"]
+        ]
+        curve.append({"stage": self._last_stage, "step": config.num_steps, **final})
+        refs = self._evaluator.references
+        return {
+            "dataset_digest": self._data.digest,
+            "env_id": self._evaluator.env_id,
+            "ref_min": refs.random if refs else None,
+            "ref_max": refs.expert if refs else None,
+            **final,
+            "num_episodes": evaluations[0]["num_episodes"],
+            "steps": config.num_steps,
+            "steps_reused": self._steps_reused,
+            "seconds": round(self._seconds, 3),
+            "evaluations": evaluations,
+            "curve": curve,
+            "grid": grid,
         }
-        for row in read_spool(folder / METRICS)[0]
-        if "eval/return_mean" in row["metrics"]
-    ]
-    final = {key: headline[key] for key in ("score", "return_mean")}
-    curve.append({"stage": stages[-1], "step": config.num_steps, **final})
-    refs = evaluator.references
-    return {
-        "dataset_digest": data.digest,
-        "env_id": evaluator.env_id,
-        "ref_min": refs.random if refs else None,
-        "ref_max": refs.expert if refs else None,
-        **final,
-        "num_episodes": headline["num_episodes"],
-        "steps": config.num_steps,
-        "steps_reused": reuse.steps_taken if reuse is not None else 0,
-        "seconds": round(seconds_before + time.monotonic() - begin, 3),
-        "evaluations": evaluations,
-        "curve": curve,
-        "grid": grid,
-    }
+
+
+def cell_name(beta: float, guidance_scale: float) -> str:
+    """Return how a cell of the heat map is called among the metrics."""
+    return f"beta {beta:g} scale {guidance_scale:g}"
 
 
 def follow(config: RunConfig, store: Store, *, device: torch.device) -> None:

@@ -1,9 +1,9 @@
 """Trained stages, kept under what they are a function of, so that no run trains again what another has trained.
 
 A stage is determined by the data, its own settings, the seed, and the stages that it learns from: its key is a digest
-of these. A file of the store is a checkpoint (aepo/checkpoint.py) of one stage with the metrics that its training
-wrote. Two runs that want a stage at once train it once: the second waits for a lock that goes with the process which
-holds it.
+of these, and of the rounds before where a run has several. A file of the store is a checkpoint (aepo/checkpoint.py)
+of one stage with the metrics that its training wrote. Two runs that want a stage at once train it once: the second
+waits for a lock that goes with the process which holds it.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
@@ -30,26 +30,31 @@ Row: TypeAlias = dict[str, Any]
 """Of a run's metrics.jsonl."""
 
 
-def stage_keys(config: RunConfig, data_digest: str) -> dict[str, str]:
-    """Return stage -> key, 24 hex digits, of every stage of a run.
+def stage_keys(config: RunConfig, data_digest: str) -> dict[tuple[str, int], str]:
+    """Return (stage, step at which a round leaves it) -> key, 24 hex digits, in the order of training.
 
     Args:
         config: the run.
         data_digest: of its transitions.
     """
-    keys: dict[str, str] = {}
-    for name, stage in config.stages.items():
-        facts = {
-            "format": FORMAT,
-            "torch": torch.__version__,
-            "stage": name,
-            "config": dataclasses.asdict(stage),
-            "data": [data_digest, list(config.data.observation_keys), config.data.reward_rule],
-            "seed": config.seed,
-            "upstream": [keys[other] for other in _upstream(config, name)],
-        }
-        text = json.dumps(facts, sort_keys=True)
-        keys[name] = hashlib.sha256(text.encode()).hexdigest()[:24]
+    keys: dict[tuple[str, int], str] = {}
+    for number in range(len(config.rounds)):
+        ends = {name: config.round_ends(name) for name in config.stages}
+        for name, stage in config.stages.items():
+            facts = {
+                "format": FORMAT,
+                "torch": torch.__version__,
+                "stage": name,
+                "config": dataclasses.asdict(stage),
+                "data": [data_digest, list(config.data.observation_keys), config.data.reward_rule],
+                "seed": config.seed,
+                "upstream": [keys[other, ends[other][number]] for other in _upstream(config, name)],
+            }
+            if len(config.rounds) > 1:
+                facts["until"] = ends[name][number]
+                facts["before"] = keys[name, ends[name][number - 1]] if number else ""
+            text = json.dumps(facts, sort_keys=True)
+            keys[name, ends[name][number]] = hashlib.sha256(text.encode()).hexdigest()[:24]
     return keys
 
 
@@ -162,45 +167,38 @@ class Reuse:
 
     def __init__(self, store: StageStore, config: RunConfig, data_digest: str):
         """Nothing is claimed before a stage begins."""
-        self._store = store
+        self._store, self._config = store, config
         self._keys = stage_keys(config, data_digest)
-        self._steps = {name: stage.steps for name, stage in config.stages.items()}
         self.steps_taken = 0
         """Gradient steps that this run did not have to take."""
 
-    def begin(self, start: Callable[[], Any], saved: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[Row]]:
-        """Return the state to resume from, None for the very start, and the metrics of stages that were taken.
+    def give(self, stage: str, end: int, state: Any, rows: Sequence[Row]) -> None:
+        """Store a stage that a round has left at `end`, with its rows of the run's metrics."""
+        begin = self._begin(stage, end)
+        own = []
+        for row in rows:
+            if row["stage"] == stage and begin < row["step"] <= end:
+                metrics = {key: value for key, value in row["metrics"].items() if key.startswith(f"{stage}/")}
+                own += [{**row, "metrics": metrics}] if metrics else []
+        content = {"stage": stage, "state": checkpoint.collect(getattr(state, stage)), "rows": json.dumps(own)}
+        self._store.publish(self._keys[stage, end], content)
 
-        Args:
-            start: gives the state before the first step.
-            saved: the checkpoint's state, if there is one.
+    def take(self, state: Any, number: int) -> list[Row]:
+        """Put the stages of a round that are there into the live state, up to the first that is not; it is claimed.
+
+        Returns:
+            The metrics of the stages that were taken.
         """
-        state = saved or checkpoint.collect(start())
         taken: list[Row] = []
-        for name in self._keys:
-            if state[name]["step"] == self._steps[name]:
+        for stage in self._config.stages:
+            end, reached = self._config.round_ends(stage)[number], getattr(state, stage).step
+            if reached >= end:
                 continue
-            if state[name]["step"] or (found := self._claim(name)) is None:
+            begin = self._begin(stage, end)
+            if reached != begin or (found := self._store.claim(self._keys[stage, end])) is None:
                 break
-            state[name] = found["state"]
-            taken += json.loads(found["rows"])
-        return (state if saved or taken else None), taken
-
-    def next(self, ended: str, state: Any, rows: Sequence[Row]) -> list[Row]:
-        """Give a stage that has ended; put those after it that are there into the live state; return their metrics."""
-        own = [
-            {**row, "metrics": {key: value for key, value in row["metrics"].items() if not key.startswith("eval/")}}
-            for row in rows
-            if row["stage"] == ended
-        ]
-        content = {"stage": ended, "state": checkpoint.collect(getattr(state, ended)), "rows": json.dumps(own)}
-        self._store.publish(self._keys[ended], content)
-        names = list(self._keys)
-        taken: list[Row] = []
-        for name in names[names.index(ended) + 1 :]:
-            if (found := self._claim(name)) is None:
-                break
-            checkpoint.restore(getattr(state, name), found["state"])
+            checkpoint.restore(getattr(state, stage), found["state"])
+            self.steps_taken += end - begin
             taken += json.loads(found["rows"])
         return taken
 
@@ -208,8 +206,7 @@ class Reuse:
         """Give claims back."""
         self._store.close()
 
-    def _claim(self, name: str) -> dict[str, Any] | None:
-        found = self._store.claim(self._keys[name])
-        if found is not None:
-            self.steps_taken += self._steps[name]
-        return found
+    def _begin(self, stage: str, end: int) -> int:
+        """Return the step at which the round that leaves a stage at `end` enters it."""
+        ends = [0, *self._config.round_ends(stage)]
+        return ends[ends.index(end) - 1]

@@ -197,8 +197,8 @@ def test_a_file_that_is_no_result_is_not_taken_for_one(tmp_path):
         run.read_result(tmp_path)
 
 
-def test_readers_of_the_spool_never_see_half_a_row(tmp_path):
-    spool, state = run.Spool(tmp_path / "s", ["critic"]), None
+def test_readers_of_the_spool_never_see_half_a_row(tmp_path, tiny_config):
+    spool = run.Spool(tmp_path / "s", tiny_config("local/x-v0", critic__steps=500))
     counts, stop = [], threading.Event()
 
     def read():
@@ -208,7 +208,7 @@ def test_readers_of_the_spool_never_see_half_a_row(tmp_path):
     thread = threading.Thread(target=read)
     thread.start()
     for step in range(1, 500):
-        spool.write(Progress(stage="critic", step=step, num_steps=500, metrics={}, state=state), {"critic/loss": 1.0})
+        spool.write("critic", step, {"critic/loss": 1.0})
     stop.set()
     thread.join()
     spool.close()

@@ -30,12 +30,12 @@ def steps(monkeypatch):
     counted = {}
     original = pipeline._stage
 
-    def counting(name, train_step, stage, num_steps, state):
+    def counting(config, name, number, train_step, state):
         def step():
             counted[name] = counted.get(name, 0) + 1
             return train_step()
 
-        return original(name, step, stage, num_steps, state)
+        return original(config, name, number, step, state)
 
     monkeypatch.setattr(pipeline, "_stage", counting)
     return counted
@@ -61,7 +61,7 @@ def execute(config, folder, store=None, **kwargs):
 )
 def test_a_changed_setting_changes_the_stages_that_feel_it(change, others, tiny_config):
     base, changed = (stage_keys(config, "digest") for config in (tiny_config(), tiny_config(**change)))
-    assert {name for name in base if base[name] != changed[name]} == others
+    assert {stage for (stage, _), key in base.items() if key not in changed.values()} == others
 
 
 def test_other_data_change_every_stage_and_a_qgpo_critic_feels_the_behaviour(tiny_config):
@@ -75,8 +75,8 @@ def test_other_data_change_every_stage_and_a_qgpo_critic_feels_the_behaviour(tin
 
 def test_methods_share_the_stages_that_are_the_same(tiny_config):
     best, analytic, qgpo = (stage_keys(tiny_config(method=m), "a") for m in ("best", "analytic", "qgpo"))
-    assert best["behavior"] == analytic["behavior"] == qgpo["behavior"]
-    assert len({best["energy"], analytic["energy"], qgpo["energy"]}) == 3
+    assert best["behavior", 60] == analytic["behavior", 60] == qgpo["behavior", 60]
+    assert len({best["energy", 60], analytic["energy", 60], qgpo["energy", 60]}) == 3
 
 
 # -- runs --------------------------------------------------------------------------------------------------

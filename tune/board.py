@@ -74,7 +74,9 @@ class _Seen:
     last: dict[str, Any] | None = None
     """The newest row of the spool."""
     first: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """stage -> its first row."""
+    """stage -> its first row of this round."""
+    reached: dict[str, int] = dataclasses.field(default_factory=dict)
+    """stage -> its newest step."""
     recent: deque[tuple[float, int]] = dataclasses.field(default_factory=lambda: deque(maxlen=20))
     """(time, step) of the newest rows of the current stage."""
     score: float | None = None
@@ -103,11 +105,12 @@ class Board:
             rows, seen.offset = rundir.read_spool(folder / rundir.METRICS, seen.offset)
             for row in rows:
                 if seen.last is not None and row["stage"] != seen.last["stage"]:
-                    self._learn(seen.first[seen.last["stage"]], seen.last)
+                    self._learn(seen.first.pop(seen.last["stage"]), seen.last)
                     seen.recent.clear()
                 seen.first.setdefault(row["stage"], row)
                 seen.recent.append((row["time"], row["step"]))
                 seen.score = row["metrics"].get("eval/score", seen.score)
+                seen.reached[row["stage"]] = row["step"]
                 seen.last = row
             with suppress(AEPOError):  # an unreadable result is said when the rows are collected
                 if (result := rundir.read_result(folder)) is not None:
@@ -174,17 +177,18 @@ class Board:
             return row | {"stage": "starting"}
         step, num_steps = seen.last["step"], seen.last["num_steps"]
         row |= {"stage": seen.last["stage"], "step": f"{step:,}/{num_steps:,}"}
-        stages = list(config.stages)
-        if seen.last["stage"] == stages[-1] and step == num_steps:
+        if step == num_steps and seen.last["stage"] == list(config.stages)[-1]:
             return row | {"stage": "evaluating"}
         (time_0, step_0), (time_1, step_1) = seen.recent[0], seen.recent[-1]
         if time_1 <= time_0:
             return row
         rate = (step_1 - step_0) / (time_1 - time_0)
         seconds = (num_steps - step) / rate
-        for stage in stages[stages.index(seen.last["stage"]) + 1 :]:
-            # later stages at another run's rate, or as long as none has been through them at this one's
-            seconds += config.stages[stage].steps * self._seconds_per_step.get(stage, 1.0 / rate)
+        for name, stage in config.stages.items():
+            if name != seen.last["stage"]:
+                # at another run's rate, or as long as none has been through the stage at this one's
+                left = stage.steps - seen.reached.get(name, 0)
+                seconds += left * self._seconds_per_step.get(name, 1.0 / rate)
         return row | {"steps/s": f"{rate:,.0f}", "left": str(timedelta(seconds=round(seconds)))}
 
     def _learn(self, first: dict[str, Any], last: dict[str, Any]) -> None:

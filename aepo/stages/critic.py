@@ -58,7 +58,7 @@ def start(config: CriticConfig, data: Transitions, generator: torch.Generator) -
 
 
 def measure(state: CriticState, config: CriticConfig, data: Transitions, behavior: BehaviorState) -> None:
-    """Draw what stage 2 takes from the trained stage 1 before its first step: support actions [M8]."""
+    """Draw what stage 2 takes from stage 1 before its first step of a round: support actions [M8]."""
     if config.learner == "softmax_in_support":
         num, device = len(state.support_index_M), state.generator.device
         state.support_index_M = torch.randperm(len(data), generator=state.generator, device=device)[:num]

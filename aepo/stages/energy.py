@@ -109,7 +109,7 @@ def start(config: EnergyConfig, data: Transitions, generator: torch.Generator) -
 
 
 def measure(state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState) -> None:
-    """Measure what stage 3 takes from the trained stage 1 before its first step: v_t, support actions."""
+    """Measure what stage 3 takes from stage 1 before its first step of a round: v_t, support actions."""
     if not behavior.has_variance:
         state.variance_K = measure_variance(behavior, data, state.generator)
     if config.target == "contrastive":
