@@ -20,6 +20,7 @@ COMMANDS = {
     ),
     "train": ("aepo.commands:Train", "train and evaluate one run, without Ray"),
     "sweep": ("tune.commands:Sweep", "train tasks x seeds on Ray, track in MLflow, resume when repeated"),
+    "search": ("tune.search_commands:Search", "find settings by ASHA, each stage trained once, checked on fresh seeds"),
     "evaluate": ("aepo.commands:Evaluate", "roll out a trained policy again, with other settings if wanted"),
     "report": ("analysis.report:Report", "turn a sweep's runs into tables and figures"),
     "toy": ("aepo.commands:Toy", "compare all energy targets with the exact answer on two-dimensional sets"),

@@ -429,6 +429,12 @@ def cell_name(beta: float, guidance_scale: float) -> str:
     return f"beta {beta:g} scale {guidance_scale:g}"
 
 
+def read_cell_name(name: str) -> tuple[float, float]:
+    """Return the beta and guidance scale of what `cell_name` gave."""
+    _, beta, _, scale = name.split()
+    return float(beta), float(scale)
+
+
 def follow(config: RunConfig, store: Store, *, device: torch.device) -> None:
     """Train beside the worker that leads (`execute`): the same steps, no evaluation, no files.
 

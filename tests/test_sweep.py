@@ -158,10 +158,10 @@ def test_long_runs_come_first():
 
 def test_the_manifest_plans_the_same_runs_again_and_knows_their_data(sweep, tmp_path, capsys, make_dataset):
     from tune.plan import read_digests, read_manifest
-    from tune.sweep import _check_data
+    from tune.sweep import check_data
 
     folder, plan = sweep
-    digests = _check_data(plan, {})
+    digests = check_data(plan, {})
     write_manifest(folder, plan, digests)
     file = folder / "sweep.json"
     assert read_manifest(file) == plan
@@ -172,7 +172,7 @@ def test_the_manifest_plans_the_same_runs_again_and_knows_their_data(sweep, tmp_
     assert cli.run(["sweep", str(file), "--task", "maze2d-umaze"]) == 2
     assert "says which runs there are" in capsys.readouterr().err.replace("\n", " ")
     with pytest.raises(DataError, match="has changed since this sweep was planned"):
-        _check_data(plan, {plan[0].data.dataset: "0123"})
+        check_data(plan, {plan[0].data.dataset: "0123"})
 
 
 def test_a_tracking_address_that_is_none_is_refused_before_anything_starts(make_dataset, tmp_path, capsys):
@@ -280,7 +280,7 @@ def values(sweep, monkeypatch):
         "cpus": 1.0,
         "gpus": 0.0,
         "checkpoint_s": 60.0,
-        "reuse_stages": False,
+        "stages": "",
     }
 
 

@@ -309,7 +309,7 @@ def test_a_run_that_is_repeated_is_open_again_and_then_ends_as_it_ended(sweep, u
 def test_a_run_that_ray_gave_up_is_failed_with_its_reason_until_it_goes_on(sweep, uri):
     folder, plan = sweep
     tracker = Tracker(folder, plan, uri=uri)
-    tracker.fail(plan[2], "ActorDiedError: killed")
+    tracker.end(plan[2], "FAILED", "ActorDiedError: killed")
     assert tracker.ship()
     entry = runs_of(uri, folder)[1][plan[2].name]
     assert (entry.info.status, entry.data.tags["aepo.error"]) == ("FAILED", "ActorDiedError: killed")

@@ -88,17 +88,24 @@ class Board:
 
     def __init__(self, sweep: Path, plan: Sequence[RunConfig]):
         """Nothing is read before `refresh`; of what was written before, the ends."""
-        names = [config.name for config in plan]  # a digest of the whole config each: once
-        self._plan = {name: (config, sweep / RUN_FOLDERS / name) for name, config in zip(names, plan, strict=True)}
-        self._seen = {
-            name: _Seen(offset=_near_end(folder / rundir.METRICS)) for name, (_, folder) in self._plan.items()
-        }
+        self._sweep = sweep
+        self._plan: dict[str, tuple[RunConfig, Path]] = {}
+        self._seen: dict[str, _Seen] = {}
+        for config in plan:
+            self.add(config)
         self._seconds_per_step: dict[str, float] = {}
         self._lines: dict[str, str] = {}
 
+    def add(self, config: RunConfig) -> None:
+        """Watch one more run."""
+        name = config.name  # a digest of the whole config: once
+        folder = self._sweep / RUN_FOLDERS / name
+        self._seen[name] = _Seen(offset=_near_end(folder / rundir.METRICS))
+        self._plan[name] = (config, folder)
+
     def refresh(self) -> None:
         """Read what the runs have written since the last call."""
-        for name, (_, folder) in self._plan.items():
+        for name, (_, folder) in list(self._plan.items()):
             seen = self._seen[name]
             if seen.result is not None:
                 continue

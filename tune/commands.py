@@ -140,7 +140,7 @@ class Sweep:
             raise ConfigError("--cpus must be above 0; --gpus, --max-concurrent and --checkpoint-s not below it")
         if self.workers_per_run < 1 or (self.workers_per_run > 1 and (self.runner == "inline" or self.reuse_stages)):
             raise ConfigError("--workers-per-run must be at least 1, and 1 with --runner inline or --reuse-stages")
-        from tune.plan import make_plan, pending, read_digests, read_manifest
+        from tune.plan import STAGES, make_plan, pending, read_digests, read_manifest
 
         manifest = self.file if self.file is not None and self.file.suffix == ".json" else None
         if manifest is None:
@@ -171,10 +171,7 @@ class Sweep:
         from tune.tracking import default_uri
 
         uri = self.tracking_uri or default_uri(self.out)
-        if (scheme := uri.partition("://")[0]) not in SCHEMES:
-            raise ConfigError(
-                f"no MLflow store has an address that begins with {scheme!r}; wanted {', '.join(SCHEMES)}"
-            )
+        check_tracking_uri(uri)
         resources = Resources(
             address=self.address,
             runner=self.runner,
@@ -183,7 +180,7 @@ class Sweep:
             gpus=self.gpus,
             max_concurrent=self.max_concurrent,
             checkpoint_s=self.checkpoint_s,
-            reuse_stages=self.reuse_stages,
+            stages=self.out.resolve() / STAGES if self.reuse_stages else None,
         )
         rows = run_sweep(
             self.out,
@@ -307,6 +304,14 @@ def _grouped(plan: Sequence[RunConfig]) -> dict[tuple[str, str, str], list[RunCo
 
 SCHEMES = ("sqlite", "http", "https", "postgresql", "postgresql+psycopg", "mysql", "mssql", "databricks")
 """What a tracking address may begin with."""
+
+
+def check_tracking_uri(uri: str) -> None:
+    """Raise a ConfigError for an address that no MLflow store has."""
+    if (scheme := uri.partition("://")[0]) not in SCHEMES:
+        raise ConfigError(f"no MLflow store has an address that begins with {scheme!r}; wanted {', '.join(SCHEMES)}")
+
+
 COLUMNS = ["task", "method", "seed", "status", "score", "return_mean", "num_episodes", "steps", "seconds"]
 
 

@@ -20,8 +20,8 @@ from aepo.errors import CheckpointError, ConfigError
 from aepo.presets import preset
 
 MANIFEST = "sweep.json"
-RUN_FOLDERS, STOP = "runs", "stop"
-"""In a sweep's folder: the runs' own; and the file that asks the sweep to stop."""
+RUN_FOLDERS, STAGES, STOP = "runs", "stages", "stop"
+"""In a sweep's folder: the runs' own; the stages that they share; and the file that asks the sweep to stop."""
 FORMAT = 1
 PACKAGES = ["torch", "ray", "mlflow", "minari", "gymnasium", "gymnasium-robotics", "mujoco", "numpy", "pandas"]
 

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from rich.live import Live
+from rich.table import Table
 
 from aepo import parallel, run, rundir
 from aepo.config import RunConfig
@@ -49,8 +50,8 @@ class Resources:
     """Train workers per trial, each with these cores and GPUs; a batch is shared among them."""
     checkpoint_s: float = 60.0
     """Seconds between two checkpoints of a run."""
-    reuse_stages: bool = False
-    """Whether runs share the stages that they have alike."""
+    stages: Path | None = None
+    """Store of the stages that runs have alike; none = every run trains its own."""
     runner: Runner = "train"
     """train: a Ray Train run per trial, whose worker is replaced if it dies; inline: in Tune's own process, which costs
     less per run and less memory."""
@@ -92,7 +93,7 @@ def _drive(
     for config in plan:
         parallel.check_batches(config, resources.workers)
     waiting = sorted(pending(sweep, plan, retry_failed=retry_failed), key=work, reverse=True)  # the longest first
-    write_manifest(sweep, plan, _check_data(waiting, digests))
+    write_manifest(sweep, plan, check_data(waiting, digests))
     tracker = Tracker(sweep, plan, uri=tracking_uri)
     errors: dict[str, str] = {}
     ended = len(plan) - len(waiting)
@@ -102,11 +103,15 @@ def _drive(
             if retry_failed:
                 for name in (rundir.RESULT, "error.txt"):
                     (run_folder(sweep, config) / name).unlink(missing_ok=True)
-        with _watch(sweep, plan, waiting, tracker, errors):
+
+        def write() -> None:
+            write_rows(sweep, collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids))
+
+        with watching(Board(sweep, waiting), tracker, write):
             errors |= _run_on_ray(sweep, waiting, resources)
     for config in plan:
         if config.name in errors and rundir.read_result(run_folder(sweep, config)) is None:
-            tracker.fail(config, errors[config.name])
+            tracker.end(config, "FAILED", errors[config.name])
     tracker.ship()
     rows = collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids)
     write_rows(sweep, rows)
@@ -116,7 +121,7 @@ def _drive(
     return rows
 
 
-def _check_data(plan: Sequence[RunConfig], digests: dict[str, str]) -> dict[str, str]:
+def check_data(plan: Sequence[RunConfig], digests: dict[str, str]) -> dict[str, str]:
     """Decode every data set once and make every environment once, before anything is scheduled; return all digests."""
     for config in {config.data: config for config in plan}.values():
         found, name = run.load_data(config), config.data.dataset
@@ -131,6 +136,56 @@ def _check_data(plan: Sequence[RunConfig], digests: dict[str, str]) -> dict[str,
 
 def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) -> dict[str, str]:
     """Run the trials; return run name -> error of those that Ray gave up."""
+    with on_ray(resources, plan) as slots:
+        import ray.tune
+
+        from tune.trainable import ForgetEnded, run_inline, run_trial
+
+        concurrent = min(slots, len(plan))
+        inline = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        bundle = TRIAL_DRIVER if resources.runner == "train" else inline
+        err.print(f"{concurrent} at a time, {resources.cpus:g} CPU and {resources.gpus:g} GPU each")
+        tuner = ray.tune.Tuner(
+            ray.tune.with_resources(
+                run_trial if resources.runner == "train" else run_inline, ray.tune.PlacementGroupFactory([bundle])
+            ),
+            param_space={
+                "run": ray.tune.grid_search([config.name for config in plan]),
+                "sweep": str(sweep),
+                "cpus": resources.cpus,
+                "gpus": resources.gpus,
+                "workers": resources.workers,
+                "stages": str(resources.stages or ""),
+                "checkpoint_s": resources.checkpoint_s,
+            },
+            tune_config=ray.tune.TuneConfig(
+                max_concurrent_trials=concurrent,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+                reuse_actors=True,
+            ),
+            run_config=ray.tune.RunConfig(
+                name=f"tune-{os.getpid()}-{int(time.time())}",
+                storage_path=str(sweep / "tune"),
+                failure_config=ray.tune.FailureConfig(max_failures=2),
+                callbacks=[ForgetEnded()],
+                verbose=0,
+            ),
+        )
+        grid = tuner.fit()
+        return {
+            str(result.config["run"]): f"{type(result.error).__name__}: {_last_line(result.error)}"
+            for result in (grid[i] for i in range(len(grid)))
+            if result.error is not None and result.config is not None
+        }
+
+
+@contextmanager
+def on_ray(resources: Resources, plan: Sequence[RunConfig]) -> Iterator[int]:
+    """Be connected to the cluster, or to a private Ray of this machine; give how many trials fit at once.
+
+    Raises:
+        ResourceError: if none does.
+    """
     private = {
         "RAY_AUTH_MODE": "token",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # in spite of its name: all of Ray listens on 127.0.0.1
@@ -150,60 +205,17 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
     import logging
 
     import ray
-    import ray.tune
 
-    from tune.trainable import ForgetEnded, free_orphans, run_inline, run_trial
+    from tune.trainable import free_orphans
 
-    if resources.address:
-        ray.init(address=resources.address, log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    where = {"address": resources.address} if resources.address else {"address": "local", "include_dashboard": False}
+    ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     try:
         memory = max(memory_gib(config, resources.runner) for config in plan)
         slots = _slots(ray.nodes(), resources, memory)  # type: ignore[no-untyped-call]
-        concurrent = min(slots, resources.max_concurrent or slots, len(plan))
-        inline = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-        bundle = TRIAL_DRIVER if resources.runner == "train" else inline
-        err.print(f"{concurrent} at a time, {resources.cpus:g} CPU and {resources.gpus:g} GPU each")
-        tuner = ray.tune.Tuner(
-            ray.tune.with_resources(
-                run_trial if resources.runner == "train" else run_inline, ray.tune.PlacementGroupFactory([bundle])
-            ),
-            param_space={
-                "run": ray.tune.grid_search([config.name for config in plan]),
-                "sweep": str(sweep),
-                "cpus": resources.cpus,
-                "gpus": resources.gpus,
-                "workers": resources.workers,
-                "reuse_stages": resources.reuse_stages,
-                "checkpoint_s": resources.checkpoint_s,
-            },
-            tune_config=ray.tune.TuneConfig(
-                max_concurrent_trials=concurrent,
-                trial_dirname_creator=lambda trial: str(trial.trial_id),
-                reuse_actors=True,
-            ),
-            run_config=ray.tune.RunConfig(
-                name=f"tune-{os.getpid()}-{int(time.time())}",
-                storage_path=str(sweep / "tune"),
-                failure_config=ray.tune.FailureConfig(max_failures=2),
-                callbacks=[ForgetEnded()],
-                verbose=0,
-            ),
-        )
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         with _in_background(free_orphans, every_s=ORPHAN_INTERVAL_S):
-            grid = tuner.fit()
-        return {
-            str(result.config["run"]): f"{type(result.error).__name__}: {_last_line(result.error)}"
-            for result in (grid[i] for i in range(len(grid)))
-            if result.error is not None and result.config is not None
-        }
+            yield min(slots, resources.max_concurrent or slots)
     finally:
         ray.shutdown()
 
@@ -234,17 +246,27 @@ def _slots(nodes: Sequence[dict[str, Any]], resources: Resources, memory: float)
     return sum(per_node) // resources.workers
 
 
+class Shown(Protocol):
+    """What is watched: a board of runs."""
+
+    def refresh(self) -> None:
+        """Read what is new."""
+
+    def table(self) -> Table:
+        """Return it as a table."""
+
+    def lines(self) -> list[str]:
+        """Return what has moved since the last call, a line each."""
+
+    @property
+    def num_ended(self) -> int:
+        """How many have ended."""
+
+
 @contextmanager
-def _watch(
-    sweep: Path,
-    plan: Sequence[RunConfig],
-    waiting: Sequence[RunConfig],
-    tracker: Tracker,
-    errors: dict[str, str],
-) -> Iterator[None]:
-    """Show the runs, ship their metrics and keep runs.parquet current, in a thread, while the body runs."""
+def watching(board: Shown, tracker: Tracker, on_ended: Callable[[], object]) -> Iterator[None]:
+    """Show the runs and ship their metrics, in a thread, while the body runs; `on_ended` is called when some ended."""
     stop = threading.Event()
-    board = Board(sweep, waiting)
 
     def watch() -> None:
         next_ship, next_line = 0.0, time.monotonic() + LINE_INTERVAL_S
@@ -266,7 +288,7 @@ def _watch(
                     next_ship = time.monotonic() + backoff
                     if board.num_ended != written:
                         written = board.num_ended
-                        write_rows(sweep, collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids))
+                        on_ended()
 
     with _thread(lambda: _reporting(watch), stop):
         yield

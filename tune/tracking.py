@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 from rich.markup import escape
@@ -91,10 +91,12 @@ class Tracker:
             logging.getLogger(name).setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", ".*Any type hint is inferred")  # mlflow's, about types of its own
         self._sweep, self.uri = sweep.resolve(), uri
-        self._folders = {config.name: run_folder(self._sweep, config) for config in plan}
-        self._open = {config.name: config for config in plan}
+        self._folders: dict[str, Path] = {}
+        self._open: dict[str, RunConfig] = {}
+        for config in plan:
+            self.add(config)
         self._entries: dict[str, _Entry] = {}
-        self._reasons: dict[str, str] = {}
+        self._ends: dict[str, tuple[str, str]] = {}
         self._client: MlflowClient
         self._is_connected, self._lock = False, threading.Lock()
         self._attach_failures = 0
@@ -122,9 +124,14 @@ class Tracker:
             self._load += [(f"{LOAD}system_memory_usage_megabytes", used, now)]
         return self._attempt(self._ship)
 
-    def fail(self, config: RunConfig, reason: str) -> None:
-        """Let the next `ship` close, as failed, a run that ended without a result."""
-        self._reasons[config.name] = reason
+    def add(self, config: RunConfig) -> None:
+        """Ship one more run."""
+        self._folders[config.name] = run_folder(self._sweep, config)
+        self._open[config.name] = config
+
+    def end(self, config: RunConfig, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str = "") -> None:
+        """Let the next `ship` close a run that ended without a result."""
+        self._ends[config.name] = (status, reason)
 
     def close(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """End the sweep's own run by the rows of runs.parquet, which it keeps; return whether the server took it."""
@@ -195,28 +202,30 @@ class Tracker:
             self._ship_run(name, config, self._folders[name])
 
     def _ship_run(self, name: str, config: RunConfig, folder: Path) -> None:
-        reason = self._reasons.get(name)
-        if reason is None and not (folder / rundir.CONFIG).exists():
+        end = self._ends.get(name)
+        if end is None and not (folder / rundir.CONFIG).exists():
             return
         result = rundir.read_result(folder)  # before the spool: what the spool lacks then, the next call sends
         digest = hashlib.sha256((folder / rundir.RESULT).read_bytes()).hexdigest()[:16] if result else ""
         entry = self._entries.get(name) or self._create(name, config, folder)
         if not entry.has_params:
             self._log_params(entry, config)
-        if result is None and reason is None and entry.status != "RUNNING":
+        if result is None and end is None and entry.status != "RUNNING":
             self._client.update_run(entry.run_id, status="RUNNING")
             entry.status, entry.closed = "RUNNING", ""
         if result is None or entry.closed != digest:
             offset = self._send_metrics(entry.run_id, folder / rundir.METRICS, entry.offset)
             if result is not None:
                 self._close_run(entry, folder, config, result)
-            elif reason is not None:
-                self._client.set_tag(entry.run_id, "aepo.error", reason[:5000])
-                self._client.set_terminated(entry.run_id, "FAILED")
+            elif end is not None:
+                status, reason = end
+                if reason:
+                    self._client.set_tag(entry.run_id, "aepo.error", reason[:5000])
+                self._client.set_terminated(entry.run_id, status)
             if (offset, digest) != (entry.offset, entry.closed):
                 entry.offset, entry.closed = offset, digest
                 rundir.write_json(folder / OFFSET, {"run_id": entry.run_id, "offset": offset, "closed": digest})
-        if result is not None or reason is not None:
+        if result is not None or end is not None:
             del self._open[name]
 
     def _create(self, name: str, config: RunConfig, folder: Path) -> _Entry:

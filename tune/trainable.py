@@ -9,9 +9,11 @@ costs two intervals.
 """
 
 import contextlib
+import functools
 import os
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +164,42 @@ def _claim_share(gpus: float) -> None:
         torch.cuda.set_per_process_memory_fraction(gpus)
 
 
+def run_rounds(values: dict[str, Any]) -> None:
+    """Advance the runs of one trial of a search, round by round; what Ray Tune schedules.
+
+    After each round it reports and waits: Tune's scheduler lets it go on, or ends it there.
+
+    Args:
+        values: `number` of the trial, `runs` (names, one per task), `ended` (rounds), `rounds` in all, `reduction`,
+            and those of `run_trial`.
+    """
+    from aepo import run
+
+    for number in range(values["ended"] + 1, values["rounds"] + 1):
+        metrics = []
+        for name in values["runs"]:
+            how = functools.partial(run.advance, num_rounds=number)
+            if _is_stopped(values) or (found := _perform(values | {"run": name}, how)) is None:
+                return
+            metrics.append(found)
+        ray.tune.report(
+            {
+                "number": values["number"],
+                "round": number,
+                "budget": values["reduction"] ** (number - 1),
+                "metrics": metrics,
+            }
+        )
+
+
 def _execute(values: dict[str, Any]) -> None:
+    from aepo import run
+
+    _perform(values, run.execute)
+
+
+def _perform(values: dict[str, Any], how: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
+    """Return what `how`, run.execute or run.advance, returns of a planned run; None if it failed or was stopped."""
     from aepo import run, rundir
     from aepo.errors import AEPOError, Interrupted
     from aepo.store import StageStore
@@ -189,14 +226,14 @@ def _execute(values: dict[str, Any]) -> None:
     ):
         log.write(f"worker {os.getpid()} starts {config.name}\n")  # Train doubles what is printed
         try:
-            run.execute(
+            return how(
                 config,
                 folder,
                 run.FolderStore(folder),
                 device=run.select_device("cuda" if values["gpus"] else "cpu"),
                 checkpoint_s=values["checkpoint_s"],
                 on_progress=stop,
-                stage_store=StageStore(sweep / "stages") if values["reuse_stages"] else None,
+                stage_store=StageStore(Path(values["stages"])) if values["stages"] else None,
             )
         except AEPOError as error:  # stands in result.json; a repetition would meet it again
             log.write(f"failed: {error}\n")
@@ -209,3 +246,4 @@ def _execute(values: dict[str, Any]) -> None:
                 raise
             log.write(f"failed twice in the same way: {text}\n")
             rundir.record_failure(config, folder, f"{text} (twice; log.txt has the traceback)")
+    return None

@@ -1,0 +1,428 @@
+"""A search for settings: trials in rounds under Ray Tune's ASHA, then found against default on fresh seeds.
+
+search.json is the truth: the space, every trial with its rounds, and what became of it, written before a trial goes
+on. Ray's own state is thrown away; a repeated command goes on from the file. Trials train in a private seed and are
+evaluated on that seed's episodes; found and default are then trained and evaluated on seeds that no trial has seen.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution
+from rich.table import Table
+
+from aepo import config as configs
+from aepo import rundir
+from aepo.config import RunConfig
+from aepo.console import err
+from aepo.errors import CheckpointError, ConfigError, IncompleteError
+from tune.board import Board, driving
+from tune.plan import RUN_FOLDERS, STAGES, STOP, read_digests, write_manifest
+from tune.space import Sampler, Space
+from tune.sweep import Resources, check_data, on_ray, run_sweep, watching
+from tune.tracking import Tracker
+
+SEARCH, FOUND, DEFAULT = "search.json", "found", "default"
+"""In a search's folder: the record; the sweeps of the found and of the default settings, found.toml beside them."""
+CONFIRMED = ("task", "seed", "status", "score", "return_mean", "num_episodes", "steps", "steps_reused", "error")
+"""What the record keeps of a run of the found or default settings."""
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a search is; a continued one must have the same, except for the number of trials and confirming seeds."""
+
+    tasks: tuple[str, ...]
+    datasets: tuple[str, ...]
+    """Minari ids of data sets without a task of their own."""
+    source: str
+    """As `aepo sweep --source`."""
+    preset: str
+    overrides: dict[str, str]
+    trials: int
+    """Settings to try, at most."""
+    sampler: Sampler
+    seed: int
+    """Training seed of every trial; draws and episodes follow from it."""
+    rounds: int
+    """Evaluations of a trial: after reduction^-(rounds-1), ..., reduction^-1 and all of its steps."""
+    reduction: int
+    """Of the trials at a rung, one in so many goes on."""
+    grace: int
+    """Round after which trials are first stopped; 0 = none is ever."""
+    num_episodes: int
+    """Per evaluation and pair of beta and guidance scale."""
+    confirm_seeds: tuple[int, ...]
+    """Training seeds of found and default."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of the budget that is spent at the end of each round."""
+        return tuple(float(self.reduction) ** (number - self.rounds + 1) for number in range(self.rounds))
+
+
+@dataclasses.dataclass
+class Record:
+    """search.json."""
+
+    path: Path
+    spec: Spec
+    space: Space
+    trials: list[dict[str, Any]]
+    """number, params (drawn), used (those that its target and learner have), runs (names), steps (gradient steps of all
+    runs at the end of each round), state (running, finished, stopped, failed), rounds, error. A round: round, score,
+    scores (per task), beta and guidance_scale that it is of, steps_reused (those that the stage store saved), at."""
+    confirm: dict[str, Any] | None = None
+
+    @staticmethod
+    def open(search: Path, spec: Spec, space: Space) -> "Record":
+        """Return the record of a folder, a new one if there is none.
+
+        Raises:
+            ConfigError: if the folder holds another search.
+            CheckpointError: if its record is not of this version.
+        """
+        record = Record(search / SEARCH, spec, space, [])
+        if not record.path.exists():
+            return record
+        document = read_record(search)
+        free = ("trials", "confirm_seeds")
+        ours = json.loads(json.dumps(dataclasses.asdict(spec) | {"space": space.to_json()}))
+        theirs = document["spec"] | {"space": document["space"]}
+        if other := [key for key in ours if key not in free and ours[key] != theirs.get(key)]:
+            raise ConfigError(
+                f"{search} holds another search: {other[0]} is {theirs.get(other[0])} there, {ours[other[0]]} here; "
+                "search into another folder with --out"
+            )
+        record.trials = document["trials"]
+        return record
+
+    def save(self) -> None:
+        """Write it atomically."""
+        document = {
+            "format": FORMAT,
+            "commit": rundir.commit(),
+            "spec": dataclasses.asdict(self.spec),
+            "shares": self.spec.shares,
+            "space": self.space.to_json(),
+            "trials": self.trials,
+            "confirm": self.confirm,
+        }
+        rundir.write_json(self.path, document)
+
+    def note(self, number: int, row: dict[str, Any], state: str) -> None:
+        """Add a round to a trial and store it."""
+        trial = self.trials[number]
+        if row["round"] == len(trial["rounds"]) + 1:
+            trial["rounds"].append(row)
+            trial["state"] = state
+            self.save()
+
+    def best(self) -> dict[str, Any] | None:
+        """Return the finished trial with the highest last score."""
+        finished = [trial for trial in self.trials if trial["state"] == "finished"]
+        return max(finished, key=lambda trial: float(trial["rounds"][-1]["score"]), default=None)
+
+
+def read_record(search: Path) -> dict[str, Any]:
+    """Return what search.json holds.
+
+    Raises:
+        CheckpointError: if there is none of this version.
+    """
+    path = search / SEARCH
+    try:
+        document = json.loads(path.read_text())
+        assert document["format"] == FORMAT
+        assert isinstance(document["trials"], list)
+    except FileNotFoundError:
+        raise CheckpointError(f"{search} is not a search: it has no {SEARCH}") from None
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{path} is not a search of this version: {error}") from error
+    return document  # type: ignore[no-any-return]
+
+
+def run_search(
+    search: Path, spec: Spec, bases: Sequence[RunConfig], space: Space, resources: Resources, *, tracking_uri: str
+) -> Record:
+    """Carry a search out, or on, and return its record, `confirm` filled in.
+
+    Args:
+        search: its folder.
+        spec: what to do.
+        bases: the preset's config of every task, with any seed.
+        space: what is varied.
+        resources: what a trial takes; the runs share their stages.
+        tracking_uri: of MLflow.
+
+    Raises:
+        ConfigError: if the folder holds another search.
+        IncompleteError: if no trial has come through, or the search was stopped.
+        DataError, ResourceError: as `tune.sweep.run_sweep`.
+    """
+    search = search.resolve()
+    resources = dataclasses.replace(resources, runner="inline", stages=search / STAGES)
+    with driving(search):
+        record = Record.open(search, spec, space)
+        _try_out(search, record, bases, resources, tracking_uri)
+        _check_stop(search)
+        best = record.best()
+        if best is None:
+            reasons = sorted({trial["error"] for trial in record.trials if trial["error"]})
+            raise IncompleteError(f"no trial of {search} has finished: {'; '.join(reasons) or 'none was started'}")
+        changes = found_settings(space, best)
+        write_preset(search / f"{FOUND}.toml", record, best, changes)
+        scores: dict[str, list[dict[str, Any]]] = {}
+        for name, overrides in {FOUND: changes, DEFAULT: {}}.items():
+            err.print(f"{name} settings on fresh seeds")
+            plan = [
+                dataclasses.replace(configs.with_overrides(base, overrides), seed=seed)
+                for base in bases
+                for seed in spec.confirm_seeds
+            ]
+            rows = run_sweep(search / name, plan, resources, tracking_uri=tracking_uri)
+            _check_stop(search)
+            scores[name] = [{key: row.get(key) for key in CONFIRMED} for row in rows]
+        record.confirm = {"trial": best["number"], "settings": changes, **scores}
+        record.save()
+    return record
+
+
+def _check_stop(search: Path) -> None:
+    if (search / STOP).exists():
+        raise IncompleteError(f"{search} was stopped as asked; the same command goes on")
+
+
+def found_settings(space: Space, trial: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a trial's settings as overrides of the preset, with the beta and guidance scale that did best."""
+    last = trial["rounds"][-1]
+    pair = {"sampling.beta": last["beta"], "sampling.guidance_scale": last["guidance_scale"]}
+    return {**trial["used"], **{key: value for key, value in pair.items() if space.grid and value is not None}}
+
+
+def write_preset(path: Path, record: Record, trial: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Write the found settings as a file that `aepo sweep` takes."""
+    spec = record.spec
+    lines = [
+        f"# Found by `aepo search`: trial {trial['number']} of {len(record.trials)}, score "
+        f"{trial['rounds'][-1]['score']:.1f} on the search's own episodes (which picked it: optimistic).",
+        *[f"{key} = {json.dumps(list(names))}" for key, names in (("task", spec.tasks), ("dataset", spec.datasets))],
+        f"source = {json.dumps(spec.source)}",
+        f"preset = [{json.dumps(spec.preset)}]",
+        "",
+        "[set]",
+        *[f"{json.dumps(key)} = {json.dumps(value)}" for key, value in {**spec.overrides, **changes}.items()],
+    ]
+    rundir.write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources: Resources, tracking_uri: str) -> None:
+    """Bring the record to the number of trials that the spec wants."""
+    spec = record.spec
+    plans: dict[int, list[RunConfig]] = {
+        trial["number"]: trial_configs(record, trial["params"], bases) for trial in record.trials
+    }
+    waiting = [trial for trial in record.trials if trial["state"] == "running"]
+    missing = spec.trials - len(record.trials)
+    ended = len(record.trials) - len(waiting)
+    err.print(
+        f"{spec.trials} trials in {search}: {ended} ended, {len(waiting)} under way, {max(0, missing)} to draw",
+        soft_wrap=True,
+    )
+    if not waiting and missing <= 0:
+        return
+    examples = [_example(spec, base) for base in bases]
+    digests = check_data(examples, read_digests(search))
+    tracker = Tracker(search, [config for plan in plans.values() for config in plan], uri=tracking_uri)
+    board = SearchBoard(search, record, plans)
+
+    def plan(trial: dict[str, Any]) -> None:
+        plans[trial["number"]] = added = trial_configs(record, trial["params"], bases)
+        write_manifest(search, [config for each in plans.values() for config in each], digests)
+        for config in added:
+            tracker.add(config)
+            board.add(config)
+
+    def end(trial: dict[str, Any]) -> None:
+        for config in plans[trial["number"]]:
+            if trial["state"] == "finished":
+                tracker.end(config, "FINISHED")
+            elif trial["state"] == "stopped":
+                tracker.end(config, "KILLED", f"stopped by ASHA after round {len(trial['rounds'])}")
+            elif trial["state"] == "failed":
+                tracker.end(config, "FAILED", trial["error"] or "")
+            if trial["state"] in ("finished", "stopped"):
+                for file in (search / RUN_FOLDERS / config.name).glob("state*.ckpt"):
+                    file.unlink()  # its stages are in the store
+
+    for trial in record.trials:
+        if trial["state"] != "running":
+            end(trial)
+    with watching(board, tracker, lambda: None), on_ray(resources, examples) as slots:
+        import ray.tune
+
+        from tune.rungs import Asking, Rungs
+        from tune.trainable import ForgetEnded, run_rounds
+
+        concurrent = min(slots, len(waiting) + max(0, missing))
+        err.print(f"{concurrent} at a time, {resources.cpus:g} CPU and {resources.gpus:g} GPU each")
+        values = {
+            "sweep": str(search),
+            "cpus": resources.cpus,
+            "gpus": resources.gpus,
+            "stages": str(resources.stages),
+            "checkpoint_s": resources.checkpoint_s,
+            "rounds": spec.rounds,
+            "reduction": spec.reduction,
+        }
+        bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        tuner = ray.tune.Tuner(
+            ray.tune.with_resources(run_rounds, ray.tune.PlacementGroupFactory([bundle])),
+            tune_config=ray.tune.TuneConfig(
+                search_alg=Asking(record, bases, values, on_draw=plan, on_end=end),
+                scheduler=Rungs(record),
+                num_samples=len(waiting) + max(0, missing),
+                max_concurrent_trials=concurrent,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+                reuse_actors=False,  # a trial that is ended amid its process leaves it in no known state
+            ),
+            run_config=ray.tune.RunConfig(
+                name=f"tune-{int(time.time())}",
+                storage_path=str(search / "tune"),
+                failure_config=ray.tune.FailureConfig(max_failures=2),
+                callbacks=[ForgetEnded()],
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    tracker.ship()
+    tracker.close([{"status": _ROW_STATUS[trial["state"]]} for trial in record.trials])
+
+
+_ROW_STATUS = {"finished": "finished", "stopped": "finished", "failed": "failed", "running": "missing"}
+
+
+def _example(spec: Spec, base: RunConfig) -> RunConfig:
+    return dataclasses.replace(base, seed=spec.seed, rounds=spec.shares)
+
+
+def trial_configs(record: Record, params: Mapping[str, Any], bases: Sequence[RunConfig]) -> list[RunConfig]:
+    """Return the runs of a trial, one per task."""
+    spec = record.spec
+    episodes = {"evaluation.num_curve_points": 0}
+    episodes |= {f"evaluation.num_{kind}_episodes": spec.num_episodes for kind in ("curve", "grid")}
+    plain = [configs.with_overrides(base, episodes) for base in bases]
+    return [_example(spec, record.space.apply(params, base)) for base in plain]
+
+
+class SearchBoard:
+    """Where each trial stands."""
+
+    def __init__(self, search: Path, record: Record, plans: Mapping[int, Sequence[RunConfig]]):
+        """Read nothing yet."""
+        self._record = record
+        self._board = Board(search, [config for plan in plans.values() for config in plan])
+        self._lines: dict[int, str] = {}
+
+    def add(self, config: RunConfig) -> None:
+        """Watch one more run."""
+        self._board.add(config)
+
+    @property
+    def num_ended(self) -> int:
+        """Trials that go on no more."""
+        return sum(trial["state"] != "running" for trial in self._record.trials)
+
+    def refresh(self) -> None:
+        """Read what the runs have written."""
+        self._board.refresh()
+
+    def table(self) -> Table:
+        """Return a row per trial, those under way and the best."""
+        record, runs = self._record, self._board.rows()
+        best = record.best()
+        title = f"{self.num_ended} of {record.spec.trials} trials ended, {_saved(record)}"
+        table = Table(title=title, title_justify="left")
+        for column in ("trial", "settings", "state", "scores by round", "now"):
+            table.add_column(column, justify="right" if column == "trial" else "left")
+        for trial in record.trials[-40:]:
+            scores = "  ".join(f"{row['score']:.1f}" for row in trial["rounds"])
+            style = "bold" if trial is best else "dim" if trial["state"] in ("stopped", "failed") else ""
+            table.add_row(str(trial["number"]), describe(trial), trial["state"], scores, _now(trial, runs), style=style)
+        return table
+
+    def lines(self) -> list[str]:
+        """Return one line per trial that has moved since the last call."""
+        lines, runs = [], self._board.rows()
+        for trial in list(self._record.trials):
+            scores = ", ".join(f"{row['score']:.1f}" for row in trial["rounds"])
+            text = (
+                f"trial {trial['number']}  {trial['state']}  {_now(trial, runs)}  {f'scores {scores}' * bool(scores)}"
+            )
+            if self._lines.get(trial["number"]) != text:
+                self._lines[trial["number"]] = text
+                lines.append(f"{text}  {describe(trial)}")
+        return lines
+
+
+def describe(trial: Mapping[str, Any]) -> str:
+    """Return a trial's settings in a few words."""
+    words = [
+        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in trial["used"].items()
+    ]
+    return " ".join(words)
+
+
+def _now(trial: Mapping[str, Any], runs: Mapping[str, Mapping[str, str]]) -> str:
+    if trial["state"] != "running":
+        return ""
+    rows = [runs[name] for name in trial["runs"] if name in runs]
+    return f"{rows[-1]['stage']} {rows[-1]['step']}" if rows else "waiting"
+
+
+def compute(trials: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Return the gradient steps that were taken, and those that the stage store saved."""
+    begun = [trial for trial in trials if trial["rounds"]]
+    reused = sum(trial["rounds"][-1]["steps_reused"] for trial in begun)
+    return sum(trial["steps"][len(trial["rounds"]) - 1] for trial in begun) - reused, reused
+
+
+def _saved(record: Record) -> str:
+    taken, reused = compute(record.trials)
+    return f"{taken:,} gradient steps taken, {reused:,} saved by shared stages"
+
+
+def describe_space(spec: Spec, bases: Sequence[RunConfig], space: Space) -> dict[str, Any]:
+    """Return what a search varies, a row per setting, and what it costs at most."""
+    rows = []
+    for key, kind in space.varied.items():
+        if isinstance(kind, CategoricalDistribution):
+            rows.append({"setting": key, "values": ", ".join(map(str, kind.choices))})
+        else:
+            scale = "log" if getattr(kind, "log", False) else "uniform"
+            rows.append({"setting": key, "values": f"{kind.low:g} to {kind.high:g} ({scale})"})  # type: ignore[attr-defined]
+    for key, values in space.grid.items():
+        rows.append({"setting": key, "values": f"{', '.join(f'{v:g}' for v in values)} (on every policy)"})
+    steps = sum(base.num_steps for base in bases)
+    share = (
+        1.0
+        if not spec.grace
+        else sum(
+            (shares[1] - shares[0]) * min(1.0, float(spec.reduction) ** -max(0, number - spec.grace + 1))
+            for number, shares in enumerate(pairwise((0.0, *spec.shares)))
+        )
+    )
+    cells = math.prod(len(values) for values in space.grid.values())
+    cost = (
+        f"{spec.trials} trials of {steps:,} gradient steps; about {share:.0%} of them if one in {spec.reduction} goes "
+        f"on at each rung, less what trials share; {cells} x {spec.num_episodes} episodes per evaluation; then "
+        f"2 x {len(spec.confirm_seeds)} whole runs per task on fresh seeds"
+    )
+    return {"space": rows, "cost": cost}

@@ -1,0 +1,234 @@
+"""`aepo search`: hyperparameters by ASHA, from flags."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.prompt import Confirm
+
+from aepo import config as configs
+from aepo import tasks
+from aepo.console import emit_json, emit_table, err
+from aepo.errors import ConfigError, IncompleteError
+from aepo.presets import preset
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Find settings by ASHA: many trials begin, the best third goes on after each round, and stages are shared.
+
+    A trial trains all stages with a share of the budget, is evaluated, and goes on with more if it is among the best so
+    far. Stages that trials have alike are trained once; every pair of beta and guidance scale is tried on every
+    policy. The found settings and the preset's own are then trained and evaluated on fresh seeds. The same command
+    again continues. Several tasks share one setting, the mean score counts; for settings of its own search each task
+    in a folder of its own.
+
+    For example:
+      aepo search --task maze2d-umaze --trials 24 --out searches/umaze
+      aepo search --task antmaze-umaze-v2 --source minari --preset best-paper --space mine.toml --gpus 0.25 --dry-run
+      aepo search --status --out searches/umaze
+      aepo report searches/umaze
+      aepo sweep searches/umaze/found.toml --seeds 0 1 2 3 4 --out sweeps/umaze-found
+    """
+
+    task: tuple[str, ...] = ()
+    """Names of tasks (`aepo data list` shows them)."""
+    suite: tuple[str, ...] = ()
+    """All tasks of these suites."""
+    source: str = ""
+    """Whose data of the tasks: d4rl or minari; none = each task's first."""
+    dataset: tuple[str, ...] = ()
+    """Ids of local Minari data sets of your own."""
+    preset: str = "quick"
+    """Where the search starts, and what it is compared with; METHOD, BUDGET or METHOD-BUDGET, as in `aepo sweep`."""
+    set: tuple[str, ...] = ()
+    """Settings that differ from the preset in all trials, as in: behavior.steps=2000."""
+    space: Path | None = None
+    """TOML that says what is varied, as in docs/operations.md; none = the suite's, in tune/spaces."""
+    trials: int = 24
+    """Settings to try; more of them continue a search."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    """tpe: Optuna's, which learns from the trials before; random."""
+    rounds: int = 3
+    """Evaluations of a whole trial."""
+    reduction: int = 3
+    """Of the trials at a rung one in so many goes on; a round has so many times the steps of those before it."""
+    grace: int = 1
+    """Round after which trials are first stopped; 0 = none is, every trial is trained in full."""
+    seed: int = 1000
+    """Training seed of all trials; their draws and episodes follow from it. Keep it out of your results' seeds."""
+    num_episodes: int = 20
+    """Episodes per evaluation, for each pair of beta and guidance scale."""
+    confirm_seeds: tuple[int, ...] = (2000, 2001, 2002)
+    """Fresh training seeds for the found settings and the preset's."""
+    out: Path = Path("searches/default")
+    """Folder of the search; on a cluster one that all nodes see."""
+    dry_run: bool = False
+    """Show the space and what the search costs at most, and start nothing."""
+    yes: bool = False
+    """Start without asking."""
+    status: bool = False
+    """Show the trials of --out and start nothing; from any terminal."""
+    stop: bool = False
+    """Ask the process that carries --out out to end: every trial stores a checkpoint first."""
+    address: str = ""
+    """Address of a Ray cluster; none = a private Ray on this machine."""
+    cpus: float = 1.0
+    """CPU cores per trial."""
+    gpus: float = 0.0
+    """GPUs per trial; a fraction shares one."""
+    max_concurrent: int = 0
+    """Trials at the same time, at most; 0 = as many as fit."""
+    checkpoint_s: float = 60.0
+    """Seconds between two checkpoints of a trial."""
+    tracking_uri: str = ""
+    """MLflow store or server; none = MLFLOW_TRACKING_URI, or else a SQLite file in the folder."""
+    json: bool = False
+    """Print one JSON document on standard output and nothing else."""
+
+    def run(self) -> int:
+        """Search, or look at a search; return the exit status."""
+        if sum((self.status, self.stop, self.dry_run)) > 1:
+            raise ConfigError("--dry-run, --status and --stop are different commands; give one")
+        if self.status:
+            return self._look()
+        if self.stop:
+            return self._stop()
+        return self._carry_out()
+
+    def _look(self) -> int:
+        from tune.search import read_record
+
+        document = read_record(self.out)
+        if self.json:
+            emit_json(document)
+        else:
+            emit_table(f"{self.out}", trial_rows(document))
+        return 0
+
+    def _stop(self) -> int:
+        from tune.board import is_driven
+        from tune.plan import STOP
+
+        search = self.out.resolve()
+        if not is_driven(search):
+            raise IncompleteError(f"nobody carries {self.out} out; there is nothing to stop")
+        for folder in (search, search / "found", search / "default"):
+            if folder.is_dir():
+                (folder / STOP).touch()
+        err.print("asked to stop; every trial stores a checkpoint first (--status shows it)", soft_wrap=True)
+        return 0
+
+    def _carry_out(self) -> int:
+        if self.rounds < 1 or self.reduction < 2 or self.trials < 1 or not 0 <= self.grace <= self.rounds:
+            raise ConfigError("wanted --rounds and --trials from 1, --reduction from 2, --grace from 0 to the rounds")
+        if self.cpus <= 0 or self.gpus < 0 or self.max_concurrent < 0 or self.checkpoint_s < 0:
+            raise ConfigError("--cpus must be above 0; --gpus, --max-concurrent and --checkpoint-s not below it")
+        if not self.confirm_seeds or self.seed in self.confirm_seeds:
+            raise ConfigError("--confirm-seeds wants at least one seed, and not the search's own (--seed)")
+        rows = [tasks.find(name, self.source) for name in self.task]
+        for suite in self.suite:
+            rows += tasks.of_suite(suite, self.source)
+        named = tuple(row.task for row in rows)
+        rows += [tasks.for_dataset(name) for name in self.dataset]
+        if not rows:
+            raise ConfigError("a search wants at least one task; `aepo data list` shows them")
+        overrides = configs.parse_overrides(self.set)
+        bases = [configs.with_overrides(preset(self.preset, row, self.seed), overrides) for row in rows]
+        from tune.search import Spec, describe_space, run_search
+        from tune.space import default_space, read_space
+
+        space = read_space(self.space or default_space([base.suite for base in bases]), bases)
+        spec = Spec(
+            tasks=named,
+            datasets=self.dataset,
+            source=self.source,
+            preset=self.preset,
+            overrides=overrides,
+            trials=self.trials,
+            sampler=self.sampler,
+            seed=self.seed,
+            rounds=self.rounds,
+            reduction=self.reduction,
+            grace=self.grace,
+            num_episodes=self.num_episodes,
+            confirm_seeds=self.confirm_seeds,
+        )
+        for base in bases:
+            dataclasses.replace(base, rounds=spec.shares)  # refuses rounds that the stages are too short for
+        asks = sys.stdin.isatty() and err.is_terminal and not self.yes and not (self.out / "search.json").exists()
+        if self.dry_run or asks:
+            facts = describe_space(spec, bases, space)
+            if self.json:
+                emit_json(facts)
+            else:
+                emit_table(f"what {self.out} varies", facts["space"])
+                err.print(facts["cost"], soft_wrap=True)
+            if self.dry_run or not Confirm.ask("start?", console=err, default=True):
+                return 0
+        from tune.commands import check_tracking_uri
+        from tune.sweep import Resources
+        from tune.tracking import default_uri
+
+        uri = self.tracking_uri or default_uri(self.out)
+        check_tracking_uri(uri)
+        resources = Resources(
+            address=self.address,
+            cpus=self.cpus,
+            gpus=self.gpus,
+            max_concurrent=self.max_concurrent,
+            checkpoint_s=self.checkpoint_s,
+            runner="inline",
+        )
+        record = run_search(self.out, spec, bases, space, resources, tracking_uri=uri)
+        document = read_record_of(record.path.parent)
+        if self.json:
+            emit_json(document)
+        else:
+            emit_table("trials", trial_rows(document))
+            emit_table("found against the preset, on fresh seeds", confirm_rows(document))
+        err.print(f"settings as a sweep:  aepo sweep {self.out}/found.toml --seeds 0 1 2 3 4", soft_wrap=True)
+        err.print(f"report:               aepo report {self.out}", soft_wrap=True)
+        return 0
+
+
+def read_record_of(search: Path) -> dict[str, Any]:
+    """Return search.json; see `tune.search.read_record`."""
+    from tune.search import read_record
+
+    return read_record(search)
+
+
+def trial_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per trial for printing, the best first."""
+    from tune.search import describe
+
+    def order(trial: dict[str, Any]) -> tuple[int, float]:
+        return len(trial["rounds"]), trial["rounds"][-1]["score"] if trial["rounds"] else 0.0
+
+    rows = []
+    for trial in sorted(document["trials"], key=order, reverse=True):
+        last = trial["rounds"][-1] if trial["rounds"] else {}
+        rows.append(
+            {
+                "trial": trial["number"],
+                "state": trial["state"],
+                "rounds": len(trial["rounds"]),
+                "score": last.get("score"),
+                "beta": last.get("beta"),
+                "scale": last.get("guidance_scale"),
+                "settings": describe(trial) + (f" ({trial['error']})" if trial["error"] else ""),
+            }
+        )
+    return rows
+
+
+def confirm_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per setting and fresh seed."""
+    confirm = document["confirm"]
+    return [
+        {"settings": name, **{key: row[key] for key in ("task", "seed", "status", "score", "num_episodes")}}
+        for name in ("found", "default")
+        for row in confirm[name]
+    ]
