@@ -41,10 +41,13 @@ class Report:
     For example:
       aepo report sweeps/mazes
       aepo report sweeps/mazes sweeps/others --json
+      aepo report searches/umaze
+      aepo report searches/umaze searches/umaze-random
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SWEEP...", help_behavior_hint="")]
-    """Folders that `aepo sweep` wrote; their runs stand in one table."""
+    """Folders that `aepo sweep` wrote; their runs stand in one table. Or one that `aepo search` wrote, and if wanted
+    another, compared with it at equal gradient steps."""
     out: Annotated[
         Path | None,
         tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: report, in the first sweep)"),
@@ -61,6 +64,10 @@ class Report:
             raise ConfigError("no sweep given; wanted one folder or more: aepo report SWEEP")
         first = self.runs[0]
         out = self.out or (first if first.is_dir() else first.parent) / "report"
+        from analysis.search import is_search
+
+        if is_search(first):
+            return self._report_search(first, out)
         result = write_report(self.runs, out, allow_missing=self.allow_missing)
         if self.json:
             emit_json([dataclasses.asdict(score) for score in result.scores])
@@ -69,6 +76,22 @@ class Report:
             emit_text("\n".join(result.notes))
             if result.aggregates:
                 emit_table(AGGREGATE_TITLE, result.aggregates)
+        err.print(f"report: {out / 'report.md'}", markup=False, soft_wrap=True)
+        return 0
+
+    def _report_search(self, search: Path, out: Path) -> int:
+        from analysis.search import write_search_report
+
+        if len(self.runs) > 2:
+            raise ConfigError(f"a search is reported alone or against one other; got {len(self.runs)} folders")
+        result = write_search_report(search, out, against=self.runs[1] if len(self.runs) == 2 else None)
+        if self.json:
+            emit_json(dataclasses.asdict(result))
+        else:
+            emit_table("trials", result.trials)
+            if result.confirmed:
+                emit_table("found against default, on fresh seeds", result.confirmed)
+            emit_text("\n".join(result.notes))
         err.print(f"report: {out / 'report.md'}", markup=False, soft_wrap=True)
         return 0
 

@@ -1,0 +1,376 @@
+"""The report of a search: what was found, what it is worth on fresh seeds, where trials were stopped, what it cost.
+
+Reads search.json alone, so that it can be made while the search runs; optuna's importance and plots are used as they
+are.
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aepo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import optuna
+    from matplotlib.figure import Figure
+
+RECORD = "search.json"
+FORMAT = 1
+COLOURS = {"finished": "#0072B2", "stopped": "#999999", "failed": "#D55E00", "running": "#E69F00"}
+"""Okabe and Ito's, by the state of a trial."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchReport:
+    """What a report says, for printing."""
+
+    confirmed: list[dict[str, str]]
+    """A row for the found and one for the default settings, and their difference."""
+    trials: list[dict[str, str]]
+    """A row per trial, the best first."""
+    notes: list[str]
+
+
+def is_search(folder: Path) -> bool:
+    """Return whether a folder is that of a search."""
+    return (folder / RECORD).exists()
+
+
+def write_search_report(search: Path, out: Path, *, against: Path | None = None) -> SearchReport:
+    """Write report.md and its figures into `out` and return what they say; equal input, equal bytes.
+
+    Args:
+        search: folder of `aepo search`.
+        out: folder of the report.
+        against: another search of the same tasks, compared at equal gradient steps.
+
+    Raises:
+        DataError: if search.json is not one of this version.
+        ConfigError: if `out` cannot be a folder, or the searches are of different tasks.
+    """
+    document = _read(search)
+    trials: list[dict[str, Any]] = document["trials"]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be a folder ({error.strerror}); give another with --out") from error
+    begun = [trial for trial in trials if trial["rounds"]]
+    notes = [*_compute_notes(document), *_optimism_notes(document)]
+    figures = {}
+    if begun:
+        figures["trials"] = _draw_trials(document, out / "trials.png")
+        curves = {search.name: document}
+        if against is not None:
+            other = _read(against)
+            if _tasks(other) != _tasks(document):
+                raise ConfigError(f"{against} searched {_tasks(other)}, {search} {_tasks(document)}: not comparable")
+            curves[against.name if against.name != search.name else str(against)] = other
+            notes += _against_notes(curves)
+        figures["best"] = _draw_best(curves, out / "best.png")
+    study = _first_rounds(document)
+    importance = _importance(study) if len(study.trials) > 2 else {}
+    if importance:
+        figures["importance"] = _draw_importance(importance, out / "importance.png")
+        figures["settings"] = _draw_parallel(study, out / "settings.png")
+    report = SearchReport(_confirm_rows(document), _trial_rows(trials), notes)
+    text = _markdown(search, document, report, importance, figures)
+    (out / "report.md").write_text(text)
+    return report
+
+
+def _read(search: Path) -> dict[str, Any]:
+    path = search / RECORD
+    try:
+        document = json.loads(path.read_text())
+        assert document["format"] == FORMAT
+        assert isinstance(document["trials"], list)
+    except FileNotFoundError:
+        raise DataError(f"{search} is not a search: it has no {RECORD}") from None
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise DataError(f"{path} is not a search of this version: {error}") from error
+    return document  # type: ignore[no-any-return]
+
+
+def _tasks(document: Mapping[str, Any]) -> list[str]:
+    return [*document["spec"]["tasks"], *document["spec"]["datasets"]]
+
+
+def steps_taken(trial: Mapping[str, Any]) -> list[int]:
+    """Return the gradient steps that a trial itself had taken at the end of each of its rounds."""
+    return [total - row["steps_reused"] for total, row in zip(trial["steps"], trial["rounds"], strict=False)]
+
+
+def _compute(trials: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
+    """Return the gradient steps taken, those that the store saved, and those of all trials in full."""
+    taken = sum(steps_taken(trial)[-1] for trial in trials if trial["rounds"])
+    reused = sum(trial["rounds"][-1]["steps_reused"] for trial in trials if trial["rounds"])
+    return taken, reused, sum(trial["steps"][-1] for trial in trials)
+
+
+def _compute_notes(document: Mapping[str, Any]) -> list[str]:
+    taken, reused, full = _compute(document["trials"])
+    if not full:
+        return ["No trial has begun."]
+    states = [trial["state"] for trial in document["trials"]]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in COLOURS if state in states)
+    notes = [
+        f"{len(states)} trials ({counts}) took {taken:,} gradient steps, {taken / full:.1%} of the {full:,} that they "
+        f"take in full; the stage store saved {reused:,}, stopping {full - taken - reused:,}."
+    ]
+    if document["confirm"]:
+        runs = [row for name in ("found", "default") for row in document["confirm"][name]]
+        steps = sum((row["steps"] or 0) - (row["steps_reused"] or 0) for row in runs)
+        notes.append(f"Found and default on fresh seeds took {steps:,} more, not counted above.")
+    return notes
+
+
+def _confirmed(document: Mapping[str, Any], name: str) -> np.ndarray[Any, Any]:
+    """Return the mean over tasks for each fresh seed that has all, [seeds]."""
+    by_seed: dict[int, list[float]] = {}
+    for row in document["confirm"][name]:
+        if row["status"] == "finished":
+            value = row["return_mean"] if row["score"] is None else row["score"]
+            by_seed.setdefault(row["seed"], []).append(value)
+    return np.array([np.mean(v) for v in by_seed.values() if len(v) == len(_tasks(document))])
+
+
+def _confirm_rows(document: Mapping[str, Any]) -> list[dict[str, str]]:
+    if not document["confirm"]:
+        return []
+    rows = []
+    for name in ("found", "default"):
+        scores = _confirmed(document, name)
+        runs = len(document["confirm"][name])
+        rows.append(
+            {
+                "settings": name,
+                "score": f"{scores.mean():.1f} ± {_standard_error(scores):.1f}" if len(scores) else "-",
+                "seeds": f"{len(scores)} of {runs // len(_tasks(document))}",
+                "each": "  ".join(f"{score:.1f}" for score in scores),
+            }
+        )
+    return rows
+
+
+def _standard_error(scores: np.ndarray[Any, Any]) -> float:
+    return float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else float("nan")
+
+
+def _optimism_notes(document: Mapping[str, Any]) -> list[str]:
+    if not document["confirm"]:
+        return ["Not yet trained on fresh seeds: the scores below picked the settings and flatter them."]
+    trial = document["trials"][document["confirm"]["trial"]]
+    own, fresh = trial["rounds"][-1]["score"], _confirmed(document, "found")
+    if not len(fresh):
+        return ["No run of the found settings has finished."]
+    return [
+        f"Trial {trial['number']} scored {own:.1f} in the search and {fresh.mean():.1f} on fresh seeds: an optimism of "
+        f"{own - fresh.mean():.1f} from being picked (and from its rounds, where found is trained in one)."
+    ]
+
+
+def _progress(document: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+    """Return the gradient steps taken by all trials and the best full score so far, after each round that ended."""
+    events = []
+    for trial in document["trials"]:
+        taken = [0, *steps_taken(trial)]
+        for number, row in enumerate(trial["rounds"]):
+            last = number + 1 == len(trial["steps"])
+            events.append((row["at"], taken[number + 1] - taken[number], row["score"] if last else None))
+    steps, best = [0], [float("nan")]
+    for _, more, score in sorted(events, key=lambda event: event[0]):
+        steps.append(steps[-1] + more)
+        best.append(best[-1] if score is None else float(np.nanmax([best[-1], score])))
+    return steps, best
+
+
+def _against_notes(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    progress = {name: _progress(document) for name, document in curves.items()}
+    budget = min(steps[-1] for steps, _ in progress.values())
+    reached = {
+        name: best[max(i for i, step in enumerate(steps) if step <= budget)] for name, (steps, best) in progress.items()
+    }
+    text = ", ".join(f"{name} {score:.1f}" if score == score else f"{name} none yet" for name, score in reached.items())
+    return [f"Best score of a whole trial at {budget:,} gradient steps: {text}."]
+
+
+def _trial_rows(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    def order(trial: Mapping[str, Any]) -> tuple[int, float]:
+        return len(trial["rounds"]), trial["rounds"][-1]["score"] if trial["rounds"] else 0.0
+
+    rows = []
+    for trial in sorted(trials, key=order, reverse=True):
+        last = trial["rounds"][-1] if trial["rounds"] else {}
+        pair = {"beta": last.get("beta"), "scale": last.get("guidance_scale")}
+        stopped = f"stopped after round {len(trial['rounds'])}" if trial["state"] == "stopped" else trial["state"]
+        rows.append(
+            {
+                "trial": str(trial["number"]),
+                "state": stopped + (f": {trial['error']}" if trial["error"] else ""),
+                "scores by round": "  ".join(f"{row['score']:.1f}" for row in trial["rounds"]),
+                **{key: "" if value is None else f"{value:g}" for key, value in pair.items()},
+                "settings": ", ".join(f"{key} {_short(value)}" for key, value in trial["used"].items()),
+            }
+        )
+    return rows
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+# -- figures -----------------------------------------------------------------------------------------------
+
+
+def _save(figure: "Figure", path: Path) -> str:
+    figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
+    return path.name
+
+
+def _draw_trials(document: Mapping[str, Any], path: Path) -> str:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot()
+    for trial in document["trials"]:
+        shares = document["shares"][: len(trial["rounds"])]
+        scores = [row["score"] for row in trial["rounds"]]
+        ended = trial["state"] == "finished"
+        axes.plot(shares, scores, color=COLOURS[trial["state"]], marker="o", markersize=4, lw=1.8 if ended else 0.8)
+    states = [state for state in COLOURS if any(trial["state"] == state for trial in document["trials"])]
+    axes.legend([Line2D([], [], color=COLOURS[state], marker="o") for state in states], states, frameon=False)
+    axes.set_xscale("log")
+    axes.set_xticks(document["shares"], [f"{share:.0%}" for share in document["shares"]])
+    axes.minorticks_off()
+    axes.set_xlabel("share of the gradient steps")
+    axes.set_ylabel("score, best beta and guidance scale")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def _draw_best(curves: Mapping[str, Mapping[str, Any]], path: Path) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5))
+    axes = figure.add_subplot()
+    for name, document in curves.items():
+        steps, best = _progress(document)
+        axes.step(np.array(steps) / 1000, best, where="post", label=name)
+    axes.set_xlabel("gradient steps taken by all trials, thousands")
+    axes.set_ylabel("best score of a whole trial")
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def _first_rounds(document: Mapping[str, Any]) -> "optuna.Study":
+    """Return the first round of every trial as a study: the one budget that all have had."""
+    import optuna
+    from optuna.distributions import json_to_distribution
+    from optuna.trial import create_trial
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    kinds = {key: json_to_distribution(text) for key, text in document["space"]["varied"].items()}
+    study = optuna.create_study(direction="maximize")
+    for trial in document["trials"]:
+        if trial["rounds"]:
+            study.add_trial(
+                create_trial(params=trial["params"], distributions=kinds, value=trial["rounds"][0]["score"])
+            )
+    return study
+
+
+def _importance(study: "optuna.Study") -> dict[str, float]:
+    """Return setting -> share of the variance of the first rounds' scores, by fANOVA; empty if they are all equal."""
+    import optuna
+
+    scores = [trial.value for trial in study.trials]
+    if len(set(scores)) < 2 or not study.trials[0].params:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+def _draw_importance(importance: Mapping[str, float], path: Path) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 0.5 + 0.4 * len(importance)))
+    axes = figure.add_subplot()
+    names = list(importance)[::-1]
+    axes.barh(names, [importance[name] for name in names], color=COLOURS["finished"])
+    axes.set_xlabel("share of the variance after round 1")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def _draw_parallel(study: "optuna.Study", path: Path) -> str:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import optuna.visualization.matplotlib as pictures
+    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # optuna calls it experimental
+        axes = pictures.plot_parallel_coordinate(study, target_name="score, round 1")
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.set_size_inches(9, 4.5)
+    axes.set_title("")
+    name = _save(figure, path)
+    plt.close(figure)
+    return name
+
+
+def _markdown(
+    search: Path,
+    document: Mapping[str, Any],
+    report: SearchReport,
+    importance: Mapping[str, float],
+    figures: Mapping[str, str],
+) -> str:
+    spec = document["spec"]
+    lines = [
+        f"# Search {search.name}: {', '.join(_tasks(document))}",
+        "",
+        f"Preset `{spec['preset']}`, {spec['trials']} trials by {spec['sampler']}, rounds at "
+        f"{', '.join(f'{share:.0%}' for share in document['shares'])} of the steps, "
+        + (f"one in {spec['reduction']} goes on from round {spec['grace']} (ASHA)" if spec["grace"] else "none stopped")
+        + f", {spec['num_episodes']} episodes per evaluation, training seed {spec['seed']}; commit "
+        f"{document['commit']}.",
+        "",
+        *[f"- {note}" for note in report.notes],
+        "",
+    ]
+    if report.confirmed:
+        settings = document["confirm"]["settings"]
+        lines += ["## Found against default, on fresh seeds", ""]
+        lines += ["Mean over seeds ± standard error.", "", *_table(report.confirmed), ""]
+        lines += [f"Found: {', '.join(f'{key} {_short(value)}' for key, value in settings.items())}.", ""]
+    titles = {
+        "trials": "Every trial over its rounds",
+        "best": "The best whole trial against gradient steps",
+        "importance": "Importance of the settings (fANOVA on the first rounds, which all trials have)",
+        "settings": "Settings and scores after round 1",
+    }
+    for key, name in figures.items():
+        lines += [f"## {titles[key]}", "", f"![{titles[key]}]({name})", ""]
+        if key == "importance":
+            lines += [*_table([{"setting": k, "share": f"{v:.2f}"} for k, v in importance.items()]), ""]
+    lines += ["## Trials", "", *_table(report.trials), ""]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    if not rows:
+        return []
+    cells = [[str(value).replace("|", "\\|").replace("\n", " ") for value in row.values()] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in [list(rows[0]), ["---"] * len(rows[0]), *cells]]

@@ -1,0 +1,409 @@
+"""A search: ASHA's decisions against its rule, the record as the truth, nothing trained twice, the report."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from aepo import cli
+from aepo.errors import CheckpointError, ConfigError
+from analysis.search import write_search_report
+from tests.conftest import wait_for
+from tune import search as searches
+from tune.plan import RUN_FOLDERS
+from tune.search import Record, Spec, read_record
+from tune.space import read_space
+
+SPEC = Spec(
+    tasks=(),
+    datasets=("tests/pendulum/random-v0",),
+    source="",
+    preset="smoke",
+    overrides={},
+    trials=9,
+    sampler="random",
+    seed=1000,
+    rounds=3,
+    reduction=3,
+    grace=1,
+    num_episodes=1,
+    confirm_seeds=(2000,),
+)
+
+
+@pytest.fixture
+def space(tmp_path, tiny_config):
+    file = tmp_path / "space.toml"
+    file.write_text("critic.expectile = [0.5, 0.7, 0.9]\nenergy.learning_rate = {log = [1e-4, 1e-2]}\n")
+    return read_space(file, [tiny_config()])
+
+
+def trial(number, scores=(), state="running"):
+    rounds = [
+        {
+            "round": i + 1,
+            "score": score,
+            "scores": {},
+            "beta": None,
+            "guidance_scale": None,
+            "steps_reused": 0,
+            "at": float(10 * i + number),
+        }
+        for i, score in enumerate(scores)
+    ]
+    params = {"critic.expectile": 0.5, "energy.learning_rate": 1e-4 * (number + 1)}
+    return {
+        "number": number,
+        "params": params,
+        "used": params,
+        "runs": [f"run-{number}"],
+        "steps": [20, 60, 180],
+        "state": state,
+        "rounds": rounds,
+        "error": None,
+    }
+
+
+def record(tmp_path, space, trials, spec=SPEC):
+    return Record(tmp_path / searches.SEARCH, spec, space, trials)
+
+
+def report(rungs, number, round_number, score):
+    metrics = [{"eval/score": score, "eval/return_mean": 0.0, "steps_reused": 0.0}]
+    result = {"number": number, "round": round_number, "budget": 3 ** (round_number - 1), "metrics": metrics}
+    return rungs.on_trial_result(None, SimpleNamespace(trial_id="x"), result)
+
+
+# -- decisions ---------------------------------------------------------------------------------------------
+
+
+def asha_goes_on(score, others, reduction=3):
+    """The rule of asynchronous halving: among those at the rung so far, is it in the upper 1 / reduction?"""
+    return not others or score >= np.percentile(others, 100 * (1 - 1 / reduction))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_decisions_are_ashas_and_stand_in_the_record_before_a_trial_goes_on(seed, tmp_path, space):
+    from tune.rungs import Rungs
+
+    generator = np.random.default_rng(seed)
+    current = record(tmp_path, space, [trial(number) for number in range(9)])
+    rungs = Rungs(current)
+    at_rung = {1: [], 2: []}
+    for number in generator.permutation(9):
+        for round_number in (1, 2, 3):
+            score = float(generator.normal())
+            action = report(rungs, int(number), round_number, score)
+            stored = json.loads(current.path.read_text())["trials"][number]
+            assert len(stored["rounds"]) == round_number
+            if round_number == 3:
+                assert (action, stored["state"]) == ("CONTINUE", "finished")
+            else:
+                goes_on = asha_goes_on(score, at_rung[round_number])
+                at_rung[round_number].append(score)
+                assert (action == "CONTINUE") == goes_on == (stored["state"] == "running")
+            if action == "STOP":
+                assert stored["state"] == "stopped"
+                break
+
+
+def test_rungs_are_taken_up_from_the_record(tmp_path, space):
+    from tune.rungs import Rungs
+
+    trials = [trial(0, (10.0, 20.0), "stopped"), trial(1, (30.0,)), trial(2, (20.0,), "stopped"), trial(3)]
+    rungs = Rungs(record(tmp_path, space, trials))
+    assert report(rungs, 3, 1, 19.0) == "STOP"  # 10, 20, 30 were there: the upper third begins at 23.3
+    assert report(rungs, 1, 1, -5.0) == "CONTINUE"  # reported again: decided already, and noted once
+    assert [len(t["rounds"]) for t in trials] == [2, 1, 1, 1]
+    assert trials[1]["rounds"][0]["score"] == 30.0
+    assert report(rungs, 1, 2, 19.0) == "STOP"
+
+
+def test_without_grace_nothing_is_stopped(tmp_path, space):
+    from tune.rungs import Rungs
+
+    spec = dataclasses.replace(SPEC, grace=0)
+    rungs = Rungs(record(tmp_path, space, [trial(number) for number in range(9)], spec))
+    assert {report(rungs, n, r, float(-n)) for n in range(9) for r in (1, 2, 3)} == {"CONTINUE"}
+
+
+def test_the_first_round_can_be_one_of_grace(tmp_path, space):
+    from tune.rungs import Rungs
+
+    rungs = Rungs(record(tmp_path, space, [trial(n) for n in range(9)], dataclasses.replace(SPEC, grace=2)))
+    assert {report(rungs, n, 1, float(-n)) for n in range(9)} == {"CONTINUE"}
+    assert [report(rungs, n, 2, float(-n)) for n in range(3)] == ["CONTINUE", "STOP", "STOP"]
+
+
+def test_several_tasks_share_the_pair_that_is_best_over_all(tmp_path, space):
+    from tune.rungs import _round
+
+    spec = dataclasses.replace(SPEC, tasks=("a", "b"), datasets=())
+    space = dataclasses.replace(space, grid={"sampling.beta": (1.0,), "sampling.guidance_scale": (1.0, 3.0)})
+    of_a = {"grid/beta 1 scale 1": 10.0, "grid/beta 1 scale 3": 50.0, "steps_reused": 5.0}
+    of_b = {"grid/beta 1 scale 1": 60.0, "grid/beta 1 scale 3": 0.0, "steps_reused": 7.0}
+    row = _round({"metrics": [of_a, of_b], "round": 1}, record(tmp_path, space, [], spec))
+    assert (row["score"], row["beta"], row["guidance_scale"]) == (35.0, 1.0, 1.0)
+    assert row["scores"] == {"a": 10.0, "b": 60.0}
+    assert row["steps_reused"] == 12
+
+
+# -- the record --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_holds_one_search_but_more_trials_are_welcome(tmp_path, space):
+    record(tmp_path, space, [trial(0)]).save()
+    assert Record.open(tmp_path, dataclasses.replace(SPEC, trials=30, confirm_seeds=(5,)), space).trials == [trial(0)]
+    with pytest.raises(ConfigError, match="holds another search: seed is 1000 there, 3 here"):
+        Record.open(tmp_path, dataclasses.replace(SPEC, seed=3), space)
+    other = dataclasses.replace(space, grid={"sampling.beta": (1.0,)})
+    with pytest.raises(ConfigError, match="another search: space"):
+        Record.open(tmp_path, SPEC, other)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 9, "trials": []}', '{"format": 1}'])
+def test_a_record_that_is_none_is_refused(text, tmp_path):
+    with pytest.raises(CheckpointError, match="has no search"):
+        read_record(tmp_path)
+    (tmp_path / searches.SEARCH).write_text(text)
+    with pytest.raises(CheckpointError, match="not a search of this version"):
+        read_record(tmp_path)
+
+
+def test_shares_are_those_of_the_reduction():
+    assert SPEC.shares == pytest.approx((1 / 9, 1 / 3, 1))
+    assert SPEC.shares[-1] == 1.0
+    assert dataclasses.replace(SPEC, rounds=1).shares == (1.0,)
+
+
+# -- the whole ---------------------------------------------------------------------------------------------
+
+SPACE = """
+[critic]
+expectile = [0.5, 0.9]
+[energy]
+learning_rate = [1e-3, 2e-3]
+[sampling]
+guidance_scale = [1, 3]
+"""
+SMALL = [
+    *[f"{s}.{k}={v}" for s in ("behavior", "critic", "energy") for k, v in (("steps", 90), ("hidden_size", 16))],
+    "evaluation.horizon=5",
+]
+
+
+def words(dataset, folder, *more):
+    (folder.parent / "space.toml").write_text(SPACE)
+    flags = ["--dataset", dataset, "--preset", "smoke", "--space", str(folder.parent / "space.toml"), "--yes"]
+    flags += ["--num-episodes", "1", "--confirm-seeds", "2000", "2001", "--set", *SMALL, "--out", str(folder)]
+    return ["search", *flags, "--json", *more]
+
+
+def aepo(*flags):
+    """Run a command in a process of its own, since Ray takes its settings when it is first imported."""
+    command = [sys.executable, "-m", "aepo", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.ray
+def test_a_search_from_the_first_draw_to_the_report_and_on(make_dataset, tmp_path, capsys):
+    folder = tmp_path / "search"
+    document = json.loads(aepo(*words(make_dataset(), folder, "--trials", "4")))
+    trials = document["trials"]
+    assert len({json.dumps(t["params"], sort_keys=True) for t in trials}) == 4  # all that the space has
+    assert {t["state"] for t in trials} <= {"finished", "stopped"}
+    # four trials, one behaviour, two critics: every stage of every round is trained once
+    reached = {t["number"]: len(t["rounds"]) for t in trials}
+    most = {e: max(reached[t["number"]] for t in trials if t["params"]["critic.expectile"] == e) for e in (0.5, 0.9)}
+    ends = [10, 30, 90]
+    wanted = ends[max(reached.values()) - 1] + sum(ends[n - 1] for n in most.values())
+    wanted += sum(ends[n - 1] for n in reached.values())
+    assert searches.compute(trials)[0] == wanted
+    num_stages = sum([max(reached.values()), *most.values(), *reached.values()]) + count_confirmed(folder)
+    assert len(list(folder.glob("stages/*.stage"))) == num_stages
+    best = max((t for t in trials if t["state"] == "finished"), key=lambda t: t["rounds"][-1]["score"])
+    assert document["confirm"]["trial"] == best["number"]
+    assert [row["status"] for name in ("found", "default") for row in document["confirm"][name]] == ["finished"] * 4
+
+    # the found settings are a sweep, and the very runs that were confirmed
+    assert cli.run(["sweep", str(folder / "found.toml"), "--seeds", "2000", "2001", "--dry-run", "--json"]) == 0
+    capsys.readouterr()
+    manifest = json.loads((folder / "found" / "sweep.json").read_text())["runs"].values()
+    for config in manifest:
+        assert config["critic"]["expectile"] == best["params"]["critic.expectile"]
+        assert config["sampling"]["guidance_scale"] == best["rounds"][-1]["guidance_scale"]
+
+    # again: nothing to do; with more trials the space is exhausted, and said to be
+    before = (folder / "search.json").read_text()
+    again = json.loads(aepo(*words("tests/pendulum/random-v0", folder, "--trials", "5")))
+    assert again["trials"] == json.loads(before)["trials"]
+
+    # tracked: every trial's run is closed, by what became of it
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "aepo/search")
+    found = {r.info.run_name: r.info.status for r in client.search_runs([experiment.experiment_id])}
+    states = {name: {"finished": "FINISHED", "stopped": "KILLED"}[t["state"]] for t in trials for name in t["runs"]}
+    assert {name: found[name] for name in states} == states
+
+    assert cli.run(["report", str(folder), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["settings"] for row in result["confirmed"]] == ["found", "default"]
+    assert f"{wanted:,} gradient steps" in result["notes"][0]
+    assert cli.run(["search", "--status", "--out", str(folder)]) == 0
+
+
+def count_confirmed(folder):
+    """Stages of the confirming runs: those that found and default do not share, of two seeds."""
+    plans = [json.loads((folder / name / "sweep.json").read_text())["runs"].values() for name in ("found", "default")]
+    felt = {"behavior": ["behavior"], "critic": ["critic"], "energy": ["energy", "critic"]}
+    return len(
+        {
+            json.dumps([c["seed"], stage, *[c[part] for part in parts]])
+            for p in plans
+            for c in p
+            for stage, parts in felt.items()
+        }
+    )
+
+
+@pytest.mark.ray
+def test_killed_in_mid_search_it_goes_on_from_the_record(make_dataset, tmp_path):
+    dataset, folder = make_dataset(), tmp_path / "search"
+    command = [sys.executable, "-m", "aepo", *words(dataset, folder, "--trials", "4")]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+    def two_rounds():
+        assert first.poll() is None, first.stderr.read()
+        return (folder / "search.json").exists() and sum(len(t["rounds"]) for t in read_record(folder)["trials"]) >= 2
+
+    wait_for(two_rounds)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    before = read_record(folder)["trials"]
+    assert any(t["state"] == "running" for t in before)
+    after = json.loads(aepo(*command[3:]))["trials"]
+    assert len(after) == 4
+    for old, new in zip(before, after, strict=False):
+        assert new["params"] == old["params"]
+        assert new["rounds"][: len(old["rounds"])] == old["rounds"]
+        if old["state"] == "running":  # promoted from its last rung: it goes on
+            assert len(new["rounds"]) > len(old["rounds"])
+        else:
+            assert new == old
+    names = [name for t in after for name in t["runs"]]
+    assert len(names) == len(set(names))
+    assert {path.name for path in (folder / RUN_FOLDERS).iterdir()} == set(names)
+
+
+@pytest.mark.ray
+def test_trials_that_fail_are_told_and_the_rest_goes_on(make_dataset, tmp_path, capsys):
+    folder, dataset = tmp_path / "search", make_dataset()
+    flags = words(dataset, folder, "--trials", "2", "--grace", "0", "--rounds", "1")
+    (tmp_path / "space.toml").write_text("energy.hidden_size = [16, 10_000_000]\n")
+    aepo(*flags)
+    trials = {t["params"]["energy.hidden_size"]: t for t in read_record(folder)["trials"]}
+    assert trials[16]["state"] == "finished"
+    assert trials[10_000_000]["state"] == "failed"
+    assert "memory" in trials[10_000_000]["error"]
+    assert cli.run(["search", "--status", "--out", str(folder)]) == 0
+    assert "memory" in capsys.readouterr().out
+
+
+# -- command and report ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "at least one task"),
+        (["--task", "maze2d-umaze", "--rounds", "0"], "--rounds"),
+        (["--task", "maze2d-umaze", "--reduction", "1"], "--reduction"),
+        (["--task", "maze2d-umaze", "--seed", "2000"], "not the search's own"),
+        (["--task", "maze2d-umaze", "--status", "--stop"], "give one"),
+        (["--task", "maze2d-umaze", "--set", "behavior.steps=4"], "rounds want more steps than 4 of behavior"),
+        (["--stop"], "nothing to stop"),
+        (["--status"], "is not a search"),
+    ],
+)
+def test_wrong_flags_are_told(flags, words, tmp_path, capsys):
+    assert cli.run(["search", *flags, "--out", str(tmp_path / "none"), "--yes"]) in (2, 3, 4)
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_dry_run_says_what_is_varied_and_what_it_costs(tmp_path, capsys):
+    assert cli.run(["search", "--task", "maze2d-umaze", "--out", str(tmp_path / "none"), "--dry-run", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {"setting": "sampling.beta", "values": "1, 3 (on every policy)"} in facts["space"]
+    # 1/9 of the steps by all, 2/9 by a third, 6/9 by a ninth
+    assert f"about {1 / 9 + 2 / 9 / 3 + 6 / 9 / 9:.0%} of them" in facts["cost"]
+    assert not (tmp_path / "none").exists()
+
+
+def finished_record(tmp_path, space, *, shift=0.0):
+    scores = [(1.0,), (2.0, 5.0), (3.0, 6.0, 70.0 + shift), (0.5,)]
+    states = ["stopped", "stopped", "finished", "stopped"]
+    current = record(
+        tmp_path, space, [trial(i, s, state) for i, (s, state) in enumerate(zip(scores, states, strict=True))]
+    )
+    rows = [
+        {"task": "t", "seed": s, "status": "finished", "score": v, "return_mean": v, "steps": 180, "steps_reused": 60}
+        for s, v in ((2000, 50.0), (2001, 60.0))
+    ]
+    lost = {**rows[1], "status": "failed", "score": None, "return_mean": None}
+    current.confirm = {"trial": 2, "settings": {"critic.expectile": 0.5}, "found": rows, "default": [rows[0], lost]}
+    current.save()
+    return tmp_path
+
+
+def test_the_report_says_optimism_compute_and_holes(tmp_path, space):
+    folder = finished_record(tmp_path, space)
+    first = write_search_report(folder, tmp_path / "one")
+    again = write_search_report(folder, tmp_path / "two")
+    assert first == again
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    assert first.confirmed[0] == {"settings": "found", "score": "55.0 ± 5.0", "seeds": "2 of 2", "each": "50.0  60.0"}
+    assert first.confirmed[1]["seeds"] == "1 of 2"
+    assert first.notes[0] == (
+        "4 trials (1 finished, 3 stopped) took 280 gradient steps, 38.9% of the 720 that they take in full; "
+        "the stage store saved 0, stopping 440."
+    )
+    assert "an optimism of 15.0" in first.notes[2]
+    assert [row["trial"] for row in first.trials] == ["2", "1", "0", "3"]
+    text = (tmp_path / "one" / "report.md").read_text()
+    for name in ("trials.png", "best.png", "importance.png", "settings.png"):
+        assert f"({name})" in text
+        assert (tmp_path / "one" / name).stat().st_size > 5000
+
+
+def test_two_searches_are_compared_at_equal_steps(tmp_path, space, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one, other = finished_record(tmp_path / "a", space), finished_record(tmp_path / "b", space, shift=9.0)
+    assert "b 79.0" in write_search_report(one, tmp_path / "report", against=other).notes[-1]
+    document = json.loads((other / "search.json").read_text())
+    document["spec"]["datasets"] = ["elsewhere"]
+    (other / "search.json").write_text(json.dumps(document))
+    assert cli.run(["report", str(one), str(other)]) == 2
+    assert "not comparable" in capsys.readouterr().err
+    assert cli.run(["report", str(one), str(other), str(one)]) == 2
+
+
+def test_a_search_that_is_under_way_can_be_reported(tmp_path, space):
+    record(tmp_path, space, [trial(0), trial(1, (3.0,))]).save()
+    result = write_search_report(tmp_path, tmp_path / "report")
+    assert result.confirmed == []
+    assert "flatter" in result.notes[-1]
+    record(tmp_path, space, []).save()
+    assert write_search_report(tmp_path, tmp_path / "report").notes[0] == "No trial has begun."
