@@ -16,6 +16,7 @@ SMOKE = ["--preset", "smoke"]
 APPENDED = {
     "train": SMALL,
     "sweep": SMALL,
+    "search": ["--num-episodes", "1", "--confirm-seeds", "2000", *SMALL],
     "evaluate": ["--num-episodes", "2"],
     "toy": ["--targets", "mse", "--betas", "1", "--steps", "20"],
     "data": [],
@@ -23,7 +24,7 @@ APPENDED = {
     "doctor": [],
     "store": [],
 }
-REPLACED = {"1000000": "3000", **{method: f"{method}-smoke" for method in METHODS}}
+REPLACED = {"1000000": "3000", "24": "2", **{method: f"{method}-smoke" for method in METHODS}}
 
 
 def blocks():
@@ -66,7 +67,7 @@ def test_every_command_of_the_readme_runs(make_dataset, tmp_path, monkeypatch):
             first = words.index("--seeds") + 2
             last = next((i for i in range(first, len(words)) if words[i].startswith("--")), len(words))
             del words[first:last]
-        trains = words[0] in ("train", "sweep") and "--preset" not in words
+        trains = words[0] in ("train", "sweep", "search") and "--preset" not in words
         aepo(*words, *(SMOKE if trains else []), *APPENDED[words[0]])
 
 
@@ -75,7 +76,7 @@ def test_the_sweep_file_of_the_operations_page_is_one(tmp_path):
     from tune.plan import make_plan
 
     text = (ROOT / "docs" / "operations.md").read_text()
-    (tmp_path / "mazes.toml").write_text(text.partition("```toml\n")[2].partition("```")[0])
+    (tmp_path / "mazes.toml").write_text(text.split("```toml\n")[1].partition("```")[0])
     command = merge_file(Sweep(), tmp_path / "mazes.toml")
     overrides = dict(word.split("=") for word in command.set)
     plan = make_plan(command.task, (), command.seeds, presets=command.preset, overrides=overrides)
@@ -86,3 +87,15 @@ def test_the_sweep_file_of_the_operations_page_is_one(tmp_path):
         "qgpo": 0.7,
         "iql": 0.9,
     }
+
+
+def test_the_search_space_of_the_operations_page_is_one(tmp_path):
+    from aepo import tasks
+    from aepo.presets import preset
+    from tune.space import read_space
+
+    text = (ROOT / "docs" / "operations.md").read_text()
+    (tmp_path / "space.toml").write_text(text.split("```toml\n")[2].partition("```")[0])
+    space = read_space(tmp_path / "space.toml", [preset("quick", tasks.find("maze2d-umaze"), 0)])
+    assert set(space.varied) == {"critic.expectile", "critic.backup_steps", "energy.learning_rate"}
+    assert space.grid == {"sampling.beta": (1.0, 3.0), "sampling.guidance_scale": (1.0, 10.0)}
