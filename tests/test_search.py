@@ -194,6 +194,7 @@ guidance_scale = [1, 3]
 """
 SMALL = [
     *[f"{s}.{k}={v}" for s in ("behavior", "critic", "energy") for k, v in (("steps", 90), ("hidden_size", 16))],
+    "critic.expectile=0.5",
     "evaluation.horizon=5",
 ]
 
@@ -220,6 +221,7 @@ def test_a_search_from_the_first_draw_to_the_report_and_on(make_dataset, tmp_pat
     trials = document["trials"]
     assert len({json.dumps(t["params"], sort_keys=True) for t in trials}) == 4  # all that the space has
     assert {t["state"] for t in trials} <= {"finished", "stopped"}
+    assert trials[0]["params"] == {"critic.expectile": 0.5, "energy.learning_rate": 1e-3}  # the preset's own
     # four trials, one behaviour, two critics: every stage of every round is trained once
     reached = {t["number"]: len(t["rounds"]) for t in trials}
     most = {e: max(reached[t["number"]] for t in trials if t["params"]["critic.expectile"] == e) for e in (0.5, 0.9)}

@@ -6,7 +6,7 @@ from aepo import config as configs
 from aepo import tasks
 from aepo.errors import ConfigError
 from aepo.presets import preset
-from tune.space import default_space, draw, read_space
+from tune.space import default_space, draw, preset_draw, read_space
 
 TASK = tasks.find("maze2d-umaze")
 
@@ -113,3 +113,12 @@ def test_tpe_looks_where_scores_were_high(base, tmp_path):
         trials.append({"params": params, "state": "finished", "rounds": [{"round": 1, "score": -abs(rate - 1e-3)}]})
     late = sorted(trial["params"]["energy.learning_rate"] for trial in trials[25:])
     assert 3e-4 < late[len(late) // 2] < 3e-3
+
+
+def test_the_preset_is_a_draw_if_it_lies_in_the_space(base, tmp_path):
+    space = read_space(default_space(["maze2d"]), [base])
+    params = preset_draw(space, base)
+    config = space.apply(params, base)
+    assert (config.critic, config.energy) == (base.critic, base.energy)
+    for text in ("critic.expectile = [0.5, 0.7]", "energy.learning_rate = {log = [1e-5, 1e-4]}"):
+        assert preset_draw(read_space(write(tmp_path, text), [base]), base) is None

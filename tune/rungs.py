@@ -16,7 +16,7 @@ from aepo.config import RunConfig
 from aepo.console import err
 from tune.plan import RUN_FOLDERS, STOP
 from tune.search import Record, trial_configs
-from tune.space import draw
+from tune.space import draw, preset_draw
 
 
 class Asking(Searcher):
@@ -64,7 +64,9 @@ class Asking(Searcher):
         taken = {name for trial in record.trials for name in trial["runs"]}
         passed: list[dict[str, Any]] = []
         while True:  # settings that differ in nothing that counts are one trial
-            params = draw(record.space, record.spec.sampler, record.spec.seed, [*record.trials, *passed])
+            params = preset_draw(record.space, self._bases[0]) if not record.trials and not passed else None
+            if params is None:
+                params = draw(record.space, record.spec.sampler, record.spec.seed, [*record.trials, *passed])
             if params is None or len(passed) > 100:
                 err.print(f"the space has no more than {len(record.trials)} different settings", soft_wrap=True)
                 return None

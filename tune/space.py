@@ -183,6 +183,16 @@ def _try(path: Path, space: Space, bases: Sequence[RunConfig]) -> None:
                 raise ConfigError(f"{path}: {error}") from None
 
 
+def preset_draw(space: Space, base: RunConfig) -> dict[str, Any] | None:
+    """Return the preset's own settings as a draw; None if one of them lies outside of the space."""
+    params = {key: dataclasses.asdict(base)[key.partition(".")[0]][key.partition(".")[2]] for key in space.varied}
+    try:
+        inside = all(kind._contains(kind.to_internal_repr(params[key])) for key, kind in space.varied.items())
+    except ValueError:  # of a list without that value
+        return None
+    return params if inside else None
+
+
 def draw(space: Space, sampler: Sampler, seed: int, trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return the settings of the next trial, none that a trial has had; None if the space is exhausted.
 
