@@ -261,7 +261,7 @@ def _draw_best(curves: Mapping[str, Mapping[str, Any]], path: Path) -> str:
     axes = figure.add_subplot()
     for name, document in curves.items():
         steps, best = _progress(document)
-        axes.step(np.array(steps) / 1000, best, where="post", label=name)
+        axes.step(np.array(steps) / 1000, best, where="post", marker=".", label=name)
     axes.set_xlabel("gradient steps taken by all trials, thousands")
     axes.set_ylabel("best score of a whole trial")
     if len(curves) > 1:
@@ -325,6 +325,9 @@ def _draw_parallel(study: "optuna.Study", path: Path) -> str:
     assert isinstance(figure, Figure)
     figure.set_size_inches(9, 4.5)
     axes.set_title("")
+    bar = next(other for other in figure.axes if other.get_label() == "<colorbar>")  # drawn over the last axis' words
+    left, bottom, width, height = bar.get_position().bounds
+    bar.set_position((left + 0.12, bottom, width, height))
     name = _save(figure, path)
     plt.close(figure)
     return name
