@@ -123,16 +123,22 @@ def _compute_notes(document: Mapping[str, Any]) -> list[str]:
         f"take in full; the stage store saved {reused:,}, stopping {full - taken - reused:,}."
     ]
     if document["confirm"]:
-        runs = [row for name in ("found", "default") for row in document["confirm"][name]]
-        steps = sum((row["steps"] or 0) - (row["steps_reused"] or 0) for row in runs)
-        notes.append(f"Found and default on fresh seeds took {steps:,} more, not counted above.")
+        select, confirm = (
+            sum((row["steps"] or 0) - (row["steps_reused"] or 0) for name in names for row in document[part][name])
+            for part, names in (("select", ("best", "preset")), ("confirm", ("found", "default")))
+        )
+        notes.append(
+            f"Selection on {len(document['spec']['select_seeds'])} seeds took {select:,} more: {taken + select:,} "
+            f"in all, {(taken + select) / full:.1%}. Found and default on fresh seeds took {confirm:,}, for the "
+            "report only."
+        )
     return notes
 
 
-def _confirmed(document: Mapping[str, Any], name: str) -> np.ndarray[Any, Any]:
-    """Return the mean over tasks for each fresh seed that has all, [seeds]."""
+def _means(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> np.ndarray[Any, Any]:
+    """Return the mean over tasks for each seed that has all, [seeds]."""
     by_seed: dict[int, list[float]] = {}
-    for row in document["confirm"][name]:
+    for row in rows:
         if row["status"] == "finished":
             value = row["return_mean"] if row["score"] is None else row["score"]
             by_seed.setdefault(row["seed"], []).append(value)
@@ -144,7 +150,7 @@ def _confirm_rows(document: Mapping[str, Any]) -> list[dict[str, str]]:
         return []
     rows = []
     for name in ("found", "default"):
-        scores = _confirmed(document, name)
+        scores = _means(document, document["confirm"][name])
         runs = len(document["confirm"][name])
         rows.append(
             {
@@ -163,15 +169,23 @@ def _standard_error(scores: np.ndarray[Any, Any]) -> float:
 
 def _optimism_notes(document: Mapping[str, Any]) -> list[str]:
     if not document["confirm"]:
-        return ["Not yet trained on fresh seeds: the scores below picked the settings and flatter them."]
-    trial = document["trials"][document["confirm"]["trial"]]
-    own, fresh = trial["rounds"][-1]["score"], _confirmed(document, "found")
-    if not len(fresh):
-        return ["No run of the found settings has finished."]
-    return [
-        f"Trial {trial['number']} scored {own:.1f} in the search and {fresh.mean():.1f} on fresh seeds: an optimism of "
-        f"{own - fresh.mean():.1f} from being picked (and from its rounds, where found is trained in one)."
+        return ["Not yet trained on other seeds: the scores below picked the settings and flatter them."]
+    select = document["select"]
+    own = document["trials"][select["trial"]]["rounds"][-1]["score"]
+    best, preset = (_means(document, select[name]) for name in ("best", "preset"))
+    if not len(best):
+        return [f"No run of trial {select['trial']} on the selecting seeds has finished."]
+    notes = [
+        f"Trial {select['trial']} scored {own:.1f} in the search and {best.mean():.1f} on the selecting seeds: an "
+        f"optimism of {own - best.mean():.1f} from being picked (and from its rounds; here it is trained in one)."
     ]
+    if len(preset):
+        verdict = "its settings are what was found" if select["wins"] else "the preset's own settings stay"
+        notes.append(f"The preset scored {preset.mean():.1f} on the same seeds: {verdict}.")
+    fresh = _means(document, document["confirm"]["found"])
+    if len(fresh) and select["wins"]:
+        notes.append(f"Found: {best.mean():.1f} on the selecting seeds, {fresh.mean():.1f} on fresh ones.")
+    return notes
 
 
 def _progress(document: Mapping[str, Any]) -> tuple[list[int], list[float]]:
@@ -357,7 +371,8 @@ def _markdown(
         settings = document["confirm"]["settings"]
         lines += ["## Found against default, on fresh seeds", ""]
         lines += ["Mean over seeds ± standard error.", "", *_table(report.confirmed), ""]
-        lines += [f"Found: {', '.join(f'{key} {_short(value)}' for key, value in settings.items())}.", ""]
+        words = ", ".join(f"{key} {_short(value)}" for key, value in settings.items())
+        lines += [f"Found: {words or 'the settings of the preset, which no trial beat'}.", ""]
     titles = {
         "trials": "Every trial over its rounds",
         "best": "The best whole trial against gradient steps",

@@ -33,6 +33,7 @@ SPEC = Spec(
     reduction=3,
     grace=1,
     num_episodes=1,
+    select_seeds=(1001,),
     confirm_seeds=(2000,),
 )
 
@@ -202,7 +203,18 @@ SMALL = [
 def words(dataset, folder, *more):
     (folder.parent / "space.toml").write_text(SPACE)
     flags = ["--dataset", dataset, "--preset", "smoke", "--space", str(folder.parent / "space.toml"), "--yes"]
-    flags += ["--num-episodes", "1", "--confirm-seeds", "2000", "2001", "--set", *SMALL, "--out", str(folder)]
+    flags += [
+        "--num-episodes",
+        "1",
+        "--select-seeds",
+        "1001",
+        "--confirm-seeds",
+        "2000",
+        "--set",
+        *SMALL,
+        "--out",
+        str(folder),
+    ]
     return ["search", *flags, "--json", *more]
 
 
@@ -232,16 +244,19 @@ def test_a_search_from_the_first_draw_to_the_report_and_on(make_dataset, tmp_pat
     num_stages = sum([max(reached.values()), *most.values(), *reached.values()]) + count_confirmed(folder)
     assert len(list(folder.glob("stages/*.stage"))) == num_stages
     best = max((t for t in trials if t["state"] == "finished"), key=lambda t: t["rounds"][-1]["score"])
-    assert document["confirm"]["trial"] == best["number"]
-    assert [row["status"] for name in ("found", "default") for row in document["confirm"][name]] == ["finished"] * 4
+    select, confirm = document["select"], document["confirm"]
+    assert select["trial"] == best["number"]
+    rows = [row for part in (select, confirm) for runs in part.values() if isinstance(runs, list) for row in runs]
+    assert [(row["status"], row["seed"]) for row in rows] == [("finished", s) for s in (1001, 1001, 2000, 2000)]
+    assert select["wins"] == (select["best"][0]["score"] > select["preset"][0]["score"])
 
     # the found settings are a sweep, and the very runs that were confirmed
-    assert cli.run(["sweep", str(folder / "found.toml"), "--seeds", "2000", "2001", "--dry-run", "--json"]) == 0
-    capsys.readouterr()
-    manifest = json.loads((folder / "found" / "sweep.json").read_text())["runs"].values()
-    for config in manifest:
-        assert config["critic"]["expectile"] == best["params"]["critic.expectile"]
-        assert config["sampling"]["guidance_scale"] == best["rounds"][-1]["guidance_scale"]
+    flags = ["sweep", str(folder / "found.toml"), "--seeds", "2000", "--out", str(folder / "found")]
+    assert cli.run([*flags, "--dry-run", "--json"]) == 0
+    assert [(row["runs"], row["to do"]) for row in json.loads(capsys.readouterr().out)] == [(1, 0)]
+    (config,) = json.loads((folder / "best" / "sweep.json").read_text())["runs"].values()
+    assert config["critic"]["expectile"] == best["params"]["critic.expectile"]
+    assert config["sampling"]["guidance_scale"] == best["rounds"][-1]["guidance_scale"]
 
     # again: nothing to do; with more trials the space is exhausted, and said to be
     before = (folder / "search.json").read_text()
@@ -265,8 +280,9 @@ def test_a_search_from_the_first_draw_to_the_report_and_on(make_dataset, tmp_pat
 
 
 def count_confirmed(folder):
-    """Stages of the confirming runs: those that found and default do not share, of two seeds."""
-    plans = [json.loads((folder / name / "sweep.json").read_text())["runs"].values() for name in ("found", "default")]
+    """Stages of the selecting and confirming runs: those that they do not share."""
+    names = ("best", "preset", "found", "default")
+    plans = [json.loads((folder / name / "sweep.json").read_text())["runs"].values() for name in names]
     felt = {"behavior": ["behavior"], "critic": ["critic"], "energy": ["energy", "critic"]}
     return len(
         {
@@ -330,7 +346,8 @@ def test_trials_that_fail_are_told_and_the_rest_goes_on(make_dataset, tmp_path, 
         ([], "at least one task"),
         (["--task", "maze2d-umaze", "--rounds", "0"], "--rounds"),
         (["--task", "maze2d-umaze", "--reduction", "1"], "--reduction"),
-        (["--task", "maze2d-umaze", "--seed", "2000"], "not the search's own"),
+        (["--task", "maze2d-umaze", "--seed", "2000"], "or the search's own"),
+        (["--task", "maze2d-umaze", "--select-seeds", "7", "--confirm-seeds", "7"], "none of them twice"),
         (["--task", "maze2d-umaze", "--status", "--stop"], "give one"),
         (["--task", "maze2d-umaze", "--set", "behavior.steps=4"], "rounds want more steps than 4 of behavior"),
         (["--stop"], "nothing to stop"),
@@ -363,7 +380,9 @@ def finished_record(tmp_path, space, *, shift=0.0):
         for s, v in ((2000, 50.0), (2001, 60.0))
     ]
     lost = {**rows[1], "status": "failed", "score": None, "return_mean": None}
-    current.confirm = {"trial": 2, "settings": {"critic.expectile": 0.5}, "found": rows, "default": [rows[0], lost]}
+    settings = {"critic.expectile": 0.5}
+    current.select = {"trial": 2, "settings": settings, "wins": True, "best": [rows[0]], "preset": [lost]}
+    current.confirm = {"settings": settings, "found": rows, "default": [rows[0], lost]}
     current.save()
     return tmp_path
 
@@ -381,12 +400,21 @@ def test_the_report_says_optimism_compute_and_holes(tmp_path, space):
         "4 trials (1 finished, 3 stopped) took 280 gradient steps, 38.9% of the 720 that they take in full; "
         "the stage store saved 0, stopping 440."
     )
-    assert "an optimism of 15.0" in first.notes[2]
+    assert "took 240 more: 520 in all, 72.2%" in first.notes[1]
+    assert "Found and default on fresh seeds took 480" in first.notes[1]
+    assert "70.0 in the search and 50.0 on the selecting seeds: an optimism of 20.0" in first.notes[2]
+    assert first.notes[3] == "Found: 50.0 on the selecting seeds, 55.0 on fresh ones."
     assert [row["trial"] for row in first.trials] == ["2", "1", "0", "3"]
     text = (tmp_path / "one" / "report.md").read_text()
     for name in ("trials.png", "best.png", "importance.png", "settings.png"):
         assert f"({name})" in text
         assert (tmp_path / "one" / name).stat().st_size > 5000
+
+
+def test_a_trial_must_beat_the_preset_on_runs_that_all_came_through():
+    rows = [{"score": 3.0, "return_mean": 0.0}, {"score": None, "return_mean": 5.0}]
+    assert searches.mean_score(rows) == 4.0
+    assert searches.mean_score([*rows, {"score": None, "return_mean": None}]) == -np.inf
 
 
 def test_two_searches_are_compared_at_equal_steps(tmp_path, space, capsys):

@@ -2,7 +2,8 @@
 
 search.json is the truth: the space, every trial with its rounds, and what became of it, written before a trial goes
 on. Ray's own state is thrown away; a repeated command goes on from the file. Trials train in a private seed and are
-evaluated on that seed's episodes; found and default are then trained and evaluated on seeds that no trial has seen.
+evaluated on that seed's episodes. One seed says little, and its best is flattered: the best trial must beat the preset
+on other seeds before it counts as found, and both are reported on seeds on which nothing has depended.
 """
 
 import dataclasses
@@ -59,8 +60,10 @@ class Spec:
     """Round after which trials are first stopped; 0 = none is ever."""
     num_episodes: int
     """Per evaluation and pair of beta and guidance scale."""
+    select_seeds: tuple[int, ...]
+    """Training seeds on which the best trial must beat the preset."""
     confirm_seeds: tuple[int, ...]
-    """Training seeds of found and default."""
+    """Training seeds of found and default, of which nothing depends."""
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -79,7 +82,10 @@ class Record:
     """number, params (drawn), used (those that its target and learner have), runs (names), steps (gradient steps of all
     runs at the end of each round), state (running, finished, stopped, failed), rounds, error. A round: round, score,
     scores (per task), beta and guidance_scale that it is of, steps_reused (those that the stage store saved), at."""
+    select: dict[str, Any] | None = None
+    """trial, settings, wins, and the runs of best and preset on the selecting seeds."""
     confirm: dict[str, Any] | None = None
+    """settings, and the runs of found and default on fresh seeds."""
 
     @staticmethod
     def open(search: Path, spec: Spec, space: Space) -> "Record":
@@ -93,7 +99,7 @@ class Record:
         if not record.path.exists():
             return record
         document = read_record(search)
-        free = ("trials", "confirm_seeds")
+        free = ("trials", "select_seeds", "confirm_seeds")
         ours = json.loads(json.dumps(dataclasses.asdict(spec) | {"space": space.to_json()}))
         theirs = document["spec"] | {"space": document["space"]}
         if other := [key for key in ours if key not in free and ours[key] != theirs.get(key)]:
@@ -113,6 +119,7 @@ class Record:
             "shares": self.spec.shares,
             "space": self.space.to_json(),
             "trials": self.trials,
+            "select": self.select,
             "confirm": self.confirm,
         }
         rundir.write_json(self.path, document)
@@ -177,22 +184,32 @@ def run_search(
         if best is None:
             reasons = sorted({trial["error"] for trial in record.trials if trial["error"]})
             raise IncompleteError(f"no trial of {search} has finished: {'; '.join(reasons) or 'none was started'}")
-        changes = found_settings(space, best)
-        write_preset(search / f"{FOUND}.toml", record, best, changes)
-        scores: dict[str, list[dict[str, Any]]] = {}
-        for name, overrides in {FOUND: changes, DEFAULT: {}}.items():
-            err.print(f"{name} settings on fresh seeds")
-            plan = [
-                dataclasses.replace(configs.with_overrides(base, overrides), seed=seed)
-                for base in bases
-                for seed in spec.confirm_seeds
-            ]
+
+        def train(name: str, changes: Mapping[str, Any], seeds: Sequence[int]) -> list[dict[str, Any]]:
+            changed = [configs.with_overrides(base, changes) for base in bases]
+            plan = [dataclasses.replace(config, seed=seed) for config in changed for seed in seeds]
             rows = run_sweep(search / name, plan, resources, tracking_uri=tracking_uri)
             _check_stop(search)
-            scores[name] = [{key: row.get(key) for key in CONFIRMED} for row in rows]
-        record.confirm = {"trial": best["number"], "settings": changes, **scores}
+            return [{key: row.get(key) for key in CONFIRMED} for row in rows]
+
+        changes = found_settings(space, best)
+        err.print(f"trial {best['number']} against the preset, on {len(spec.select_seeds)} seeds")
+        select = {"best": train("best", changes, spec.select_seeds), "preset": train("preset", {}, spec.select_seeds)}
+        wins = mean_score(select["best"]) > mean_score(select["preset"])
+        found = changes if wins else {}
+        write_preset(search / f"{FOUND}.toml", record, best if wins else None, found)
+        err.print(f"found and default settings, on {len(spec.confirm_seeds)} fresh seeds")
+        confirmed = {FOUND: train(FOUND, found, spec.confirm_seeds), DEFAULT: train(DEFAULT, {}, spec.confirm_seeds)}
+        record.select = {"trial": best["number"], "settings": changes, "wins": wins, **select}
+        record.confirm = {"settings": found, **confirmed}
         record.save()
     return record
+
+
+def mean_score(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the mean over runs; minus infinity if one has failed."""
+    values = [row["return_mean"] if row["score"] is None else row["score"] for row in rows]
+    return sum(values) / len(values) if all(value is not None for value in values) else -math.inf
 
 
 def _check_stop(search: Path) -> None:
@@ -207,12 +224,12 @@ def found_settings(space: Space, trial: Mapping[str, Any]) -> dict[str, Any]:
     return {**trial["used"], **{key: value for key, value in pair.items() if space.grid and value is not None}}
 
 
-def write_preset(path: Path, record: Record, trial: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
-    """Write the found settings as a file that `aepo sweep` takes."""
+def write_preset(path: Path, record: Record, trial: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> None:
+    """Write the found settings, a trial's or the preset's own (None), as a file that `aepo sweep` takes."""
     spec = record.spec
+    which = "the preset's own settings, which no trial beat" if trial is None else f"trial {trial['number']}"
     lines = [
-        f"# Found by `aepo search`: trial {trial['number']} of {len(record.trials)}, score "
-        f"{trial['rounds'][-1]['score']:.1f} on the search's own episodes (which picked it: optimistic).",
+        f"# Found by `aepo search`, {len(record.trials)} trials: {which}.",
         *[f"{key} = {json.dumps(list(names))}" for key, names in (("task", spec.tasks), ("dataset", spec.datasets))],
         f"source = {json.dumps(spec.source)}",
         f"preset = [{json.dumps(spec.preset)}]",
@@ -423,6 +440,6 @@ def describe_space(spec: Spec, bases: Sequence[RunConfig], space: Space) -> dict
     cost = (
         f"{spec.trials} trials of {steps:,} gradient steps; about {share:.0%} of them if one in {spec.reduction} goes "
         f"on at each rung, less what trials share; {cells} x {spec.num_episodes} episodes per evaluation; then "
-        f"2 x {len(spec.confirm_seeds)} whole runs per task on fresh seeds"
+        f"2 x {len(spec.select_seeds)} whole runs per task to select, 2 x {len(spec.confirm_seeds)} to confirm"
     )
     return {"space": rows, "cost": cost}

@@ -60,8 +60,10 @@ class Search:
     """Training seed of all trials; their draws and episodes follow from it. Keep it out of your results' seeds."""
     num_episodes: int = 20
     """Episodes per evaluation, for each pair of beta and guidance scale."""
+    select_seeds: tuple[int, ...] = (1001, 1002)
+    """Training seeds on which the best trial must beat the preset; else the preset's own settings are what is found."""
     confirm_seeds: tuple[int, ...] = (2000, 2001, 2002)
-    """Fresh training seeds for the found settings and the preset's."""
+    """Fresh training seeds for the found settings and the preset's, on which nothing has depended."""
     out: Path = Path("searches/default")
     """Folder of the search; on a cluster one that all nodes see."""
     dry_run: bool = False
@@ -114,7 +116,7 @@ class Search:
         search = self.out.resolve()
         if not is_driven(search):
             raise IncompleteError(f"nobody carries {self.out} out; there is nothing to stop")
-        for folder in (search, search / "found", search / "default"):
+        for folder in (search, *(search / name for name in ("best", "preset", "found", "default"))):
             if folder.is_dir():
                 (folder / STOP).touch()
         err.print("asked to stop; every trial stores a checkpoint first (--status shows it)", soft_wrap=True)
@@ -125,8 +127,12 @@ class Search:
             raise ConfigError("wanted --rounds and --trials from 1, --reduction from 2, --grace from 0 to the rounds")
         if self.cpus <= 0 or self.gpus < 0 or self.max_concurrent < 0 or self.checkpoint_s < 0:
             raise ConfigError("--cpus must be above 0; --gpus, --max-concurrent and --checkpoint-s not below it")
-        if not self.confirm_seeds or self.seed in self.confirm_seeds:
-            raise ConfigError("--confirm-seeds wants at least one seed, and not the search's own (--seed)")
+        seeds = [self.seed, *self.select_seeds, *self.confirm_seeds]
+        if not self.select_seeds or not self.confirm_seeds or len(set(seeds)) != len(seeds):
+            raise ConfigError(
+                "--select-seeds and --confirm-seeds want at least one seed each, none of them twice or the "
+                f"search's own (--seed); got {', '.join(map(str, seeds))}"
+            )
         rows = [tasks.find(name, self.source) for name in self.task]
         for suite in self.suite:
             rows += tasks.of_suite(suite, self.source)
@@ -153,6 +159,7 @@ class Search:
             reduction=self.reduction,
             grace=self.grace,
             num_episodes=self.num_episodes,
+            select_seeds=self.select_seeds,
             confirm_seeds=self.confirm_seeds,
         )
         for base in bases:
