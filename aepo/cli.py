@@ -26,6 +26,7 @@ COMMANDS = {
     "toy": ("aepo.commands:Toy", "compare all energy targets with the exact answer on two-dimensional sets"),
     "data": ("aepo.data.commands:DATA", "list, show and collect data sets"),
     "store": ("aepo.commands:STORE", "list and prune the trained stages that runs share"),
+    "cluster": ("cluster.commands:CLUSTER", "bring up a cluster on this machine, look at one, take it down"),
     "doctor": ("cluster.doctor:Doctor", "say what this machine can run, and what is missing"),
 }
 """name -> (module:object that tyro can parse and that has run() -> exit status, one line of help)."""
