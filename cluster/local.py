@@ -4,7 +4,7 @@
             /secrets.json   Ray's token and the passwords, made at the first start (0600, as state.json)
             /token, env     the token alone, for RAY_AUTH_TOKEN_PATH; what a shell or a notebook wants to set (0600)
             /logs/          one log per service
-            /postgres/, artifacts/    MLflow's runs; they outlive the cluster
+            /postgres/, artifacts/, storage/    MLflow's runs, and the sweeps' folders; they outlive the cluster
 
 Everything listens on 127.0.0.1. A process is ours if its number and its start, in ticks since the machine booted, are
 those that were written down: a number that the kernel has given to another process is never signalled.
@@ -150,11 +150,10 @@ class LocalCluster:
                 for name in [name for name in _names(state) if not _runs(state, name)]:
                     started.append(name)
                     self._start(state, name)
-                    if name in ("postgres", "ray-head"):  # others need them; the rest comes up side by side
+                    if name != "mlflow":  # which nobody waits for; two Ray nodes that start at once take one socket
                         self._wait(state, name)
-                for name in started:
-                    if name not in ("postgres", "ray-head"):
-                        self._wait(state, name)
+                if "mlflow" in started:
+                    self._wait(state, "mlflow")
             except BaseException:
                 self._stop(state, started)
                 if not any(is_alive(p) for p in _processes(state)):
@@ -180,7 +179,7 @@ class LocalCluster:
     def _make_folder(self) -> None:
         root = os.geteuid() == 0
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o711 if root else 0o700)
-        for name in ("logs", "artifacts"):
+        for name in ("logs", "artifacts", "storage"):
             (self.folder / name).mkdir(exist_ok=True, mode=0o700)
 
     @contextlib.contextmanager
@@ -273,20 +272,19 @@ class LocalCluster:
         else:
             head = name == "ray-head"
             words = services.ray_head(place) if head else services.ray_worker(place)
-            words = [sys.executable, "-m", "cluster.node", *words[1:], "--node-name", name]
+            words = [sys.executable, "-m", "cluster.node", *words[1:], "--node-name", f"{name}-{secrets.token_hex(3)}"]
             words += ["--node-ip-address", LOCALHOST, "--num-cpus", str(state["cpus"])]
             words += ["--num-gpus", str(state["gpus"]), "--memory", str(state["memory"])]
             words += ["--dashboard-agent-listen-port", "0"]
+            words += ["--temp-dir", f"{state['temp']}/{name[4:]}"]  # in a shared one nodes replace each other's code
             if head:
-                words += ["--temp-dir", state["temp"], "--ray-client-server-port", str(ports["client"])]
+                words += ["--ray-client-server-port", str(ports["client"])]
             environment |= self._tracking(state) | {
-                "PYTHONPATH": os.pathsep.join(
-                    filter(None, [str(AUTH_CONFIG.parent.parent), environment.get("PYTHONPATH")])
-                ),
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
                 "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-                "AEPO_STORAGE": str(self.folder / "sweeps"),
+                "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+                "AEPO_STORAGE": str(self.folder / "storage"),
                 "OMP_NUM_THREADS": "1",
             }
         with self._log(name).open("ab") as log:
@@ -307,6 +305,8 @@ class LocalCluster:
         _children.append(process)
         found = _look(process.pid)
         state["services"][name] = {"pid": process.pid, "ticks": found.ticks if found else -1}
+        if name.startswith("ray"):
+            state["services"][name]["node"] = words[words.index("--node-name") + 1]
         self._save(state)
 
     def _make_database(self, programs: Path, account: str | None) -> Path:
@@ -381,7 +381,9 @@ class LocalCluster:
                 return requests.get(f"{head}/api/jobs/", headers=bearer, timeout=10).status_code == 200
             found = requests.get(f"{head}/api/v0/nodes", headers=bearer, timeout=10).json()
             nodes = found["data"]["result"]["result"]
-            return any(node["node_name"] == name and node["state"] == "ALIVE" for node in nodes)
+            return any(
+                node["node_name"] == state["services"][name]["node"] and node["state"] == "ALIVE" for node in nodes
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
