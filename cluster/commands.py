@@ -1,4 +1,4 @@
-"""`aepo cluster`: a cluster on this machine, and whether one is fit."""
+"""`aepo cluster`, `aepo submit` and `aepo jobs`."""
 
 import dataclasses
 import os
@@ -295,6 +295,43 @@ def _show(folder: Path, *, as_json: bool) -> int:
     return 0 if rows and all(row["state"] == "up" for row in rows) else 6
 
 
+@dataclasses.dataclass(frozen=True)
+class ClusterDoctor:
+    """Ask every node of a cluster for its versions, storage, tracking server, data, GPUs, clock, disk and open ports.
+
+    Exits 6 if something fails that a sweep needs.
+
+    For example:
+      aepo cluster doctor --address http://127.0.0.1:8265
+      aepo cluster doctor mazes.toml --json
+    """
+
+    file: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[FILE]")]] = None
+    """Sweep file, whose data sets every node must have."""
+    address: str = ""
+    """Jobs server, as of `aepo submit`."""
+    json: bool = False
+    """Print one JSON document on standard output and nothing else."""
+
+    def run(self) -> int:
+        """Print one row per check; return 6 if one failed."""
+        from cluster import jobs
+        from cluster.fitness import examine_cluster
+        from tune.commands import Sweep, merge_file
+
+        datasets = []
+        if self.file is not None:
+            datasets = [config.data.dataset for config in merge_file(Sweep(), self.file).plan()]
+        client = jobs.connect(self.address)
+        checks = examine_cluster(client, jobs.jobs_server(self.address), datasets)
+        rows = [dataclasses.asdict(check) for check in checks]
+        if self.json:
+            emit_json(rows)
+        else:
+            emit_table("this cluster", rows)
+        return 6 if any(check.status == "fail" for check in checks) else 0
+
+
 def _print_jobs(found: "list[Job]", *, as_json: bool) -> None:
     if as_json:
         emit_json([dataclasses.asdict(job) for job in found])
@@ -314,6 +351,7 @@ CLUSTER: TypeAlias = (
     Annotated[Up, tyro.conf.subcommand("up")]
     | Annotated[Status, tyro.conf.subcommand("status")]
     | Annotated[Down, tyro.conf.subcommand("down")]
+    | Annotated[ClusterDoctor, tyro.conf.subcommand("doctor")]
 )
 """What `aepo cluster` parses."""
 

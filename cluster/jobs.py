@@ -60,12 +60,11 @@ class Job:
     """Digest of the planned runs."""
 
 
-def connect(address: str) -> "JobSubmissionClient":
-    """Return a client of a jobs server, with the token of the environment or of the local cluster.
+def jobs_server(address: str) -> str:
+    """Return the given address, or that of RAY_API_SERVER_ADDRESS or of this machine's cluster.
 
     Raises:
-        ConfigError: if no address is known.
-        ResourceError: if nobody answers there, or the token is refused.
+        ConfigError: if none is known.
     """
     address = (
         address or os.environ.get("RAY_API_SERVER_ADDRESS", "") or LocalCluster(default_folder()).dashboard() or ""
@@ -73,6 +72,17 @@ def connect(address: str) -> "JobSubmissionClient":
     address = address.rstrip("/")
     if not address.startswith(("http://", "https://")):
         raise ConfigError(f"wanted the address of a jobs server, as http://127.0.0.1:8265; got {address or 'none'!r}")
+    return address
+
+
+def connect(address: str) -> "JobSubmissionClient":
+    """Return a client of a jobs server, with the token of the environment or of the local cluster.
+
+    Raises:
+        ConfigError: if no address is known.
+        ResourceError: if nobody answers there, or the token is refused.
+    """
+    address = jobs_server(address)
     given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if not given and (path := token_file(address)) is not None:
         os.environ["RAY_AUTH_TOKEN_PATH"], given = str(path), {"RAY_AUTH_TOKEN_PATH"}
@@ -88,7 +98,8 @@ def connect(address: str) -> "JobSubmissionClient":
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         try:
             return JobSubmissionClient(address)
         except AuthenticationError as error:
@@ -206,7 +217,7 @@ def stop(client: "JobSubmissionClient", job: Job, *, timeout_s: float) -> None:
     """Ask a sweep to store checkpoints and end; kill its process if it has not after a while."""
     if timeout_s > 0:
         helper = f"python -m aepo sweep --stop --out {_quoted(job.out)}"
-        _run(client, helper, check=False)  # one that has not begun to sweep has nothing to store
+        run_helper(client, helper, check=False)  # one that has not begun to sweep has nothing to store
         end = time.monotonic() + timeout_s
         while time.monotonic() < end and find(client, job.job).status in ("PENDING", "RUNNING"):
             time.sleep(POLL_S)
@@ -221,7 +232,7 @@ def fetch(client: "JobSubmissionClient", job: Job, home: Path) -> list[str]:
     Raises:
         DataError: if they did not arrive whole, or the sweep has no table yet.
     """
-    text = _run(client, f"python -m cluster.send {_quoted(job.out)}", check=True)
+    text = run_helper(client, f"python -m cluster.send {_quoted(job.out)}", check=True)
     home.mkdir(parents=True, exist_ok=True)
     found = []
     for name, digest, data in re.findall(rf"^{SENT} (\S+) ([0-9a-f]{{64}}) (\S*)$", text, re.MULTILINE):
@@ -264,8 +275,13 @@ def pack(file: Path | None = None) -> Iterator[Path]:
         yield folder
 
 
-def _run(client: "JobSubmissionClient", entrypoint: str, *, check: bool) -> str:
-    """Run a small command on the cluster, without a place in the list of sweeps, and return what it printed."""
+def run_helper(client: "JobSubmissionClient", entrypoint: str, *, check: bool) -> str:
+    """Run a small command on the cluster, without a place in the list of sweeps, and return what it printed.
+
+    Raises:
+        ResourceError: if it has not ended in time.
+        DataError: if it failed and `check`.
+    """
     name = f"helper-{os.urandom(6).hex()}"
     with pack() as folder:
         client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env={"working_dir": str(folder)})

@@ -253,8 +253,8 @@ class LocalCluster:
         environment |= {MARK: str(self.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
         account = None
         if name == "postgres":
-            account, programs = _postgres_account(), _postgres_programs()
-            data = self._make_database(programs, account)
+            account, programs = postgres_account(), postgres_programs()
+            data = self.make_database(programs, account)
             words = services.postgres(place)
             words[0] = str(programs / "postgres")
             environment = {"PGDATA": str(data), MARK: str(self.folder), "PATH": os.environ.get("PATH", "")}
@@ -303,13 +303,17 @@ class LocalCluster:
                 extra_groups=[] if account else None,
             )
         _children.append(process)
-        found = _look(process.pid)
-        state["services"][name] = {"pid": process.pid, "ticks": found.ticks if found else -1}
+        state["services"][name] = {"pid": process.pid, "ticks": started(process.pid)}
         if name.startswith("ray"):
             state["services"][name]["node"] = words[words.index("--node-name") + 1]
         self._save(state)
 
-    def _make_database(self, programs: Path, account: str | None) -> Path:
+    def make_database(self, programs: Path, account: str | None) -> Path:
+        """Return PostgreSQL's data folder, made at first, with the password of `secrets`.
+
+        Raises:
+            ResourceError: if the account cannot reach the folder, or initdb fails.
+        """
         data, parent = self.folder / "postgres" / "data", self.folder / "postgres"
         if (data / "PG_VERSION").exists():
             return data
@@ -422,7 +426,7 @@ class LocalCluster:
             state["services"].pop(name, None)
             self._save(state)
         if not state["services"]:
-            end_all(_marked(self.folder))
+            end_all(marked(self.folder))
 
 
 _children: list["subprocess.Popen[bytes]"] = []
@@ -507,7 +511,7 @@ def _write_secret(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _postgres_account() -> str | None:
+def postgres_account() -> str | None:
     """Return who PostgreSQL runs as if this is root, which it refuses; None if this is anybody else."""
     if os.geteuid() != 0:
         return None
@@ -518,7 +522,7 @@ def _postgres_account() -> str | None:
     raise ResourceError("PostgreSQL refuses to run as root, and there is no user postgres or nobody; run as yourself")
 
 
-def _postgres_programs() -> Path:
+def postgres_programs() -> Path:
     """Return the folder of the newest PostgreSQL on PATH or where Debian puts it.
 
     Raises:
@@ -554,6 +558,12 @@ def _look(pid: int) -> _Look | None:
     return _Look(words[0], int(words[1]), int(words[3]), int(words[19]))
 
 
+def started(pid: int) -> int:
+    """Return when a process started, in clock ticks since the machine booted; -1 if there is none."""
+    found = _look(pid)
+    return -1 if found is None else found.ticks
+
+
 def is_alive(process: Process) -> bool:
     """Return whether this very process runs, not another one that was given its number."""
     for child in _children:
@@ -580,7 +590,7 @@ def family(process: Process) -> set[Process]:
     return {Process(pid, looks[pid].ticks) for pid in members if looks[pid].state not in "ZX"}
 
 
-def _marked(folder: Path) -> set[Process]:
+def marked(folder: Path) -> set[Process]:
     """Return the processes that were started with this cluster's folder in their environment, but not this one."""
     mark, found = f"{MARK}={folder}".encode(), set()
     for path in Path("/proc").glob("[0-9]*"):
