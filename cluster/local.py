@@ -40,6 +40,8 @@ STOP_TIMEOUT_S = 15.0
 LOG_LINES = 15
 MARK = "AEPO_CLUSTER"
 """In the environment of every process of a cluster: its folder."""
+NODE = "AEPO_NODE"
+"""The same: which node of Ray it is, of this start; a node that died keeps its name for a while."""
 POSTGRES_STEP = "install it: apt-get install postgresql (Debian, Ubuntu), dnf install postgresql-server (Fedora)"
 EXTRA_STEP = "install the cluster's packages: pip install 'aepo-platform[cluster]'"
 
@@ -248,18 +250,41 @@ class LocalCluster:
 
     def _start(self, state: dict[str, Any], name: str) -> None:
         """Start one service in a session of its own and write down its process."""
+        words, environment, account = self._command(state, name)
+        with self._log(name).open("ab") as log:
+            log.write(f"\n--- {time.strftime('%F %T')} {name}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment | {MARK: str(self.folder)},
+                cwd="/" if account else self.folder,
+                start_new_session=True,
+                **_as(account),
+            )
+        _children.append(process)
+        state["services"][name] = {"pid": process.pid, "ticks": started(process.pid)}
+        if name.startswith("ray"):
+            state["services"][name]["node"] = environment[NODE]
+        self._save(state)
+
+    def _command(self, state: dict[str, Any], name: str) -> tuple[list[str], dict[str, str], str | None]:
+        """Return a service's command line, environment and account (None: this one)."""
         place, hidden, ports = self._place(state), self.secrets(), state["ports"]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PG"))}
-        environment |= {MARK: str(self.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
-        account = None
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
         if name == "postgres":
             account, programs = postgres_account(), postgres_programs()
             data = self.make_database(programs, account)
-            words = services.postgres(place)
-            words[0] = str(programs / "postgres")
-            environment = {"PGDATA": str(data), MARK: str(self.folder), "PATH": os.environ.get("PATH", "")}
-        elif name == "mlflow":
-            words = [sys.executable, "-m", *services.mlflow(place)]
+            return (
+                [str(programs / "postgres"), *services.postgres(place)[1:]],
+                {"PGDATA": str(data), "PATH": path},
+                account,
+            )
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PG"))}
+        environment["PATH"] = path
+        if name == "mlflow":
             environment |= MLFLOW_SETTINGS | {
                 "PGHOST": LOCALHOST,
                 "PGPORT": str(ports["postgres"]),
@@ -269,44 +294,26 @@ class LocalCluster:
                 "MLFLOW_AUTH_ADMIN_PASSWORD": hidden["mlflow_password"],
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": hidden["mlflow_key"],
             }
-        else:
-            head = name == "ray-head"
-            words = services.ray_head(place) if head else services.ray_worker(place)
-            words = [sys.executable, "-m", "cluster.node", *words[1:], "--node-name", f"{name}-{secrets.token_hex(3)}"]
-            words += ["--node-ip-address", LOCALHOST, "--num-cpus", str(state["cpus"])]
-            words += ["--num-gpus", str(state["gpus"]), "--memory", str(state["memory"])]
-            words += ["--dashboard-agent-listen-port", "0"]
-            words += ["--temp-dir", f"{state['temp']}/{name[4:]}"]  # in a shared one nodes replace each other's code
-            if head:
-                words += ["--ray-client-server-port", str(ports["client"])]
-            environment |= self._tracking(state) | {
-                "RAY_AUTH_MODE": "token",
-                "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
-                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-                "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-                "AEPO_STORAGE": str(self.folder / "storage"),
-                "OMP_NUM_THREADS": "1",
-            }
-        with self._log(name).open("ab") as log:
-            log.write(f"\n--- {time.strftime('%F %T')} {name}\n".encode())
-            log.flush()
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                cwd="/" if account else self.folder,
-                start_new_session=True,
-                user=account,
-                group=None if account is None else pwd.getpwnam(account).pw_gid,
-                extra_groups=[] if account else None,
-            )
-        _children.append(process)
-        state["services"][name] = {"pid": process.pid, "ticks": started(process.pid)}
-        if name.startswith("ray"):
-            state["services"][name]["node"] = words[words.index("--node-name") + 1]
-        self._save(state)
+            return [sys.executable, "-m", *services.mlflow(place)], environment, None
+        head, node = name == "ray-head", f"{name}-{secrets.token_hex(3)}"
+        words = services.ray_head(place) if head else services.ray_worker(place)
+        words = [sys.executable, "-m", "cluster.node", *words[1:], "--node-name", node]
+        words += ["--node-ip-address", LOCALHOST, "--num-cpus", str(state["cpus"])]
+        words += ["--num-gpus", str(state["gpus"]), "--memory", str(state["memory"])]
+        words += ["--dashboard-agent-listen-port", "0"]
+        words += ["--temp-dir", f"{state['temp']}/{name[4:]}"]  # in a shared one nodes replace each other's code
+        if head:
+            words += ["--ray-client-server-port", str(ports["client"])]
+        environment |= self._tracking(state) | {
+            NODE: node,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "AEPO_STORAGE": str(self.folder / "storage"),
+            "OMP_NUM_THREADS": "1",
+        }
+        return words, environment, None
 
     def make_database(self, programs: Path, account: str | None) -> Path:
         """Return PostgreSQL's data folder, made at first, with the password of `secrets`.
@@ -324,25 +331,16 @@ class LocalCluster:
         if account is not None:
             for path in (parent, password):
                 shutil.chown(path, account)
-            if subprocess.run(["test", "-w", str(parent)], user=account, extra_groups=[], check=False).returncode:
+            if subprocess.run(["test", "-w", str(parent)], check=False, **_as(account)).returncode:
                 raise ResourceError(
                     f"PostgreSQL refuses to run as root; it would run as {account}, who cannot reach {parent}. Wanted: "
                     "a --folder that everybody may pass through, such as /var/lib/aepo/cluster"
                 )
         words = [str(programs / "initdb"), "--pgdata", str(data), "--username", DATABASE, "--auth", "scram-sha-256"]
         words += ["--pwfile", str(password), "--encoding", "UTF8", "--locale", "C", "--no-instructions"]
-        group = None if account is None else pwd.getpwnam(account).pw_gid
         with self._log("postgres").open("ab") as log:
             ended = subprocess.run(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                user=account,
-                group=group,
-                extra_groups=[] if account else None,
-                check=False,
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", check=False, **_as(account)
             )
         password.unlink()
         if ended.returncode:
@@ -520,6 +518,13 @@ def postgres_account() -> str | None:
             pwd.getpwnam(account)
             return account
     raise ResourceError("PostgreSQL refuses to run as root, and there is no user postgres or nobody; run as yourself")
+
+
+def _as(account: str | None) -> dict[str, Any]:
+    """Return what makes a process run as an account, nothing for None."""
+    if account is None:
+        return {}
+    return {"user": account, "group": pwd.getpwnam(account).pw_gid, "extra_groups": []}
 
 
 def postgres_programs() -> Path:
