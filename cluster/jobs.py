@@ -215,6 +215,8 @@ def follow(client: "JobSubmissionClient", name: str, write: Callable[[str], obje
 
 def stop(client: "JobSubmissionClient", job: Job, *, timeout_s: float) -> None:
     """Ask a sweep to store checkpoints and end; kill its process if it has not after a while."""
+    if job.status not in ("PENDING", "RUNNING"):
+        return
     if timeout_s > 0:
         helper = f"python -m aepo sweep --stop --out {_quoted(job.out)}"
         run_helper(client, helper, check=False)  # one that has not begun to sweep has nothing to store

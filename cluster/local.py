@@ -432,7 +432,9 @@ _children: list["subprocess.Popen[bytes]"] = []
 
 
 def default_folder() -> Path:
-    """Return where a cluster's files lie if nothing else is said; PostgreSQL, which is never root, must get there."""
+    """Return AEPO_CLUSTER_FOLDER, or a folder of the user's; root's PostgreSQL, which is not root, must get there."""
+    if named := os.environ.get("AEPO_CLUSTER_FOLDER"):
+        return Path(named)
     return Path("/var/lib/aepo/cluster") if os.geteuid() == 0 else Path.home() / ".local/share/aepo/cluster"
 
 

@@ -36,6 +36,10 @@ def look(nonce: str) -> dict[str, Any]:
     }
 
 
+def _now() -> float:
+    return time.time()
+
+
 def _version(name: str) -> str:
     try:
         return version(name)
@@ -94,21 +98,22 @@ def _disk() -> dict[str, float]:
 
 
 def _open_ports() -> list[str]:
-    """Return the listeners of Ray, MLflow and PostgreSQL that are not on a loopback address."""
+    """Return the listeners of this Ray, not of another one on the same machine, that are not on a loopback address."""
     import psutil
+    from ray._private.worker import global_worker
 
+    node: Any = global_worker.node
+    session, pids = Path(node.get_session_dir_path()).name, set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(session in word for word in process.cmdline()):
+                pids |= {process.pid, *(child.pid for child in process.children(recursive=True))}
     found = set()
     for connection in psutil.net_connections("inet"):
-        if connection.status != psutil.CONN_LISTEN or connection.laddr.ip.removeprefix("::ffff:") in (
-            "127.0.0.1",
-            "::1",
-        ):
-            continue
-        with contextlib.suppress(psutil.Error, TypeError):
-            process = psutil.Process(connection.pid)
-            words = f"{process.name()} {' '.join(process.cmdline()[:6])}".lower()
-            if any(name in words for name in ("ray", "gcs_server", "mlflow", "postgres")):
-                found.add(f"{process.name()} {connection.laddr.port}")
+        is_outer = connection.laddr and connection.laddr.ip.removeprefix("::ffff:") not in ("127.0.0.1", "::1")
+        if connection.pid in pids and connection.status == psutil.CONN_LISTEN and is_outer:
+            with contextlib.suppress(psutil.Error):
+                found.add(f"{psutil.Process(connection.pid).name()} {connection.laddr.port}")
     return sorted(found)
 
 
@@ -133,7 +138,7 @@ def main(nonce: str) -> None:
         with contextlib.suppress(OSError):
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.write_text(nonce)
-    looker, clock = ray.remote(num_cpus=0)(look), ray.remote(num_cpus=0)(time.time)
+    looker, clock = ray.remote(num_cpus=0)(look), ray.remote(num_cpus=0)(_now)
     facts = []
     for node in ray.nodes():  # type: ignore[no-untyped-call]
         if not node["Alive"]:

@@ -236,6 +236,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o711)  # PostgreSQL's account passes through
     log(f"everything lies in {folder}")
+    for name in [name for name in os.environ if name.startswith(("RAY_", "MLFLOW_"))]:
+        del os.environ[name]
     os.environ |= {
         "MINARI_DATASETS_PATH": str(folder / "minari"),
         "AEPO_CACHE": str(folder / "cache"),
@@ -267,6 +269,14 @@ def broken_sweep(cluster: Machine | Hosts, file: Path, folder: Path) -> list[str
     """Break it; return what differs."""
     sweep = cluster.storage / "sweeps" / "broken"
     words = [*cluster.prefix, sys.executable, "-m", "aepo", "submit", str(file), "--address", cluster.dashboard]
+    doctor = ["cluster", "doctor", str(file), "--address", cluster.dashboard, "--json"]
+
+    def examined() -> list[dict] | None:
+        found = json.loads(aepo(*doctor, prefix=cluster.prefix))
+        return found if found[0]["found"] == "3 answer" else None
+
+    checks = wait_for(examined, 120, "three nodes")
+    log("doctor: " + ", ".join(f"{check['check']} {check['status']} ({check['found']})" for check in checks))
     begin = time.monotonic()
     submitter = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
     wait_for(lambda: position(sweep) > 0, 300, "the first step")

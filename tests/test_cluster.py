@@ -537,38 +537,59 @@ def test_a_second_up_starts_only_what_died(machine):
     assert {name for name in now if now[name] != state["services"][name]} == {"ray-worker-1"}
 
 
+def documented():
+    """The commands of the README and of docs/cluster.md that want a cluster, without comments."""
+    found = []
+    for page in (ROOT / "README.md", ROOT / "docs" / "cluster.md"):
+        inside = False
+        for line in page.read_text().splitlines():
+            inside = inside != line.startswith("```")
+            if inside and line.startswith(("aepo cluster", "aepo submit", "aepo jobs")):
+                found.append(line.partition("#")[0].split()[1:])
+    return found
+
+
+def test_the_pages_name_every_command_of_a_cluster():
+    names = {tuple(words[:2]) if words[0] != "submit" else ("submit",) for words in documented()}
+    jobs_of = {("jobs", name) for name in ("list", "status", "logs", "stop", "fetch")}
+    assert names == {("cluster", name) for name in ("up", "down", "status", "doctor")} | jobs_of | {("submit",)}
+
+
 @pytest.mark.ray
-def test_a_sweep_is_submitted_joined_fetched_and_found_fit(machine, tmp_path):
+def test_a_sweep_by_the_documented_commands(machine):
     cluster, _, aepo = machine
-    small = {f"{stage}.{key}": value for stage in ("behavior", "critic", "energy") for key, value in
-             (("steps", 400), ("batch_size", 16), ("hidden_size", 16))}  # fmt: skip
-    text = 'task = ["maze2d-open"]\npreset = ["smoke"]\nout = "sweeps/open"\nrunner = "inline"\n[set]\n'
-    (cluster.folder.parent / "open.toml").write_text(text + "".join(f"{k} = {v}\n" for k, v in small.items()))
-    detached = json.loads(aepo("submit", "open.toml", "--detach", "--json").stdout)
-    joined = aepo("submit", "open.toml")
-    assert f"joined {detached['job']}" in joined.stderr
-    assert "1 runs planned" in joined.stderr
-    (listed,) = json.loads(aepo("jobs", "list", "--json").stdout)
-    assert (listed["job"], listed["status"], listed["exit_status"]) == (detached["job"], "SUCCEEDED", 0)
-    home = tmp_path / "home"
-    assert "maze2d-open" in aepo("jobs", "fetch", "sweeps/open", "--out", home).stdout
+    text = 'task = ["maze2d-open"]\npreset = ["smoke"]\nout = "sweeps/mazes"\nrunner = "inline"\n[set]\n'
+    for stage in ("behavior", "critic", "energy"):
+        text += f"{stage}.steps = 400\n{stage}.batch_size = 16\n{stage}.hidden_size = 16\n"
+    (cluster.folder.parent / "mazes.toml").write_text(text)
+    started = json.loads(aepo("submit", "mazes.toml", "--detach", "--json").stdout)
+    lines, ran = documented(), {}
+    first = lines.index(["cluster", "up", "--local", "--nodes", "2"])
+    for words in lines[first:]:
+        if words != ["cluster", "down"] and tuple(words) not in ran:  # some stand on both pages
+            as_json = ["--json"] if words[1] in ("doctor", "list") else []
+            ran[tuple(words)] = aepo(*words, *as_json, AEPO_CLUSTER_FOLDER=str(cluster.folder))
+
+    found = {check["check"]: check for check in json.loads(ran["cluster", "doctor", "mazes.toml"].stdout)}
+    assert {check["status"] for name, check in found.items() if name != "disk"} == {"pass"}
+    assert found["nodes"]["found"] == "2 answer"
+    assert found["open ports"]["found"] == "all on loopback"
+    assert "data local/maze2d/open-v0" in found
+
+    assert f"joined {started['job']}" in ran["submit", "mazes.toml"].stderr
+    assert "1 runs planned" in ran["submit", "mazes.toml"].stderr
+    (job,) = json.loads(ran["jobs", "list"].stdout)
+    assert (job["job"], job["status"], job["exit_status"]) == (started["job"], "SUCCEEDED", 0)
+    home, folder = (path / "sweeps" / "mazes" for path in (cluster.folder.parent, cluster.folder / "storage"))
+    assert "maze2d-open" in ran["jobs", "fetch", "sweeps/mazes"].stdout
     assert (home / "report" / "report.md").exists()
-    folder = cluster.folder / "storage" / "sweeps" / "open"
     assert (home / "runs.parquet").read_bytes() == (folder / "runs.parquet").read_bytes()
-    again = aepo("submit", "open.toml")  # a new attempt, in which nothing is left to do
-    assert "1 ended, 0 to do" in again.stderr
+
+    assert "1 ended, 0 to do" in aepo("submit", "mazes.toml").stderr  # a new attempt, in which nothing is left to do
     assert sum(path.read_text().count(" starts ") for path in folder.glob("runs/*/log.txt")) == 1
-    hidden = cluster.secrets()
-    seen = aepo("jobs", "list", "--json").stdout + aepo("jobs", "logs", listed["job"]).stdout
+    seen = ran["jobs", "list"].stdout + ran["jobs", "logs", "sweeps/mazes"].stdout
     seen += "".join(path.read_bytes().decode("latin-1") for path in folder.rglob("*") if path.is_file())
-    assert not [name for name, secret in hidden.items() if secret in seen]
-    checks = json.loads(aepo("cluster", "doctor", "open.toml", "--json").stdout)
-    assert {check["check"]: check["status"] for check in checks if check["check"] != "disk"} == dict.fromkeys(
-        [c["check"] for c in checks if c["check"] != "disk"], "pass"
-    )
-    assert {"nodes", "versions", "storage", "tracking", "tracking password", "token", "open ports"} <= {
-        check["check"] for check in checks
-    }
+    assert not [name for name, secret in cluster.secrets().items() if secret in seen]
 
 
 def test_a_service_that_does_not_come_up_is_explained_and_leaves_nothing(tmp_path, monkeypatch):
