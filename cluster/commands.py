@@ -128,6 +128,9 @@ class Submit:
     """Folder on the cluster, instead of the file's."""
     retry_failed: bool = False
     """Run again what failed before."""
+    places: int = 0
+    """Runs at once that there shall be room for at the start, where nodes come on demand: the cluster's autoscaler is
+    asked for them and waited for, a quarter of an hour at most."""
     detach: bool = False
     """Do not wait for the end."""
     json: bool = False
@@ -141,13 +144,15 @@ class Submit:
         if not self.file.is_file():
             hint = "; `aepo jobs` looks after jobs" if str(self.file) in JOB_WORDS else ""
             raise ConfigError(f"no sweep file {self.file}{hint}")
+        if self.places < 0:
+            raise ConfigError("--places must not be below 0")
         sweep = Sweep(file=self.file) if self.file.suffix == ".json" else merge_file(Sweep(), self.file)
         sweep = dataclasses.replace(
             sweep, out=self.out or sweep.out, retry_failed=self.retry_failed or sweep.retry_failed
         )
         plan = sweep.plan()
         client = jobs.connect(self.address)
-        name, is_new = jobs.submit(client, self.file, sweep, plan)
+        name, is_new = jobs.submit(client, self.file, sweep, plan, places=self.places)
         err.print(f"{'started' if is_new else 'joined'} {name}: {len(plan)} runs", markup=False, soft_wrap=True)
         err.print(f"aepo jobs logs {name} shows it again, aepo jobs stop {name} ends it", markup=False, soft_wrap=True)
         if self.detach:

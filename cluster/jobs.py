@@ -108,7 +108,9 @@ def connect(address: str) -> "JobSubmissionClient":
         raise _explained(error, address) from error
 
 
-def submit(client: "JobSubmissionClient", file: Path, sweep: "Sweep", plan: Sequence[RunConfig]) -> tuple[str, bool]:
+def submit(
+    client: "JobSubmissionClient", file: Path, sweep: "Sweep", plan: Sequence[RunConfig], *, places: int = 0
+) -> tuple[str, bool]:
     """Return the job that carries a sweep out, and whether it is a new one.
 
     One that runs is joined; after one that has ended comes the next attempt, in which what has ended is not repeated.
@@ -118,6 +120,7 @@ def submit(client: "JobSubmissionClient", file: Path, sweep: "Sweep", plan: Sequ
         file: sweep file, which is packed.
         sweep: what it says, with the flags that were given.
         plan: its runs.
+        places: runs at once that an autoscaler shall have made room for; 0 = whatever there is.
 
     Raises:
         ConfigError: for a tracking address that holds a password, or a folder outside of the storage.
@@ -141,9 +144,10 @@ def submit(client: "JobSubmissionClient", file: Path, sweep: "Sweep", plan: Sequ
         err.print(f"code and sweep file: {size / 1e6:.2f} MB in {sum(1 for _ in folder.rglob('*.*'))} files")
         words = ["python", "-m", "aepo", "sweep", f"sweep{file.suffix}", "--yes", "--address", "auto"]
         words += ["--retry-failed"] if sweep.retry_failed else []
+        room = f"python -m cluster.reserve {places} {sweep.cpus:g} {sweep.gpus:g} && " if places else ""
         try:
             client.submit_job(
-                entrypoint=f"{shlex.join(words)} --out {_quoted(out)}",
+                entrypoint=f"{room}{shlex.join(words)} --out {_quoted(out)}",
                 submission_id=name,
                 runtime_env={"working_dir": str(folder)},
                 metadata={"sweep": str(sweep.out), "out": out, "plan": digest, "runs": str(len(plan))},

@@ -284,6 +284,24 @@ def test_the_job_runs_the_sweep_file_below_the_storage_of_the_cluster(sweep_file
     assert (job.job, job.attempt, job.status) == (name, 1, "RUNNING")
 
 
+def test_room_is_asked_for_before_the_sweep(sweep_file):
+    from cluster.reserve import fitting
+
+    server = Server()
+    sweep = Sweep(task=("maze2d-umaze",), out=Path("sweeps/mazes"), gpus=0.25)
+    jobs.submit(server, sweep_file, sweep, sweep.plan(), places=8)
+    assert server.entrypoints[0].startswith("python -m cluster.reserve 8 1 0.25 && python -m aepo sweep ")
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}},
+        {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}},
+        {"Alive": True, "Resources": {"CPU": 16.0}},
+        {"Alive": False, "Resources": {"CPU": 16.0, "GPU": 8.0}},
+    ]
+    assert fitting(nodes, 1.0, 0.25) == 4 + 2
+    assert fitting(nodes, 1.0, 0.0) == 4 + 2 + 16
+    assert fitting(nodes, 3.0, 0.0) == 1 + 0 + 5
+
+
 def test_a_log_is_written_once_though_the_connection_breaks(monkeypatch):
     text, calls, written = "one\ntwo\nthree\n", [], []
 
