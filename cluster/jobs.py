@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tune.commands import Sweep
 
 PACKAGES = ("aepo", "tune", "cluster", "analysis")
-PACKED = {".py", ".csv", ".ini", ".typed"}
+PACKED = {".py", ".csv", ".ini", ".toml", ".typed"}
 """Kinds of files that are packed, of our own packages only: no data, history, environment files or keys."""
 STORAGE = "AEPO_STORAGE"
 """On the cluster: the folder that all nodes see."""
