@@ -26,6 +26,9 @@ COMMANDS = {
     "toy": ("aepo.commands:Toy", "compare all energy targets with the exact answer on two-dimensional sets"),
     "data": ("aepo.data.commands:DATA", "list, show and collect data sets"),
     "store": ("aepo.commands:STORE", "list and prune the trained stages that runs share"),
+    "cluster": ("cluster.commands:CLUSTER", "bring up a cluster on this machine, look at one, take it down"),
+    "submit": ("cluster.commands:Submit", "run a sweep file on a Ray cluster, as a job that survives this command"),
+    "jobs": ("cluster.commands:JOBS", "list, show, follow, stop the sweeps on a cluster, fetch their tables"),
     "doctor": ("cluster.doctor:Doctor", "say what this machine can run, and what is missing"),
 }
 """name -> (module:object that tyro can parse and that has run() -> exit status, one line of help)."""

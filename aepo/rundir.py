@@ -19,6 +19,8 @@ from aepo.errors import CheckpointError
 
 RESULT, CONFIG, METRICS, POLICY = "result.json", "config.json", "metrics.jsonl", "policy.safetensors"
 GRID = "grid.png"
+COMMIT = "COMMIT"
+"""Beside the packages, in packed code."""
 
 
 def read_spool(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
@@ -111,8 +113,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @cache
 def commit() -> str | None:
-    """Return the git commit of this code, with `+dirty` if changed, None outside a checkout."""
+    """Return the git commit of this code, with `+dirty` if changed, None outside a checkout.
+
+    What `aepo submit` has packed has no history; a file says which commit it is.
+    """
     here = Path(__file__).parent
+    if (packed := here.parent / COMMIT).exists():
+        return packed.read_text().strip() or None
     try:
         head = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--exclude=*"],

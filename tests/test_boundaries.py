@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
@@ -51,3 +52,9 @@ def test_the_only_console_script_is_aepo():
     scripts = importlib.metadata.entry_points(group="console_scripts")
     ours = [script.name for script in scripts if script.value.partition(":")[0].split(".")[0] in PACKAGES]
     assert ours == ["aepo"]
+
+
+@pytest.mark.ray
+def test_tests_that_start_a_ray_share_one_process(request):
+    if os.environ.get("PYTEST_XDIST_WORKER") and request.config.getvalue("loadgroup"):
+        assert request.node.nodeid.endswith("@ray"), "this xdist does not group with this pytest; see pyproject.toml"

@@ -15,14 +15,19 @@ def run(capsys, *argv):
 
 
 @pytest.mark.parametrize(
-    "command", [*cli.COMMANDS, "data collect", "data list", "data import", "store list", "store prune"]
+    "command",
+    [
+        *cli.COMMANDS,
+        *("data collect", "data list", "data import", "store list", "store prune"),
+        *("cluster up", "cluster status", "cluster doctor", "jobs list", "jobs status"),
+    ],
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as leaving:
         cli.run([*command.split(), "--help"])
     assert leaving.value.code == 0
     out = capsys.readouterr().out
-    if command not in ("data", "store"):
+    if command not in ("data", "store", "cluster", "jobs"):
         assert f"aepo {command}" in out.partition("example")[2]
         assert "--json" in out
 

@@ -107,6 +107,31 @@ class Sweep:
             return wanted._look()
         return wanted._carry_out()
 
+    @property
+    def manifest(self) -> Path | None:
+        """The sweep.json whose runs are planned again, None if the flags say which runs there are."""
+        return self.file if self.file is not None and self.file.suffix == ".json" else None
+
+    def plan(self) -> list[RunConfig]:
+        """Return the runs that the flags, or a manifest, ask for."""
+        from tune.plan import make_plan, read_manifest
+
+        if self.manifest is None:
+            return make_plan(
+                self.task,
+                self.dataset,
+                self.seeds,
+                presets=self.preset,
+                overrides=configs.parse_overrides(self.set),
+                source=self.source,
+                suites=self.suite,
+            )
+        if self.task or self.suite or self.dataset or self.set:
+            raise ConfigError(
+                f"{self.manifest} says which runs there are; leave out --task, --suite, --dataset and --set"
+            )
+        return read_manifest(self.manifest)
+
     def _look(self) -> int:
         from tune.board import is_driven, status, watch
         from tune.plan import STOP, read_manifest
@@ -140,23 +165,10 @@ class Sweep:
             raise ConfigError("--cpus must be above 0; --gpus, --max-concurrent and --checkpoint-s not below it")
         if self.workers_per_run < 1 or (self.workers_per_run > 1 and (self.runner == "inline" or self.reuse_stages)):
             raise ConfigError("--workers-per-run must be at least 1, and 1 with --runner inline or --reuse-stages")
-        from tune.plan import STAGES, make_plan, pending, read_digests, read_manifest
+        from tune.plan import STAGES, pending, read_digests
 
-        manifest = self.file if self.file is not None and self.file.suffix == ".json" else None
-        if manifest is None:
-            plan = make_plan(
-                self.task,
-                self.dataset,
-                self.seeds,
-                presets=self.preset,
-                overrides=configs.parse_overrides(self.set),
-                source=self.source,
-                suites=self.suite,
-            )
-        elif self.task or self.suite or self.dataset or self.set:
-            raise ConfigError(f"{manifest} says which runs there are; leave out --task, --suite, --dataset and --set")
-        else:
-            plan = read_manifest(manifest)
+        manifest = self.manifest
+        plan = self.plan()
         waiting = pending(self.out.resolve(), plan, retry_failed=self.retry_failed)
         asks = sys.stdin.isatty() and err.is_terminal and not self.yes
         if self.dry_run or (asks and waiting):

@@ -1,0 +1,14 @@
+"""`python -m cluster.node start ...`: Ray's own command line, in which 127.0.0.1 stays 127.0.0.1.
+
+Ray puts a node's outward address in its place, and then all of Ray listens on every interface. What keeps a laptop's
+Ray on 127.0.0.1 (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0) refuses a second node. Both are lifted here, for Ray 2.58
+to 2.61.
+"""
+
+from ray._private import ray_constants, services
+from ray.scripts.scripts import main
+
+if __name__ == "__main__":
+    ray_constants.ENABLE_RAY_CLUSTER = True
+    services.resolve_ip_for_localhost = lambda host: host
+    main()  # type: ignore[no-untyped-call]

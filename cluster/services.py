@@ -1,0 +1,86 @@
+"""What a cluster consists of, and the command line of each part: the one place that says it.
+
+`aepo cluster up --local` runs these as processes; docker-compose.yml and cluster/kubernetes repeat them word for word,
+and a test compares. A password is in no command line, for every user of a machine can read those: PostgreSQL's clients
+take theirs from PGPASSWORD, Ray its token from RAY_AUTH_TOKEN or a file, MLflow from the variables in `secret_names`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+DATABASE = "mlflow"
+"""PostgreSQL's database and its owner."""
+ADMIN = "admin"
+"""MLflow's first user; the platform logs as it."""
+AUTH_CONFIG = Path(__file__).with_name("mlflow-auth.ini")
+STORE = "postgresql+psycopg:///" + DATABASE
+"""Where MLflow keeps runs and users; host, port, user and password come from PGHOST, PGPORT, PGUSER and PGPASSWORD."""
+MLFLOW_SETTINGS = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "20",
+    "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "20",
+}
+"""Without the second and third a wide sweep loses metrics; the first saves 1.5 GB. Two workers stay below PostgreSQL's
+100 connections."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the parts of one cluster listen and keep their files; the defaults are those of containers."""
+
+    host: str = "0.0.0.0"
+    """What every service listens on: in a container all of its own interfaces, of which no port is published but to
+    127.0.0.1 of the host."""
+    database_host: str = "*"
+    database_port: int = 5432
+    sockets: str = "/var/run/postgresql"
+    """Folder of PostgreSQL's Unix socket; empty for none."""
+    mlflow_port: int = 5000
+    mlflow_names: str = "mlflow:*,localhost:*,127.0.0.1:*"
+    """Host headers that MLflow answers to."""
+    artifacts: str = "/artifacts"
+    gcs_host: str = "ray-head"
+    gcs_port: int = 6379
+    dashboard_port: int = 8265
+    auth_config: str = "/app/cluster/mlflow-auth.ini"
+
+
+def postgres(place: Place) -> list[str]:
+    """Return PostgreSQL's command line; its data folder is PGDATA."""
+    settings = {
+        "listen_addresses": place.database_host,
+        "port": str(place.database_port),
+        "unix_socket_directories": place.sockets,
+        "password_encryption": "scram-sha-256",
+    }
+    return ["postgres", *(word for key, value in settings.items() for word in ("-c", f"{key}={value}"))]
+
+
+def mlflow(place: Place) -> list[str]:
+    """Return the tracking server's command line; every request but /health wants a user and a password."""
+    return [
+        *("mlflow", "server", "--app-name", "basic-auth", "--workers", "2"),
+        *("--host", place.host, "--port", str(place.mlflow_port), "--allowed-hosts", place.mlflow_names),
+        *("--backend-store-uri", STORE, "--artifacts-destination", place.artifacts),
+    ]
+
+
+def ray_head(place: Place) -> list[str]:
+    """Return the head's command line; the dashboard is the jobs server."""
+    return [
+        *("ray", "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard", "true"),
+        *("--port", str(place.gcs_port), "--dashboard-host", place.host, "--dashboard-port", str(place.dashboard_port)),
+        *RAY_NODE,
+    ]
+
+
+def ray_worker(place: Place) -> list[str]:
+    """Return a worker's command line."""
+    return [
+        *("ray", "start", "--block", "--disable-usage-stats", "--address", f"{place.gcs_host}:{place.gcs_port}"),
+        *RAY_NODE,
+    ]
+
+
+RAY_NODE = ["--min-worker-port", "0", "--max-worker-port", "0", "--object-store-memory", "200000000"]
+"""Ports that are free, as several nodes may share an address; little shared memory, for runs pass no objects."""
