@@ -21,6 +21,7 @@ def matrix(num_tasks=6, num_seeds=5, seed=0):
 def score(task, method, values, *, num_failed=0):
     return Score(
         task=task, suite="s", method=method, score_mean=float(np.mean(values)), score_std=1.0, scores=tuple(values),
+        score_stderr=1.0, returns=tuple(values), return_stderr=1.0, best_scores=(), best_mean=1.0, best_stderr=1.0,
         return_mean=1.0, return_std=1.0, seeds=tuple(range(len(values))), num_episodes=1, num_failed=num_failed,
     )  # fmt: skip
 
