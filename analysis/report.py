@@ -182,6 +182,8 @@ def write_report(
     """
     from analysis.aggregate import aggregate, complete_scores, profile
     from analysis.figures import draw_aggregates, draw_curves, learning_curves
+    from analysis.load import grids
+    from analysis.page import page
     from analysis.published import find_columns
     from analysis.scores import suite_averages, task_scores
     from analysis.tables import best_results, results
@@ -207,6 +209,30 @@ def write_report(
     rows = _aggregate_rows(aggregates)
     _write(out / "report.md", _markdown(runs, table, best, rows, holes, stems, protocol, tasks))
     _write(out / "report.tex", _latex(table, best))
+    _write(
+        out / "report.html",
+        page(
+            runs=runs,
+            title=_heading(runs),
+            table=table,
+            best=best,
+            aggregates=aggregates,
+            aggregate_rows=rows,
+            profiles=profiles,
+            curves=found,
+            grids=grids(runs[runs["status"] == "finished"]),
+            holes=holes,
+            protocol=protocol,
+            tasks=tasks,
+            manifests=_manifests(paths),
+            notes={
+                "results": f"{TITLE}; 0 = random policy, 100 = expert. {RANK_NOTE}",
+                "best": BEST_NOTE,
+                "overall": AGGREGATE_NOTE,
+            },
+            tracking_uri=tracking_uri,
+        ),
+    )
     return ReportResult(scores=scores, table=table, aggregates=rows)
 
 

@@ -46,6 +46,7 @@ def read_experiment(name: str, tracking_uri: str, *, allow_missing: bool) -> lis
         raise ConfigError(f"no server to look for {name!r} on; give --tracking-uri, or set MLFLOW_TRACKING_URI")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for logger in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     from mlflow import MlflowClient
