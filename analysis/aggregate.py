@@ -124,7 +124,7 @@ def profile(samples: Scores, levels: NDArray[np.float64], *, seed: int = 0) -> P
         above = (np.asarray(sample)[:, None] > levels).astype(float)
         value += above.mean(axis=0) / len(samples)
         times = rng.multinomial(len(sample), np.full(len(sample), 1 / len(sample)), size=NUM_RESAMPLES)
-        drawn += times @ above / (len(sample) * len(samples))
+        drawn += times.astype(float) @ above / (len(sample) * len(samples))
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
     if min(len(sample) for sample in samples) < 2:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,10 @@ def draw_curves(suites: Mapping[str, Sequence[str]], found: Sequence[Curve], fol
         with mpl.rc_context(_STYLE):
             figure, panels = _panels(count, columns)
             labels: dict[str, Any] = {}
-            for axes, task in zip(panels, drawn, strict=False):
+            for place, (axes, task) in enumerate(zip(panels, drawn, strict=False)):
                 _draw(axes, task, by_task[task], palette)
+                if place + columns >= len(drawn):
+                    axes.set_xlabel("gradient steps, all stages", fontsize=8.5)
                 for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
                     labels.setdefault(text, handle)
             for axes in panels[len(drawn) :]:
@@ -239,15 +242,21 @@ def _draw(axes: Axes, task: str, found: Sequence[Curve], palette: Mapping[str, s
             lost = f"{name}, run without a result"
             axes.plot(steps, values, color=FAILED_COLOR, lw=1, ls=":", marker="x", markevery=[-1], label=lost)
     axes.set_title(task, loc="left", weight="bold", fontsize=10)
-    axes.set_xlabel("gradient steps, all stages", fontsize=8.5)
     axes.set_ylabel("return" if found[0].is_return else "normalized score", fontsize=8.5)
     axes.tick_params(labelsize=8.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.margins(y=0.1)
 
 
 def _save(figure: Figure, folder: Path, stem: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{stem}.png", dpi=120, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in another script is drawn as boxes
+        _write(figure, folder, stem)
+
+
+def _write(figure: Figure, folder: Path, stem: str) -> None:
+    figure.savefig(folder / f"{stem}.png", dpi=110, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
     figure.savefig(folder / f"{stem}.svg", metadata={"Date": None, "Creator": None})

@@ -338,6 +338,7 @@ def test_equal_input_in_any_order_gives_equal_bytes(tmp_path):
         outs.append({str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*.*")})
     assert sorted(outs[0]) == [
         *(f"figures/{name}.{kind}" for name in ("maze2d", "user") for kind in ("png", "svg")),
+        "report.html",
         "report.md",
         "report.tex",
         "scores.csv",
