@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 err = Console(stderr=True, highlight=False)
 """Progress, hints and messages."""
@@ -40,14 +41,17 @@ def emit_json(document: Any) -> None:
 
 
 def emit_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Print rows as a table on standard output, never cutting a cell; the columns are the first row's keys."""
+    """Print rows as a table on standard output, never cutting a cell; the columns are the first row's keys.
+
+    A cell may be a rich Text, which keeps its style.
+    """
     columns = list(columns or (rows[0].keys() if rows else []))
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
         numeric = bool(rows) and all(isinstance(row[column], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(_cell(row[column])) for column in columns))
+        table.add_row(*(_shown(row[column]) for column in columns))
     console = Console(file=_results, highlight=False, soft_wrap=True)
     console.width = console.width if console.is_terminal else 200
     console.print(table)
@@ -56,6 +60,10 @@ def emit_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[
 def emit_text(text: str) -> None:
     """Print plain text on standard output."""
     print(text, file=_results, flush=True)
+
+
+def _shown(value: Any) -> Text | str:
+    return value if isinstance(value, Text) else escape(_cell(value))
 
 
 def _cell(value: Any) -> str:

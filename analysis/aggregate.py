@@ -1,7 +1,11 @@
 """Aggregates over tasks with intervals: what a table of few seeds can say (Agarwal et al. 2021, arXiv 2108.13264).
 
-A method's scores are one array per task, one number per seed. Intervals resample the seeds of each task on their own
-(stratified bootstrap, percentiles); the same input gives the same numbers.
+A method's scores are one array per task, one number per seed; tasks may have different numbers of seeds (a matrix of
+runs x tasks is `list(score_RT.T)`). Intervals resample the seeds of each task on their own (stratified bootstrap,
+percentiles); the same input gives the same numbers. A score that is not finite is refused: it is a hole, and what to do
+about a hole is for the caller to say.
+
+    interval(iqm, [hopper, walker])                      interval(improvement, [*ours, *theirs])
 """
 
 import dataclasses
@@ -53,7 +57,10 @@ class Aggregate:
 
 
 def iqm(*samples: NDArray[np.float64], axis: int = -1) -> Any:
-    """Return the interquartile mean of all scores together."""
+    """Return the mean of the middle half of all scores together.
+
+    Of n scores, the lowest and the highest floor(n / 4) are left out, as scipy's `trim_mean` and rliable do.
+    """
     return stats.trim_mean(np.concatenate(samples, axis=axis), TRIM, axis=axis)
 
 
@@ -83,9 +90,53 @@ def improvement(*samples: NDArray[np.float64], axis: int = -1) -> Any:
     half = len(samples) // 2
     parts = []
     for x, y in zip(samples[:half], samples[half:], strict=True):
-        difference = x[..., :, None] - y[..., None, :]
-        parts.append(np.mean((difference > 0) + 0.5 * (difference == 0), axis=(-2, -1)))
+        n, m = x.shape[-1], y.shape[-1]
+        ranks = stats.rankdata(np.concatenate([x, y], axis=-1), axis=-1)[..., :n]
+        parts.append((ranks.sum(axis=-1) - n * (n + 1) / 2) / (n * m))
     return np.mean(parts, axis=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """The share of a method's scores above each level, tasks weighing equally, and the ends of its interval."""
+
+    levels: NDArray[np.float64]
+    value: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+def profile(samples: Scores, levels: NDArray[np.float64], *, seed: int = 0) -> Profile:
+    """Return the performance profile: at each level, the mean over tasks of the share of seeds with a score above it.
+
+    Args:
+        samples: per task, the scores of its seeds.
+        levels: scores, ascending.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: as `interval`.
+    """
+    _check(samples)
+    rng = np.random.default_rng(seed)
+    value, drawn = np.zeros(len(levels)), np.zeros((NUM_RESAMPLES, len(levels)))
+    for sample in samples:
+        above = (np.asarray(sample)[:, None] > levels).astype(float)
+        value += above.mean(axis=0) / len(samples)
+        times = rng.multinomial(len(sample), np.full(len(sample), 1 / len(sample)), size=NUM_RESAMPLES)
+        drawn += times.astype(float) @ above / (len(sample) * len(samples))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
+    if min(len(sample) for sample in samples) < 2:
+        low = high = np.full(len(levels), np.nan)
+    return Profile(levels=levels, value=value, low=low, high=high)
+
+
+def _check(samples: Scores) -> None:
+    if not samples or any(np.ndim(sample) != 1 or not len(sample) for sample in samples):
+        raise ValueError("wanted scores of one task or more, one array of at least one seed for each")
+    if holes := sum(int(np.count_nonzero(~np.isfinite(sample))) for sample in samples):
+        raise ValueError(f"{holes} of {sum(map(len, samples))} scores are not finite; leave out such runs and say so")
 
 
 def interval(statistic: Statistic, samples: Scores, *, seed: int = 0) -> Interval:
@@ -95,7 +146,11 @@ def interval(statistic: Statistic, samples: Scores, *, seed: int = 0) -> Interva
         statistic: of this module.
         samples: per task, the scores of its seeds.
         seed: of the resampling.
+
+    Raises:
+        ValueError: if there are no scores, or one is not finite.
     """
+    _check(samples)
     value = float(statistic(*samples))
     if min(len(sample) for sample in samples) < 2:
         return Interval(value=value, low=float("nan"), high=float("nan"))
@@ -111,11 +166,8 @@ def interval(statistic: Statistic, samples: Scores, *, seed: int = 0) -> Interva
     return Interval(value=value, low=float(found.low), high=float(found.high))
 
 
-def aggregate(scores: Sequence[Score]) -> list[Aggregate]:
-    """Return one row per method that has every score of every task; the others have none.
-
-    The first method of the scores' order is the one whose improvement over the others is told.
-    """
+def complete_scores(scores: Sequence[Score]) -> dict[str, list[NDArray[np.float64]]]:
+    """Return method -> its scores of every task, of the methods that have every score of every task."""
     tasks = list(dict.fromkeys(score.task for score in scores))
     by_method: dict[str, dict[str, NDArray[np.float64]]] = {}
     for score in scores:
@@ -123,12 +175,20 @@ def aggregate(scores: Sequence[Score]) -> list[Aggregate]:
         by_method.setdefault(score.method, {})
         if complete:
             by_method[score.method][score.task] = np.array(score.scores)
-    whole = {method: [found[task] for task in tasks] for method, found in by_method.items() if len(found) == len(tasks)}
+    return {method: [found[task] for task in tasks] for method, found in by_method.items() if len(found) == len(tasks)}
+
+
+def aggregate(scores: Sequence[Score]) -> list[Aggregate]:
+    """Return one row per method that has every score of every task; the others have none.
+
+    The first method of the scores' order is the one whose improvement over the others is told.
+    """
+    whole = complete_scores(scores)
     first = next(iter(whole), None)
     return [
         Aggregate(
             method=method,
-            num_tasks=len(tasks),
+            num_tasks=len(samples),
             iqm=interval(iqm, samples),
             median=interval(median, samples),
             mean=interval(mean, samples),

@@ -1,96 +1,262 @@
-"""Learning curves, one figure per task; the same input gives the same bytes."""
+"""Figures as PNG and SVG: learning curves, performance profiles, intervals; the same input gives the same bytes.
 
+A suite's tasks are panels of one figure: a figure of its own for each of 36 tasks would take most of a report's time.
+"""
+
+import dataclasses
 import hashlib
+import math
 import re
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from numpy.typing import NDArray
 
+from analysis.aggregate import Aggregate, Profile
 from analysis.load import curves, evaluations, has_references, rank
+from analysis.tables import LABELS, label
 
-LABELS = {
-    "aepo": "AEPO",
-    "aepo-analytic": "AEPO analytic",
-    "qgpo": "QGPO",
-    "iql": "IQL",
-    "td3bc": "TD3+BC",
-    "diffusion-bc": "diffusion BC",
-}
-"""Method -> its name in tables and figures."""
 COLORS = dict(zip(LABELS, ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00"), strict=True))
 """Okabe and Ito's palette, told apart by colour-blind readers; a method has the same colour everywhere."""
-OTHER_COLOR = "#000000"
+OTHER_COLORS = ("#000000", "#F0E442", "#882255", "#44AA99", "#999933", "#AA4499")
+"""Of methods that are not in LABELS, the palette's last two and then Tol's muted ones."""
 FAILED_COLOR = "#7F7F7F"
+STATISTICS = {"IQM": "iqm", "median": "median", "mean": "mean", "optimality gap": "optimality_gap"}
+"""Title -> field of Aggregate."""
+MAX_LINES = 10
+"""Runs of a method on a task that are drawn one by one; of more, only mean and band."""
+_PANEL = (3.6, 2.6)
+"""Inches of a panel of learning curves."""
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "svg.hashsalt": "aepo",  # else random ids
+    "text.parse_math": False,  # a $ in a name is a $
+}
 
 
-def draw_curves(runs: pd.DataFrame, folder: Path) -> dict[str, str]:
-    """Write <task>.png and <task>.svg for every task with a curve; return the file stem of each such task."""
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """One method's learning curve on one task."""
+
+    task: str
+    method: str
+    is_return: bool
+    """Whether the values are returns: the task has no reference scores."""
+    steps: NDArray[np.int64]
+    """Gradient steps, all stages together, at which every finished run was evaluated."""
+    mean: NDArray[np.float64]
+    """Over the finished runs."""
+    stderr: NDArray[np.float64]
+    """Of the mean; NaN for one run."""
+    runs: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float64]]]
+    """Seed -> steps and values of each finished run."""
+    lost: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float64]]]
+    """The same of runs without a result."""
+    is_level: bool = False
+    """Whether it was measured at the end alone: mean and stderr hold one value, to be drawn as a line across."""
+
+
+def colors(methods: Sequence[str]) -> dict[str, str]:
+    """Return method -> colour; the same methods have the same ones."""
+    others = sorted(set(methods) - set(COLORS))
+    return COLORS | {method: OTHER_COLORS[place % len(OTHER_COLORS)] for place, method in enumerate(others)}
+
+
+def learning_curves(runs: pd.DataFrame) -> list[Curve]:
+    """Return one curve per task and method that has any evaluation on the way, then levels of those that have none."""
+    scored = dict(zip(runs["task"], has_references(runs), strict=True))
+    scored |= dict.fromkeys(runs["task"][has_references(runs)], True)
+    finished = runs[runs["status"] == "finished"]
+    found = []
     points = curves(runs)
-    stems = {}
-    with mpl.rc_context(
-        {
-            "font.family": "DejaVu Sans",  # comes with matplotlib
-            "font.size": 11,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.color": "#E5E5E5",
-            "svg.hashsalt": "aepo",  # else random ids
-            "text.parse_math": False,  # a $ in a name is a $
+    for (task, method), group in points.groupby(["task", "run_method"], sort=False):
+        measure = "score" if scored[task] else "return_mean"
+        table = group.pivot_table(index="step", columns="seed", values=measure, aggfunc="last")
+        lines = {
+            int(str(seed)): (line.index.to_numpy(np.int64), line.to_numpy(float))
+            for seed, column in table.items()
+            if len(line := column.dropna())
         }
-    ):
-        for task, of_task in points.groupby("task"):
-            figure = _draw(str(task), runs[runs["task"] == task], of_task)
-            stem = stems[str(task)] = file_stem(str(task))
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / f"{stem}.png", dpi=150, metadata={"Software": None})
-            figure.savefig(folder / f"{stem}.svg", metadata={"Date": None, "Creator": None})
+        whole_seeds = set(finished["seed"][(finished["task"] == task) & (finished["method"] == method)])
+        whole = table[[seed for seed in table if seed in whole_seeds]].dropna()
+        values, count = whole.to_numpy(float), whole.shape[1]
+        spread = values.std(axis=1, ddof=1) / math.sqrt(count) if count > 1 else np.full(len(values), np.nan)
+        found.append(
+            Curve(
+                task=str(task),
+                method=str(method),
+                is_return=not scored[task],
+                steps=whole.index.to_numpy(np.int64),
+                mean=values.mean(axis=1) if count else np.empty(0),
+                stderr=spread,
+                runs={seed: line for seed, line in lines.items() if seed in whole_seeds},
+                lost={seed: line for seed, line in lines.items() if seed not in whole_seeds},
+            )
+        )
+    measured = evaluations(finished)
+    for (task, method), group in measured[measured["method"] != measured["run_method"]].groupby(["task", "method"]):
+        ends = group["score" if scored[task] else "return_mean"].to_numpy(float)
+        spread = np.array([ends.std(ddof=1) / math.sqrt(len(ends)) if len(ends) > 1 else math.nan])
+        level = np.array([ends.mean()])
+        empty = np.empty(0, np.int64)
+        found.append(
+            Curve(
+                task=str(task),
+                method=str(method),
+                is_return=not scored[task],
+                steps=empty,
+                mean=level,
+                stderr=spread,
+                runs={},
+                lost={},
+                is_level=True,
+            )
+        )
+    order = rank(pd.Series([curve.method for curve in found], dtype=str)).to_list()
+    return [found[place] for place in sorted(range(len(found)), key=lambda place: (found[place].task, order[place]))]
+
+
+def draw_curves(suites: Mapping[str, Sequence[str]], found: Sequence[Curve], folder: Path) -> dict[str, str]:
+    """Write <suite>.png and .svg, a panel per task; return suite -> file stem, of those with any curve.
+
+    Args:
+        suites: suite -> its tasks.
+        found: of `learning_curves`.
+        folder: made if need be.
+    """
+    by_task: dict[str, list[Curve]] = {}
+    for curve in found:
+        by_task.setdefault(curve.task, []).append(curve)
+    palette = colors([curve.method for curve in found])
+    stems = {}
+    for suite, tasks in suites.items():
+        drawn = [task for task in tasks if any(not curve.is_level for curve in by_task.get(task, ()))]
+        if not drawn:
+            continue
+        columns = min(3, len(drawn))
+        count = math.ceil(len(drawn) / columns)
+        with mpl.rc_context(_STYLE):
+            figure, panels = _panels(count, columns)
+            labels: dict[str, Any] = {}
+            for place, (axes, task) in enumerate(zip(panels, drawn, strict=False)):
+                _draw(axes, task, by_task[task], palette)
+                if place + columns >= len(drawn):
+                    axes.set_xlabel("gradient steps, all stages", fontsize=8.5)
+                for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+                    labels.setdefault(text, handle)
+            for axes in panels[len(drawn) :]:
+                axes.remove()
+            figure.legend(
+                list(labels.values()), list(labels), loc="lower center", ncols=min(3, len(labels)), frameon=False
+            )
+            stem = stems[suite] = file_stem(suite)
+            _save(figure, folder, stem)
     return stems
 
 
-def file_stem(task: str) -> str:
-    """Return a file name for a task; where characters must go, a digest keeps two tasks apart."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip("-.")
-    return safe if safe == task else f"{safe}-{hashlib.sha256(task.encode()).hexdigest()[:8]}"
+def draw_aggregates(found: Sequence[Aggregate], profiles: Mapping[str, Profile], folder: Path) -> None:
+    """Write intervals.png and .svg (four statistics with their intervals) and profiles.png and .svg."""
+    palette = colors([row.method for row in found])
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 1.2 + 0.4 * len(found)), layout="constrained")
+        FigureCanvasAgg(figure)
+        names = [label(row.method) for row in found]
+        for axes, (title, name) in zip(figure.subplots(1, 4, sharey=True), STATISTICS.items(), strict=True):
+            for place, row in enumerate(found):
+                value = getattr(row, name)
+                color = palette[row.method]
+                axes.barh(place, value.high - value.low, 0.55, value.low, color=color, alpha=0.45, lw=0)
+                axes.plot([value.value] * 2, [place - 0.28, place + 0.28], color=color, lw=2.5)
+            axes.set_yticks(range(len(names)), names)
+            axes.set_title(title)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        if found:
+            figure.axes[0].invert_yaxis()
+        _save(figure, folder, "intervals")
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for method, profile in profiles.items():
+            axes.plot(profile.levels, profile.value, color=palette[method], lw=2, label=label(method))
+            axes.fill_between(profile.levels, profile.low, profile.high, color=palette[method], alpha=0.15, lw=0)
+        axes.set_xlabel("normalized score")
+        axes.set_ylabel("share of runs with a higher score")
+        axes.set_ylim(0, 1.02)
+        axes.legend(frameon=False)
+        _save(figure, folder, "profiles")
 
 
-def _draw(task: str, runs: pd.DataFrame, points: pd.DataFrame) -> Figure:
-    """Draw one task: thin lines are runs, a thick line is a method's mean at the steps that all its runs have."""
-    finished = runs[runs["status"] == "finished"]
-    measure, unit = "score", "normalized score"
-    if not has_references(runs).any():
-        measure, unit = "return_mean", "return (no reference scores)"
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+def file_stem(name: str) -> str:
+    """Return a file name for a suite or task; where characters must go, a digest keeps two of them apart."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+    return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure of equal panels; places are computed, as matplotlib's own layout would draw all twice."""
+    width, height = _PANEL[0] * columns + 0.3, _PANEL[1] * rows + 0.8
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for method in points["run_method"].drop_duplicates().sort_values(key=rank):
-        color, label = COLORS.get(method, OTHER_COLOR), LABELS.get(method, method)
-        seeds = points[points["run_method"] == method].pivot(index="step", columns="seed", values=measure)
-        ended = set(finished["seed"][finished["method"] == method])
-        done = seeds[[seed for seed in seeds if seed in ended]]
-        if len(done.columns) > 1:
-            axes.plot(done.index, done, color=color, lw=1, alpha=0.3)
-        if len(done.columns):
-            mean = done.dropna().mean(axis=1)
-            count = f"mean of {len(done.columns)} seeds" if len(done.columns) > 1 else "one seed"
-            axes.plot(mean.index, mean, color=color, lw=2.5, marker="o", ms=4.5, label=f"{label}, {count}")
-        for lost, seed in enumerate(seeds.columns.difference(done.columns)):
-            line = seeds[seed].dropna()
-            name = f"{label}, run without a result" if lost == 0 else None
-            axes.plot(line.index, line, color=FAILED_COLOR, ls=":", marker="x", markevery=[-1], label=name)
-    results = evaluations(finished)
-    for method, group in results[results["method"] != results["run_method"]].groupby("method"):
-        color, label = COLORS.get(str(method), OTHER_COLOR), LABELS.get(str(method), str(method))
-        axes.axhline(group[measure].mean(), color=color, lw=2, ls="--", label=f"{label}, mean")
-    axes.set_title(task, loc="left", weight="bold")
-    axes.set_xlabel("gradient steps, all stages")
-    axes.set_ylabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    figure.subplots_adjust(
+        left=0.65 / width,
+        right=1 - 0.15 / width,
+        bottom=1.25 / height,
+        top=1 - 0.35 / height,
+        wspace=0.65 / (_PANEL[0] - 0.65),
+        hspace=0.65 / (_PANEL[1] - 0.65),
+    )
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _draw(axes: Axes, task: str, found: Sequence[Curve], palette: Mapping[str, str]) -> None:
+    """Draw one task: a line is the mean over its runs, the band its standard error, thin lines are runs."""
+    for curve in found:
+        color, name = palette[curve.method], label(curve.method)
+        if curve.is_level:
+            axes.axhline(curve.mean[0], color=color, lw=1.8, ls="--", label=f"{name}, at the end")
+            continue
+        if 1 < len(curve.runs) <= MAX_LINES:
+            for steps, values in curve.runs.values():
+                axes.plot(steps, values, color=color, lw=0.7, alpha=0.3)
+        if len(curve.mean):
+            marker = "o" if len(curve.mean) <= 30 else None
+            axes.plot(curve.steps, curve.mean, color=color, lw=2, marker=marker, ms=3.5, label=name)
+            axes.fill_between(
+                curve.steps, curve.mean - curve.stderr, curve.mean + curve.stderr, color=color, alpha=0.18, lw=0
+            )
+        for steps, values in curve.lost.values():
+            lost = f"{name}, run without a result"
+            axes.plot(steps, values, color=FAILED_COLOR, lw=1, ls=":", marker="x", markevery=[-1], label=lost)
+    axes.set_title(task, loc="left", weight="bold", fontsize=10)
+    axes.set_ylabel("return" if found[0].is_return else "normalized score", fontsize=8.5)
+    axes.tick_params(labelsize=8.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.margins(y=0.1)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)
-    return figure
+
+
+def _save(figure: Figure, folder: Path, stem: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in another script is drawn as boxes
+        _write(figure, folder, stem)
+
+
+def _write(figure: Figure, folder: Path, stem: str) -> None:
+    figure.savefig(folder / f"{stem}.png", dpi=110, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+    figure.savefig(folder / f"{stem}.svg", metadata={"Date": None, "Creator": None})

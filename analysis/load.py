@@ -1,21 +1,26 @@
 """The runs of one or more sweeps as one data frame, checked; how they were trained is not known here.
 
-`SCHEMA` is the contract with the writer (`tune`). What is wrong is refused by name; a hole stays a hole.
+`SCHEMA` is the contract with the writer (`tune`). What is wrong is refused by name; a hole stays a hole. A source is a
+sweep's folder, its runs.parquet, or `mlflow:EXPERIMENT`.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aepo.errors import DataError
 
 SCHEMA_VERSION = 2
 FILE = "runs.parquet"
+MLFLOW = "mlflow:"
+"""Begins the name of a source that is an experiment of MLflow."""
 METHODS = ("aepo", "aepo-analytic", "qgpo", "iql", "td3bc")
 """Order of the methods in tables; those that a run measures besides its own, and unknown ones, stand behind."""
 
@@ -28,6 +33,13 @@ _EVALUATION = {
     "return_std": pa.float64(),
     "num_episodes": pa.int64(),
     "episode_returns": pa.list_(pa.float64()),
+}
+_GRID = {
+    "beta": pa.float64(),
+    "guidance_scale": pa.float64(),
+    "score": pa.float64(),
+    "return_mean": pa.float64(),
+    "num_episodes": pa.int64(),
 }
 _CURVE = {"stage": pa.string(), "step": pa.int64(), "score": pa.float64(), "return_mean": pa.float64()}
 _NEVER_NULL = {
@@ -65,16 +77,25 @@ SCHEMA = pa.schema(
     + [pa.field(name, kind) for name, kind in _NULLABLE.items()]
 )
 """Columns of runs.parquet, one row per planned run; further columns are ignored."""
+OPTIONAL = {"grid": pa.list_(pa.struct(list(_GRID.items()))), "folder": pa.string()}
+"""Columns that a table may lack: evaluations over beta and guidance scale, and where the run lies in its sweep."""
 
 _STATUSES = ("finished", "failed", "missing")
+_NESTED = ("evaluations", "curve", "grid")
+_MAX_NAMED = 20
+"""Faults of a kind that a message names; it counts the others."""
 _KEY = ["run", "task", "suite", "seed", "status"]
 
 
-def load_runs(*paths: Path) -> pd.DataFrame:
+def load_runs(*sources: Path | str, tracking_uri: str = "", allow_missing: bool = False) -> pd.DataFrame:
     """Return all planned runs, sorted by method, suite, task and seed, so that the order of the input has no effect.
 
+    A table is tasks x methods x seeds: where the sources hold no row of one of these, a row `missing` stands for it.
+
     Args:
-        paths: folders of sweeps, or their runs.parquet.
+        sources: folders of sweeps, their runs.parquet, or `mlflow:EXPERIMENT`.
+        tracking_uri: MLflow's, for the last; empty = MLFLOW_TRACKING_URI.
+        allow_missing: take a finished run without a finite result as one that failed, instead of refusing it.
 
     Raises:
         DataError: if a table is missing or broken, of another schema version, or lacks a column; if a run or
@@ -82,16 +103,24 @@ def load_runs(*paths: Path) -> pd.DataFrame:
             methods in settings; if a
             finished run has no result, or no score although its data set has reference scores.
     """
-    tables = [_read(path / FILE if path.is_dir() else path) for path in paths]
-    runs: pd.DataFrame = pa.concat_tables(tables).to_pandas()
+    tables = [_read_source(str(source), tracking_uri, allow_missing) for source in sources]
+    if not tables or not sum(table.num_rows for table in tables):
+        raise DataError(
+            f"no runs in {', '.join(map(str, sources))}; wanted at least one planned run: repeat `aepo sweep`"
+        )
+    whole = _with_holes(pa.concat_tables(tables))
+    runs: pd.DataFrame = whole.drop_columns(list(_NESTED)).to_pandas()
+    for name in _NESTED:  # stay Arrow's: a million points as Python objects would take a minute
+        runs[name] = pd.arrays.ArrowExtensionArray(whole[name])
     runs = runs.sort_values(["suite", "task", "seed", "run"], ignore_index=True)
     runs = runs.sort_values("method", key=rank, kind="stable", ignore_index=True)
-    if runs.empty:
-        raise DataError(
-            f"no runs in {', '.join(map(str, paths))}; wanted at least one planned run: repeat `aepo sweep`"
-        )
     _check_runs(runs)
     _check_results(runs[runs["status"] == "finished"])
+    if allow_missing:
+        for run, method in _without_number(runs[runs["status"] == "finished"]):
+            reason = f"finished, but its evaluation of {method} has no finite number"
+            runs.loc[runs["run"] == run, ["status", "error"]] = ["failed", reason]
+    _check_numbers(runs[runs["status"] == "finished"])
     return runs
 
 
@@ -112,6 +141,11 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:
     return frame.drop_duplicates(["run", "stage", "step"], keep="last", ignore_index=True)
 
 
+def grids(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per run, beta and guidance scale: the heat maps that the runs have evaluated."""
+    return _explode(runs, "grid", _GRID)
+
+
 def rank(methods: "pd.Series[str]") -> "pd.Series[int]":
     """Return a key that sorts methods as METHODS does, then by name."""
     others = sorted(set(methods) - set(METHODS))
@@ -124,13 +158,49 @@ def has_references(runs: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def _explode(runs: pd.DataFrame, column: str, fields: Mapping[str, Any]) -> pd.DataFrame:
-    rows: list[dict[str, Any]] = []
-    keys = runs[[*_KEY, "method"]].rename(columns={"method": "run_method"})
-    for key, items in zip(keys.to_dict("records"), runs[column], strict=True):
-        found: Sequence[Mapping[str, Any]] = items if items is not None else ()
-        rows += [{**{str(name): value for name, value in key.items()}, **item} for item in found]
-    frame = pd.DataFrame(rows, columns=[*keys, *fields])
-    return frame.astype({name: float for name, kind in fields.items() if pa.types.is_floating(kind)})
+    items = pa.chunked_array(runs[column].array.__arrow_array__()).combine_chunks()
+    owners = pc.list_parent_indices(items).to_numpy(zero_copy_only=False)
+    flat = pc.list_flatten(items)
+    frame = runs[[*_KEY, "method"]].rename(columns={"method": "run_method"}).take(owners).reset_index(drop=True)
+    for name, kind in fields.items():
+        values = pc.struct_field(flat, name).to_pandas()
+        frame[name] = values.astype(float) if pa.types.is_floating(kind) else values
+    return frame
+
+
+def _with_holes(table: pa.Table) -> pa.Table:
+    """Return the runs with a row for each task, method and seed that the table has elsewhere, but not together."""
+    columns = [table[name].to_pylist() for name in ("task", "method", "seed")]
+    there = set(zip(*columns, strict=True))
+    absent = [each for each in itertools.product(*map(dict.fromkeys, columns)) if each not in there]
+    place = {task: row for row, task in reversed(list(enumerate(columns[0])))}
+    known = {task: table.select(["suite", "source", "dataset"]).slice(row, 1) for task, row in place.items()}
+    holes = [
+        known[task].to_pylist()[0]
+        | {
+            "schema_version": SCHEMA_VERSION,
+            "run": f"{task} {method} seed {seed}",
+            "task": task,
+            "seed": seed,
+            "fingerprint": "",
+            "method": method,
+            "preset": "",
+            "status": "missing",
+            "error": "no row of it in the given sweeps, which have this task, this method and this seed with others",
+        }
+        for task, method, seed in absent
+    ]
+    return pa.concat_tables([table, pa.Table.from_pylist(holes, schema=table.schema)]) if holes else table
+
+
+def _read_source(source: str, tracking_uri: str, allow_missing: bool) -> pa.Table:
+    if source.startswith(MLFLOW):
+        from analysis.tracked import read_experiment
+
+        rows = read_experiment(source.removeprefix(MLFLOW), tracking_uri, allow_missing=allow_missing)
+        return _conform(pa.Table.from_pylist(rows), source)
+    path = Path(source)
+    return _read(path / FILE if path.is_dir() else path)
 
 
 def _read(file: Path) -> pa.Table:
@@ -140,58 +210,87 @@ def _read(file: Path) -> pa.Table:
         table = pq.ParquetFile(file).read()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} is not a readable Parquet table ({_one_line(error)}); repeat `aepo sweep`") from error
+    return _conform(table, str(file))
+
+
+def _conform(table: pa.Table, source: str) -> pa.Table:
+    """Return a table's columns in the types of the schema, which it must follow."""
     if absent := [name for name in SCHEMA.names if name not in table.column_names]:
-        raise DataError(f"{file} lacks {', '.join(absent)}; wanted schema {SCHEMA_VERSION}: repeat `aepo sweep`")
+        raise DataError(f"{source} lacks {', '.join(absent)}; wanted schema {SCHEMA_VERSION}: repeat `aepo sweep`")
     versions = sorted(map(str, set(table["schema_version"].to_pylist()) - {SCHEMA_VERSION}))
     if versions:
         raise DataError(
-            f"{file} has schema version {', '.join(versions)}, wanted {SCHEMA_VERSION}; "
+            f"{source} has schema version {', '.join(versions)}, wanted {SCHEMA_VERSION}; "
             "repeat `aepo sweep` with this version of aepo, or report with the version that wrote it"
         )
+    schema = SCHEMA
+    for name, kind in OPTIONAL.items():
+        schema = schema.append(pa.field(name, kind))
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows, kind))
     try:
-        return table.select(SCHEMA.names).cast(SCHEMA)
+        return table.select(schema.names).cast(schema)
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise DataError(
-            f"{file} does not follow schema {SCHEMA_VERSION} ({_one_line(error)}); repeat `aepo sweep`"
+            f"{source} does not follow schema {SCHEMA_VERSION} ({_one_line(error)}); repeat `aepo sweep`"
         ) from error
 
 
 def _check_runs(runs: pd.DataFrame) -> None:
-    for run in runs["run"][runs["run"].duplicated()]:
-        raise DataError(f"run {run} stands twice in the given sweeps, wanted once; give each sweep once")
-    for task, method, seed in _first(runs[runs.duplicated(["task", "method", "seed"])], "task", "method", "seed"):
+    if twice := list(runs["run"][runs["run"].duplicated()]):
+        raise DataError(f"run {_named(twice)} stands twice in the given sweeps, wanted once; give each sweep once")
+    again = runs[runs.duplicated(["task", "method", "seed"])]
+    if twice := [f"task {row.task} has two runs of {row.method} with seed {row.seed}" for row in again.itertuples()]:
         raise DataError(
-            f"task {task} has two runs of {method} with seed {seed} and different settings, wanted one; "
-            "report sweeps of different settings one by one"
+            f"{_named(twice, '; ')} and different settings, wanted one; report sweeps of different settings one by one"
         )
-    for run, status in _first(runs[~runs["status"].isin(_STATUSES)], "run", "status"):
-        raise DataError(f"run {run} has status {status!r}, wanted one of {', '.join(_STATUSES)}")
+    odd = runs[~runs["status"].isin(_STATUSES)]
+    if wrong := [f"run {row.run} has status {row.status!r}" for row in odd.itertuples()]:
+        raise DataError(f"{_named(wrong, '; ')}, wanted one of {', '.join(_STATUSES)}")
     _check_equal(runs, ["task"], "suite", "source", "dataset")
-    _check_equal(runs, ["task", "method"], "preset")
+    _check_equal(runs[runs["preset"] != ""], ["task", "method"], "preset")
 
 
 def _check_results(finished: pd.DataFrame) -> None:
     """Check what only finished runs have; the data of a run that failed early were perhaps never read."""
     _check_equal(finished, ["task"], "dataset_digest", "ref_min", "ref_max")
     results = _explode(finished, "evaluations", _EVALUATION)
-    for run, method in _first(results[results.duplicated(["run", "method"])], "run", "method"):
-        raise DataError(f"run {run} has two evaluations of {method}, wanted one; evaluate it again")
+    again = results[results.duplicated(["run", "method"])]
+    if twice := [f"run {row.run} has two evaluations of {row.method}" for row in again.itertuples()]:
+        raise DataError(f"{_named(twice, '; ')}, wanted one; evaluate it again")
+    own = results[results["method"] == results["run_method"]]
+    _check_equal(own, ["task", "method"], "beta", "guidance_scale")
+    bare = finished[~finished["run"].isin(own["run"])]
+    if without := [f"run {row.run} finished without an evaluation of {row.method}" for row in bare.itertuples()]:
+        raise DataError(f"{_named(without, '; ')}; evaluate it again")
+
+
+def _check_numbers(finished: pd.DataFrame) -> None:
+    """Check that finished runs have finite results, the same in both places."""
+    if holes := [f"run {run} finished, but its evaluation of {name}" for run, name in _without_number(finished)]:
+        raise DataError(
+            f"{_named(holes, ' has no finite number; ')} has no finite number; evaluate it again, or report with "
+            "--allow-missing, which takes it as a run without a result"
+        )
+    results = _explode(finished, "evaluations", _EVALUATION)
     own = results[results["method"] == results["run_method"]].set_index("run")
-    _check_equal(own.reset_index(), ["task", "method"], "beta", "guidance_scale")
-    for run, method in _first(finished[~finished["run"].isin(own.index)], "run", "method"):
-        raise DataError(f"run {run} finished without an evaluation of {method}; evaluate it again")
+    says = own["score"].to_dict()
+    measured = np.array([says[run] for run in finished["run"]])
+    agrees = np.isclose(finished["score"].astype(float), measured, rtol=1e-6) | ~has_references(finished)
+    if wrong := [
+        f"run {row.run} has score {row.score}, but its evaluation of {row.method} says {says[row.run]}"
+        for row in finished[~agrees].itertuples()
+    ]:
+        raise DataError(f"{_named(wrong, '; ')}; wanted the same number: repeat `aepo sweep`")
+
+
+def _without_number(finished: pd.DataFrame) -> list[tuple[str, str]]:
+    """Return run and method of each evaluation that lacks a finite return, or the score that it ought to have."""
+    results = _explode(finished, "evaluations", _EVALUATION)
     scored = results["run"].isin(finished["run"][has_references(finished)])
     no_score = scored & ~_is_finite(results["score"])
     no_return = ~_is_finite(results["return_mean"]) | results["num_episodes"].isna()
-    for run, method in _first(results[no_score | no_return], "run", "method"):
-        raise DataError(f"run {run} finished, but its evaluation of {method} has no finite number; evaluate it again")
-    measured = own["score"].reindex(finished["run"]).to_numpy()
-    agrees = np.isclose(finished["score"], measured, rtol=1e-6) | ~has_references(finished)
-    for run, method, score in _first(finished[~agrees], "run", "method", "score"):
-        raise DataError(
-            f"run {run} has score {score}, but its evaluation of {method} says {own['score'][run]}; "
-            "wanted the same number: repeat `aepo sweep`"
-        )
+    return list(results[no_score | no_return][["run", "method"]].itertuples(index=False, name=None))
 
 
 def _check_equal(frame: pd.DataFrame, keys: list[str], *columns: str) -> None:
@@ -205,8 +304,11 @@ def _check_equal(frame: pd.DataFrame, keys: list[str], *columns: str) -> None:
             )
 
 
-def _first(rows: pd.DataFrame, *columns: str) -> list[tuple[Any, ...]]:
-    return list(rows[list(columns)].head(1).itertuples(index=False, name=None))
+def _named(faults: Iterable[object], separator: str = ", ") -> str:
+    """Return the faults, each once, in one line that does not grow without end."""
+    texts = list(dict.fromkeys(map(str, faults)))
+    more = [f"and {len(texts) - _MAX_NAMED:,} more"] if len(texts) > _MAX_NAMED else []
+    return separator.join([*texts[:_MAX_NAMED], *more])
 
 
 def _is_finite(values: "pd.Series[float]") -> "pd.Series[bool]":

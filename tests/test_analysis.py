@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -9,11 +10,12 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 
 import aepo.cli
 from aepo.errors import ConfigError, DataError, IncompleteError
 from analysis import figures
-from analysis.figures import file_stem
+from analysis.figures import file_stem, learning_curves
 from analysis.load import SCHEMA, curves, evaluations, load_runs
 from analysis.report import write_report
 from analysis.scores import suite_averages, task_scores
@@ -136,23 +138,27 @@ def test_every_method_is_a_column_and_cloning_counts_once(tmp_path):
     assert list(table) == [
         (task, method) for task in (LARGE, MEDIUM) for method in ("aepo", "qgpo", "iql", "diffusion-bc")
     ]
-    assert table[MEDIUM, "aepo"] == ((60.0, 40.0), (0, 1), 0)
+    assert table[MEDIUM, "aepo"] == ((60.0, 40.0), (0, 1), 1), "seed 2 is in the table, but not of AEPO"
     assert table[MEDIUM, "qgpo"] == ((55.0, 45.0, 35.0), (0, 1, 2), 0)
-    assert table[MEDIUM, "iql"] == ((30.0,), (0,), 1)
+    assert table[MEDIUM, "iql"] == ((30.0,), (0,), 2)
     assert table[MEDIUM, "diffusion-bc"] == ((20.0, 10.0, 12.0), (0, 1, 2), 0)
-    assert table[LARGE, "iql"] == ((99.0,), (0,), 0)
-    assert table[LARGE, "aepo"] == ((), (), 1), "a method of the table without a run on a task is a hole there"
+    assert table[LARGE, "iql"] == ((99.0,), (0,), 2)
+    assert table[LARGE, "aepo"] == ((), (), 3), "a method of the table without a run on a task is a hole there"
 
 
 def test_suite_average_weighs_every_task_equally(tmp_path):
-    sweep = write(tmp_path, row(MEDIUM, 0, 10.0), row(MEDIUM, 1, 20.0), row(MEDIUM, 2, 30.0), row(LARGE, 0, 80.0))
-    guided, cloned = suite_averages(task_scores(load_runs(sweep)))
-    assert (guided.score_mean, guided.hole) == (50.0, "")  # (20 + 80) / 2, not (10 + 20 + 30 + 80) / 4
+    medium = [row(MEDIUM, seed, score) for seed, score in enumerate((10.0, 20.0, 30.0))]
+    large = [row(LARGE, seed, score) for seed, score in enumerate((70.0, 80.0, 90.0))]
+    guided, cloned, *whole = suite_averages(task_scores(load_runs(write(tmp_path, *medium, *large))))
+    assert (guided.suite, guided.score_mean, guided.total, guided.hole) == ("maze2d", 50.0, 100.0, "")
+    assert guided.score_stderr == pytest.approx((100 / 3 + 100 / 3) ** 0.5 / 2)  # of (x + y) / 2
     assert cloned.score_mean == 20.0
+    assert [(average.suite, average.score_mean) for average in whole] == [("", 50.0), ("", 20.0)]
 
 
 def test_command_prints_one_object_per_task_and_method(tmp_path, capsys):
-    sweep = write(tmp_path / "s", row(seed=0, score=60.0), row(seed=1, score=50.0), row(LARGE, 0, score=80.0))
+    large = [row(LARGE, seed, score=80.0 + seed) for seed in (0, 1)]
+    sweep = write(tmp_path / "s", row(seed=0, score=60.0), row(seed=1, score=50.0), *large)
     assert report(sweep, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert [(entry["task"], entry["method"]) for entry in printed] == [
@@ -167,23 +173,57 @@ def test_command_prints_one_object_per_task_and_method(tmp_path, capsys):
         "method": "aepo",
         "score_mean": 55.0,
         "score_std": pytest.approx(50**0.5),
+        "score_stderr": pytest.approx(5.0),
         "scores": [60.0, 50.0],
+        "best_scores": [60.0, 50.0],
+        "best_mean": 55.0,
+        "best_stderr": pytest.approx(5.0),
+        "returns": [130.0, 110.0],
         "return_mean": 120.0,
         "return_std": pytest.approx(200**0.5),
+        "return_stderr": pytest.approx(10.0),
         "seeds": [0, 1],
         "num_episodes": 4,
         "num_failed": 0,
     }
-    assert printed[0]["score_std"] is None  # one seed
+
+
+def test_one_seed_has_neither_deviation_nor_error(tmp_path):
+    guided, _ = task_scores(load_runs(write(tmp_path, row())))
+    assert all(map(math.isnan, (guided.score_std, guided.score_stderr, guided.best_stderr)))
+
+
+def test_best_is_the_highest_evaluation_of_each_run_and_called_so(tmp_path):
+    def points(*scores):
+        return [
+            {"stage": "energy", "step": 100 * i, "score": s, "return_mean": 2 * s + 10} for i, s in enumerate(scores)
+        ]
+
+    sweep = write(
+        tmp_path / "s",
+        row(seed=0, score=60.0, curve=points(10.0, 90.0, 60.0)),
+        row(seed=1, score=50.0, curve=points(20.0, 30.0)),  # the last evaluation is the highest
+    )
+    guided, cloned = task_scores(load_runs(sweep))
+    assert (guided.best_scores, guided.best_mean, guided.best_stderr) == ((90.0, 50.0), 70.0, 20.0)
+    assert cloned.best_scores == ()
+    assert report(sweep) == 0
+    text = (sweep / "report" / "report.md").read_text()
+    final, best = text.partition("## Best on the way")[::2]
+    assert "55.0 ± 5.0 (2)" in final
+    assert "70.0 ± 20.0 (2)" in best
+    assert "picked on the returns" in best
+    without = write(tmp_path / "w", row(seed=0, curve=[]), row(seed=1))
+    assert task_scores(load_runs(without))[0].best_scores == ()
 
 
 def test_command_prints_the_table_and_writes_the_report_into_the_first_sweep(tmp_path, capsys):
     first = write(tmp_path / "first", row(seed=0, score=60.0), row(seed=1, score=50.0))
-    second = write(tmp_path / "second", row(LARGE, 0, score=80.0))
+    second = write(tmp_path / "second", row(LARGE, 0, score=80.0), row(LARGE, 1, score=82.0))
     assert report(first, second) == 0
     printed = capsys.readouterr()
-    assert "55.0 ± 7.1 (2)" in printed.out
-    assert "80.0 ± - (1)" in printed.out
+    assert "55.0 ± 5.0 (2)" in printed.out
+    assert "81.0 ± 1.0 (2)" in printed.out
     assert str(first / "report" / "report.md") in printed.err
     assert not (second / "report").exists()
     text = (first / "report" / "report.md").read_text()
@@ -191,15 +231,16 @@ def test_command_prints_the_table_and_writes_the_report_into_the_first_sweep(tmp
         assert claim in text
     lines = [cells(line) for line in text.splitlines() if line.startswith("| maze2d")]
     assert lines[:3] == [
-        ["maze2d", "maze2d-large", "80.0 ± - (1)", "20.0 ± - (1)", "1"],
-        ["maze2d", "maze2d-medium", "55.0 ± 7.1 (2)", "20.0 ± 0.0 (2)", "2"],
-        ["maze2d", "average of 2", "67.5", "20.0", ""],
+        ["maze2d", "maze2d-large", "**81.0 ± 1.0 (2)**", "20.0 ± 0.0 (2)", "2"],
+        ["maze2d", "maze2d-medium", "**55.0 ± 5.0 (2)**", "20.0 ± 0.0 (2)", "2"],
+        ["maze2d", "average of 2", "**68.0 ± 2.5**", "20.0 ± 0.0", ""],
     ]
+    assert ["maze2d", "total of 2", "136.0", "40.0", ""] in lines
     assert "Runs without a result" not in text
-    for task in (MEDIUM, LARGE):
-        assert f"(curves/{task}.png)" in text
-        assert (first / "report" / "curves" / f"{task}.png").read_bytes().startswith(b"\x89PNG")
-        assert (first / "report" / "curves" / f"{task}.svg").read_text().startswith("<?xml")
+    for name in ("maze2d", "intervals", "profiles"):
+        assert f"(figures/{name}.png)" in text
+        assert (first / "report" / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (first / "report" / "figures" / f"{name}.svg").read_text().startswith("<?xml")
 
 
 def test_scores_csv_has_the_exact_numbers(tmp_path):
@@ -232,6 +273,7 @@ def test_failed_run_is_shown_and_never_averaged_over(tmp_path, capsys):
         row(seed=0, score=60.0),
         lost(seed=1, evaluations=[evaluation("aepo", 1000.0, 2010.0)], score=1000.0),  # died after evaluating
         row(LARGE, 0, score=80.0),
+        row(LARGE, 1, score=80.0),
     )
     assert report(sweep, "--allow-missing", "--json") == 0
     printed = capsys.readouterr()
@@ -240,8 +282,8 @@ def test_failed_run_is_shown_and_never_averaged_over(tmp_path, capsys):
     assert (guided["num_failed"], guided["num_episodes"]) == (1, 2)
     assert "critic/loss is nan" in printed.err
     text = (sweep / "report" / "report.md").read_text()
-    assert r"| maze2d | maze2d-medium | 60.0 ± - (1)\* | 20.0 ± - (1)\* | 1 of 2 failed |" in text
-    assert "| maze2d | average of 2 | - | - |  |" in text  # no average over the tasks that went well
+    assert r"| maze2d | maze2d-medium | 60.0 ± - (1)\* | 20.0 ± - (1)\* | 1 of 2 failed |" in text  # and not bold
+    assert "| maze2d | average of 2 |  |  |  |" in text  # no average over the tasks that went well
     assert "maze2d has no average; not complete: maze2d-medium" in text
     assert "critic/loss is nan at step 7" in text
 
@@ -259,7 +301,7 @@ def test_sweep_in_which_nothing_finished_can_be_reported(tmp_path):
     sweep = write(tmp_path / "s", lost(seed=0), lost(seed=1, evaluations=None, curve=None))
     result = write_report([sweep], tmp_path / "out", allow_missing=True)
     assert [score.method for score in result.scores] == ["aepo"]
-    assert "No evaluation during stage 3" in (tmp_path / "out" / "report.md").read_text()
+    assert "No evaluation was recorded for: maze2d-medium" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(IncompleteError, match="2 of 2 planned runs"):
         write_report([sweep], tmp_path / "out", allow_missing=False)
 
@@ -268,22 +310,23 @@ def test_method_that_lacks_a_run_is_marked(tmp_path):
     sweep = write(tmp_path / "s", row(seed=0), row(seed=1, evaluations=[evaluation("aepo", 60.0, 130.0)]))
     result = write_report([sweep], tmp_path / "out", allow_missing=False)
     assert [score.num_failed for score in result.scores] == [0, 1]
-    assert result.rows[0]["diffusion BC"] == "20.0 ± - (1)*"
-    assert "not every run was evaluated" in result.notes[0]
+    cell = result.table.rows[0].cells["diffusion-bc"]
+    assert (cell.text, cell.marks, cell.is_best) == ("20.0 ± - (1)", ("*",), False)
+    assert "not every run was evaluated" in result.table.notes[0][1]
 
 
 def test_without_references_the_return_stands_in_and_says_so(tmp_path, capsys):
     sweep = write(tmp_path / "s", without_references(0, 1500.0), without_references(1, 1600.0))
     assert report(sweep) == 0
     printed = capsys.readouterr().out
-    assert "1550.0 ± 70.7 (2)†" in printed
+    assert "1550.0 ± 50.0 (2)†" in printed
     assert "no reference scores" in printed
     assert report(sweep, "--json") == 0
     guided = json.loads(capsys.readouterr().out)[0]
     assert (guided["score_mean"], guided["scores"], guided["return_mean"]) == (None, [None, None], 1550.0)
     text = (sweep / "report" / "report.md").read_text()
     assert "user has no average; no reference scores: own/task-v0" in text
-    assert f"(curves/{file_stem('own/task-v0')}.png)" in text
+    assert "(figures/user.png)" in text
 
 
 def test_equal_input_in_any_order_gives_equal_bytes(tmp_path):
@@ -293,8 +336,13 @@ def test_equal_input_in_any_order_gives_equal_bytes(tmp_path):
         out = tmp_path / name / "out"
         write_report([write(tmp_path / name, *order)], out, allow_missing=True)
         outs.append({str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*.*")})
-    assert sorted({name.rpartition(".")[2] for name in outs[0]}) == ["csv", "md", "png", "svg"]
-    assert len(outs[0]) == 2 + 2 * 3
+    assert sorted(outs[0]) == [
+        *(f"figures/{name}.{kind}" for name in ("maze2d", "user") for kind in ("png", "svg")),
+        "report.html",
+        "report.md",
+        "report.tex",
+        "scores.csv",
+    ]
     assert outs[0] == outs[1]
 
 
@@ -445,10 +493,16 @@ def test_figure_shows_the_mean_where_all_finished_seeds_were_measured(tmp_path):
             lost(seed=2, curve=curve(_100=-90.0)),
         )
     )
-    axes = figures._draw(MEDIUM, runs, curves(runs)).axes[0]
+    guided, cloned = learning_curves(runs)
+    assert (guided.steps.tolist(), guided.mean.tolist(), guided.stderr.tolist()) == ([100, 300], [15, 60], [5, 10])
+    assert {seed: values.tolist() for seed, (_, values) in guided.lost.items()} == {2: [-90.0]}
+    assert {seed: steps.tolist() for seed, (steps, _) in guided.runs.items()} == {0: [100, 200, 300], 1: [100, 300]}
+    assert (cloned.is_level, cloned.mean.tolist(), cloned.stderr.tolist()) == (True, [21.0], [1.0])
+    axes = Figure().add_subplot()
+    figures._draw(axes, MEDIUM, [guided, cloned], figures.colors(["aepo", "diffusion-bc"]))
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
-    assert lines["AEPO, mean of 2 seeds"] == [[100, 15], [300, 60]]
-    assert [y for _, y in lines["diffusion BC, mean"]] == [21, 21]
+    assert lines["AEPO"] == [[100, 15], [300, 60]]
+    assert [y for _, y in lines["diffusion BC, at the end"]] == [21, 21]
     assert lines["AEPO, run without a result"] == [[100, -90]]
     assert axes.get_ylabel() == "normalized score"
 
@@ -457,4 +511,11 @@ def test_figure_shows_the_mean_where_all_finished_seeds_were_measured(tmp_path):
 @pytest.mark.parametrize("make", [row, lost])
 def test_figure_of_few_points_is_drawn_without_a_warning(tmp_path, points, make):
     runs = load_runs(write(tmp_path, make(seed=1, curve=points)))
-    assert figures.draw_curves(runs, tmp_path) == {MEDIUM: MEDIUM}
+    stems = figures.draw_curves({"maze2d": [MEDIUM]}, learning_curves(runs), tmp_path)
+    assert stems == ({"maze2d": "maze2d"} if any(point["score"] is not None for point in points) else stems)
+
+
+def test_a_method_has_the_same_colour_whatever_stands_beside_it():
+    few, many = figures.colors(["aepo", "zeta"]), figures.colors(["zeta", "iql", "aepo"])
+    assert {few[name] == many[name] for name in ("aepo", "iql", "zeta")} == {True}
+    assert len(set(many.values())) == len(many)

@@ -29,6 +29,15 @@ EVALUATION = pa.struct(
 POINT = pa.struct(
     [("stage", pa.string()), ("step", pa.int64()), ("score", pa.float64()), ("return_mean", pa.float64())]
 )
+CELL = pa.struct(
+    [
+        ("beta", pa.float64()),
+        ("guidance_scale", pa.float64()),
+        ("score", pa.float64()),
+        ("return_mean", pa.float64()),
+        ("num_episodes", pa.int64()),
+    ]
+)
 SCHEMA = pa.schema(
     [
         ("schema_version", pa.int64()),
@@ -54,6 +63,7 @@ SCHEMA = pa.schema(
         *[(name, pa.int64()) for name in ["num_episodes", "steps"]],
         ("evaluations", pa.list_(EVALUATION)),
         ("curve", pa.list_(POINT)),
+        ("grid", pa.list_(CELL)),
         *[(name, pa.string()) for name in ["commit", "version", "machine", "started_at", "mlflow_run_id", "folder"]],
     ]
 )

@@ -29,7 +29,7 @@ from aepo.config import RunConfig, flatten
 from aepo.console import err
 from aepo.errors import AEPOError
 from tune.plan import MANIFEST, PACKAGES, run_folder
-from tune.record import RUNS
+from tune.record import RUNS, SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,6 +43,8 @@ PAGE = 200
 """Runs per answer of a search."""
 TAG, SWEEP = "aepo.run", "aepo.sweep"
 TAGGED = ("task", "suite", "seed", "fingerprint", "method", "preset")
+MEASURED = ("env_id", "ref_min", "ref_max")
+"""Of a result, as tags: what the settings do not say."""
 LOAD, LOAD_INTERVAL_S = "system/", 60.0
 """What this machine has used, in the names of MLflow's own monitor; its page shows them apart."""
 ATTACH_ATTEMPTS = 3
@@ -176,6 +178,7 @@ class Tracker:
         parent = found.pop("", None)
         if parent is None:
             tags = {**self._tags, "aepo.host": platform.node(), "aepo.machine": platform.platform()}
+            tags["aepo.num_planned"] = str(len(self._folders))
             parent = client.create_run(self._experiment, tags=tags, run_name=self._sweep.name)
         elif parent.info.status != "RUNNING":
             client.update_run(parent.info.run_id, status="RUNNING")
@@ -233,6 +236,7 @@ class Tracker:
         """Make the run of MLflow, its tags in the same request, so that it is found again whatever comes next."""
         tags = {**self._tags, TAG: name, "mlflow.parentRunId": self._parent}
         tags |= {f"aepo.{key}": str(getattr(config, key)) for key in TAGGED}
+        tags |= {"aepo.steps": str(config.num_steps), "aepo.last_stage": list(config.stages)[-1]}
         began_at = (folder / rundir.CONFIG).stat().st_mtime if (folder / rundir.CONFIG).exists() else time.time()
         created = self._client.create_run(self._experiment, int(began_at * 1000), tags, run_name=name)
         return self._entries.setdefault(name, _Entry.of(created, folder))
@@ -271,6 +275,8 @@ class Tracker:
             if row[key] is not None
         ]
         tags = _commit_tags(result["commit"]) | {"aepo.machine": result["machine"]}
+        tags["aepo.schema_version"] = str(SCHEMA_VERSION)  # these and `final/` are what `aepo report mlflow:` reads
+        tags |= {f"aepo.{key}": str(result[key]) for key in MEASURED if result[key] is not None}
         if result["error"] or entry.has_error:
             tags["aepo.error"] = (result["error"] or "")[:5000]
         self._client.log_batch(run_id, metrics=finals, tags=[RunTag(key, value) for key, value in tags.items()])

@@ -1,0 +1,207 @@
+"""The runs of an MLflow experiment as rows of runs.parquet, from what `tune` has sent there: tags, params, metrics."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.progress import track
+
+from aepo.console import err
+from aepo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+PAGE = 1000
+"""Runs per answer of a search."""
+THREADS = 8
+"""Learning curves asked for at a time."""
+MANIFEST = "sweep.json"
+STATUS = {"FINISHED": "finished", "FAILED": "failed"}
+"""Of MLflow -> of a row; any other is a run that never came to an end."""
+
+
+def read_experiment(name: str, tracking_uri: str, *, allow_missing: bool) -> list[dict[str, Any]]:
+    """Return one row per planned run of all sweeps of an experiment, with the columns of `analysis.load.SCHEMA`.
+
+    A run that its sweep's manifest plans and MLflow does not know is a row `missing`.
+
+    Args:
+        name: of the experiment, as `aepo/mazes`.
+        tracking_uri: empty = MLFLOW_TRACKING_URI.
+        allow_missing: warn, where runs have not begun whose names MLflow does not know.
+
+    Raises:
+        ConfigError: without a tracking URI.
+        DataError: if the server does not answer, has no such experiment, or its runs are not of this version; if a
+            sweep plans more runs than MLflow can name.
+    """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        raise ConfigError(f"no server to look for {name!r} on; give --tracking-uri, or set MLFLOW_TRACKING_URI")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for logger in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            names = sorted(each.name for each in client.search_experiments(max_results=PAGE))
+            raise DataError(f"MLflow has no experiment {name!r}; it has {', '.join(names)}")
+        runs = list(_search(client, experiment.experiment_id))
+        sweeps = [run for run in runs if "aepo.sweep" in run.data.tags and "aepo.run" not in run.data.tags]
+        trained = [run for run in runs if "aepo.run" in run.data.tags]
+        if not trained:
+            raise DataError(f"the experiment {name!r} has no run that `aepo sweep` has tracked")
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = pool.map(lambda run: _row(client, run), trained)
+            rows = list(track(found, "reading MLflow", len(trained), console=err, transient=True))
+        for sweep in sweeps:
+            known = {run.data.tags["aepo.run"] for run in trained if _sweep(run) == _sweep(sweep)}
+            rows += _not_begun(client, sweep, known, allow_missing=allow_missing)
+    except MlflowException as error:
+        raise DataError(f"MLflow does not answer as wanted: {_without_secrets(str(error), uri)}") from error
+    return rows
+
+
+def _search(client: "MlflowClient", experiment: str) -> "Iterator[Run]":
+    token = None
+    while True:
+        page = client.search_runs([experiment], max_results=PAGE, page_token=token, order_by=["start_time ASC"])
+        yield from page
+        if not (token := page.token):
+            return
+
+
+def _sweep(run: "Run") -> str:
+    return str(run.data.tags.get("aepo.sweep", ""))
+
+
+def _row(client: "MlflowClient", run: "Run") -> dict[str, Any]:
+    """Return one run's row; of one that has not ended, its plan and its curve so far."""
+    tags, params, metrics, run_id = run.data.tags, run.data.params, run.data.metrics, run.info.run_id
+    status = STATUS.get(run.info.status, "missing")
+    own = tags["aepo.method"]
+    version = tags.get("aepo.schema_version", "")
+    if status == "finished" and not version:
+        raise DataError(
+            f"run {tags['aepo.run']} in MLflow has no aepo.schema_version: an older aepo tracked it; "
+            "report the sweep's folder instead"
+        )
+    if not params:
+        raise DataError(
+            f"run {tags['aepo.run']} in MLflow has no settings yet; wait for its sweep, or report its folder"
+        )
+    episodes = int(params["evaluation.num_episodes"])
+    evaluations = []
+    for key in sorted(metrics):
+        kind, _, rest = key.partition("/")
+        method, _, measure = rest.partition("/")
+        if kind == "final" and measure == "return_mean":
+            beta, scale = params.get("sampling.beta"), params.get("sampling.guidance_scale")
+            evaluations.append(
+                {
+                    "method": method,
+                    "beta": float(beta) if beta else None,
+                    "guidance_scale": (float(scale) if method == own else 0.0) if scale else None,
+                    "score": metrics.get(f"final/{method}/score"),
+                    "return_mean": metrics[key],
+                    "return_std": None,
+                    "num_episodes": episodes,
+                    "episode_returns": None,
+                }
+            )
+    final = {key: metrics.get(f"final/{own}/{key}") for key in ("score", "return_mean")}
+    steps, last_stage = int(tags.get("aepo.steps", 0)), tags.get("aepo.last_stage", "")
+    offset = steps - int(params.get(f"{last_stage}.steps", 0))
+    curve = []
+    if "eval/return_mean" in metrics:
+        scores = {point.step: point.value for point in client.get_metric_history(run_id, "eval/score")}
+        for point in client.get_metric_history(run_id, "eval/return_mean"):
+            values = {"score": scores.get(point.step), "return_mean": point.value}
+            curve.append({"stage": last_stage, "step": offset + point.step, **values})
+    if evaluations:
+        curve.append({"stage": last_stage, "step": steps, **final})
+    dataset = next((each.dataset for each in run.inputs.dataset_inputs), None) if run.inputs else None
+    return {
+        "schema_version": int(version) if version.isdecimal() else _schema_version(),
+        **{key: tags[f"aepo.{key}"] for key in ("run", "task", "suite", "fingerprint", "method", "preset")},
+        "seed": int(tags["aepo.seed"]),
+        "source": params["data.source"],
+        "dataset": params["data.dataset"],
+        "dataset_digest": dataset.digest if dataset else None,
+        "env_id": tags.get("aepo.env_id"),
+        "ref_min": float(tags["aepo.ref_min"]) if "aepo.ref_min" in tags else None,
+        "ref_max": float(tags["aepo.ref_max"]) if "aepo.ref_max" in tags else None,
+        "status": status,
+        "error": tags.get("aepo.error") or (None if status == "finished" else f"{run.info.status} in MLflow"),
+        **final,
+        "num_episodes": episodes,
+        "steps": steps,
+        "seconds": ((run.info.end_time or run.info.start_time) - run.info.start_time) / 1000,
+        "evaluations": evaluations if status == "finished" else [],
+        "curve": curve,
+        "commit": tags.get("aepo.commit"),
+        "started_at": None,
+        "mlflow_run_id": run_id,
+    }
+
+
+def _not_begun(client: "MlflowClient", sweep: "Run", known: set[str], *, allow_missing: bool) -> list[dict[str, Any]]:
+    """Return a row for each planned run that MLflow does not know, by the manifest that a sweep stores at its end."""
+    planned = int(sweep.data.tags.get("aepo.num_planned", len(known)))
+    if MANIFEST not in {each.path for each in client.list_artifacts(sweep.info.run_id)}:
+        if planned > len(known):
+            fault = (
+                f"the sweep {sweep.info.run_name} plans {planned} runs, of which MLflow knows {len(known)} and cannot "
+                f"name the others before it has ended (it is {sweep.info.status})"
+            )
+            if not allow_missing:
+                raise DataError(f"{fault}; wait, report its folder, or report with --allow-missing")
+            err.print(f"[yellow]warning:[/] {escape(fault)}", soft_wrap=True)
+        return []
+    from mlflow.artifacts import load_text
+
+    document = json.loads(load_text(f"{sweep.info.artifact_uri}/{MANIFEST}"))
+    nothing = dict.fromkeys(
+        [
+            *("dataset_digest", "env_id", "ref_min", "ref_max", "error", "score", "return_mean", "num_episodes"),
+            *("steps", "seconds", "evaluations", "curve", "commit", "started_at", "mlflow_run_id"),
+        ]
+    )
+    return [
+        {
+            **nothing,
+            "schema_version": _schema_version(),
+            "run": name,
+            **{key: config[key] for key in ("task", "suite", "seed", "method", "preset")},
+            "fingerprint": name.rpartition("-")[2],
+            "source": config["data"]["source"],
+            "dataset": config["data"]["dataset"],
+            "status": "missing",
+        }
+        for name, config in document["runs"].items()
+        if name not in known
+    ]
+
+
+def _schema_version() -> int:
+    from analysis.load import SCHEMA_VERSION
+
+    return SCHEMA_VERSION
+
+
+def _without_secrets(text: str, uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    shown = f"{scheme}{separator}{rest.rpartition('@')[2]}"
+    return " ".join(text.replace(uri, shown).split())[:500]

@@ -1,0 +1,91 @@
+"""A report from MLflow is the report from the folder: what `tune` sends is enough, page by page."""
+
+from pathlib import Path
+
+import pytest
+
+from aepo.errors import ConfigError, DataError
+from analysis import tracked
+from analysis.load import evaluations, load_runs
+from analysis.report import write_report
+from tests import test_tracking
+from tests.test_analysis import report
+from tune.plan import run_folder
+from tune.record import collect_rows, write_rows
+from tune.tracking import Tracker
+
+finished, sweep = test_tracking.finished, test_tracking.sweep
+pytestmark = test_tracking.pytestmark
+
+
+@pytest.fixture
+def uri(tmp_path):
+    return f"sqlite:///{tmp_path}/store.db"
+
+
+def track(folder, plan, uri, *, close=True):
+    tracker = Tracker(folder, plan, uri=uri)
+    assert tracker.ship()
+    rows = collect_rows(folder, plan, mlflow_run_ids=tracker.run_ids)
+    write_rows(folder, rows)
+    assert not close or tracker.close(rows)
+    return f"mlflow:aepo/{folder.name}"
+
+
+def test_mlflow_and_the_folder_say_the_same(sweep, uri, tmp_path, monkeypatch):
+    folder, plan = sweep
+    source = track(folder, plan, uri)
+    monkeypatch.setattr(tracked, "PAGE", 1)  # every run is a page of its own
+    both = [load_runs(source, tracking_uri=uri), load_runs(folder)]
+    columns = ["run", "task", "suite", "source", "dataset", "dataset_digest", "env_id", "ref_min", "ref_max", "seed"]
+    columns += ["fingerprint", "method", "preset", "status", "score", "return_mean", "steps", "commit", "mlflow_run_id"]
+    ours, theirs = (runs[columns].astype(object).where(runs[columns].notna(), None).to_dict("records") for runs in both)
+    for row in (*ours, *theirs):
+        if row["status"] == "missing":  # the folder does not know of steps either
+            row["steps"] = row["commit"] = None
+    assert ours == theirs
+    assert [runs["status"].to_list().count("missing") for runs in both] == [1, 1]
+    measured = [evaluations(runs)[["run", "method", "beta", "guidance_scale", "score", "return_mean"]] for runs in both]
+    assert measured[0].to_dict("records") == measured[1].to_dict("records")
+    texts = []
+    for name, runs in (("m", source), ("f", folder)):
+        write_report([Path(runs)], tmp_path / name, allow_missing=True, tracking_uri=uri)
+        texts.append((tmp_path / name / "scores.csv").read_bytes())
+    assert texts[0] == texts[1]
+
+
+def test_a_run_not_begun_is_a_hole_also_while_the_sweep_runs(sweep, uri, capsys):
+    folder, plan = sweep
+    source = track(folder, plan, uri, close=False)
+    assert report(source, "--tracking-uri", uri) == 3
+    assert "plans 3 runs, of which MLflow knows 2" in capsys.readouterr().err
+    assert report(source, "--tracking-uri", uri, "--allow-missing", "--out", folder / "r") == 0
+    assert "warning" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_a_row_with_its_reason(sweep, uri, capsys):
+    folder, plan = sweep
+    test_tracking.set_result(folder, plan[0], status="failed", error="TrainingError: critic/loss is nan")
+    source = track(folder, plan, uri)
+    assert report(source, "--tracking-uri", uri) == 3
+    assert "critic/loss is nan" in capsys.readouterr().err
+    assert run_folder(folder, plan[0]).exists()
+
+
+def test_an_unknown_schema_version_is_refused(sweep, uri, monkeypatch):
+    folder, plan = sweep
+    monkeypatch.setattr("tune.tracking.SCHEMA_VERSION", 99)
+    with pytest.raises(DataError, match="schema version 99, wanted 2"):
+        load_runs(track(folder, plan, uri), tracking_uri=uri)
+
+
+def test_what_is_not_there_is_said(uri, tmp_path):
+    with pytest.raises(DataError, match=r"no experiment 'nothing'; it has Default"):
+        load_runs("mlflow:nothing", tracking_uri=uri)
+    with pytest.raises(DataError, match="no run that"):
+        load_runs("mlflow:Default", tracking_uri=uri)
+    with pytest.raises(ConfigError, match="--tracking-uri"):
+        load_runs("mlflow:Default")
+    with pytest.raises(DataError, match="does not answer") as error:
+        load_runs("mlflow:x", tracking_uri="http://me:secret@127.0.0.1:9")
+    assert "secret" not in str(error.value)
