@@ -35,7 +35,7 @@ COMMANDS = {
 
 EXIT_STATUS = """exit status:
   0 success                 1 unexpected error   2 wrong flag or setting   3 data or runs missing or unusable
-  4 bad checkpoint or policy file                5 training failed         6 machine too small"""
+  4 bad checkpoint or policy file                5 training failed         6 machine too small, no cluster"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

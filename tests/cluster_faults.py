@@ -286,6 +286,7 @@ def broken_sweep(cluster: Machine | Hosts, file: Path, folder: Path) -> list[str
     submitter = subprocess.Popen(words, stderr=(folder / "job.log").open("w"), start_new_session=True)
     total = len(TASKS) * len(SEEDS) * 3 * STEPS
 
+    # `position` takes stages to be as long as those of tests.faults, half of these: what it says is below the truth
     wait_for(lambda: position(sweep) > total / 4, 600, "a quarter")
     name, members = wait_for(lambda: busy_worker(cluster, sweep), 300, "a worker node that trains")
     log(f"killing: {name}, {len(members)} processes (at {position(sweep):,} of {total:,} steps)")

@@ -275,3 +275,24 @@ def test_the_launcher_file_keeps_to_rays_schema():
         jsonschema.validate(config | {"idle_timeout_minute": 5}, schema)
     assert config["head_node_type"] in config["available_node_types"]
     assert config["docker"]["image"].endswith(f"aepo:{__version__}")
+
+
+@pytest.mark.parametrize("name", [name for name, _ in pod_templates()])
+def test_a_pod_keeps_to_kubernetes_own_schema(name):
+    import kubernetes_validate
+
+    template = dict(pod_templates())[name]
+    pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}, "template": template}
+    kubernetes_validate.validate(pod, "1.31", strict=True)
+    template["spec"]["containers"][0]["enviroment"] = []
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(pod, "1.31", strict=True)
+
+
+def test_all_other_objects_keep_to_kubernetes_own_schema():
+    import kubernetes_validate
+
+    others = [document for document in manifests() if not document["apiVersion"].startswith("ray.io/")]
+    assert len(others) == 7
+    for document in others:
+        kubernetes_validate.validate(document, "1.31", strict=True)
