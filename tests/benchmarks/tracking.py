@@ -21,7 +21,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 import urllib.request
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -41,12 +40,12 @@ def write_spools(folders, num_rows, interval_s):
     """Write rows at a steady rate, a thread per run."""
 
     def write(folder):
-        spool = run.Spool(folder / run.METRICS, ["critic"])
+        spool = run.Spool(folder / run.METRICS, preset("quick", tasks.find("maze2d-umaze"), 0))
         begin = time.monotonic()
         for step in range(num_rows):
             time.sleep(max(0.0, begin + step * interval_s - time.monotonic()))
             metrics = {f"critic/{i}": step + i / 16 for i in range(NUM_METRICS)}
-            spool.write(types.SimpleNamespace(stage="critic", step=step, num_steps=num_rows), metrics)
+            spool.write("critic", step, metrics)
         spool.close()
 
     threads = [threading.Thread(target=write, args=(folder,)) for folder in folders]
