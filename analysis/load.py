@@ -120,6 +120,7 @@ def load_runs(*sources: Path | str, tracking_uri: str = "", allow_missing: bool 
         for run, method in _without_number(runs[runs["status"] == "finished"]):
             reason = f"finished, but its evaluation of {method} has no finite number"
             runs.loc[runs["run"] == run, ["status", "error"]] = ["failed", reason]
+            runs.loc[runs["run"] == run, ["score", "return_mean"]] = np.nan
     _check_numbers(runs[runs["status"] == "finished"])
     return runs
 

@@ -428,6 +428,33 @@ def test_unsound_runs_are_refused_by_name(tmp_path, rows, message):
         load_runs(write(tmp_path, *rows))
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_finished_run_without_a_number_can_be_taken_as_a_hole_that_is_named(tmp_path, capsys, number):
+    sweep = write(tmp_path, row(seed=0, score=60.0), row(seed=1, score=number))
+    assert report(sweep) == 3
+    assert "no finite number" in capsys.readouterr().err
+    assert report(sweep, "--allow-missing", "--json") == 0
+    printed = capsys.readouterr()
+    guided = json.loads(printed.out)[0]
+    assert (guided["scores"], guided["num_failed"]) == ([60.0], 1)
+    assert "evaluation of aepo has no finite number" in printed.err
+
+
+def test_a_seed_without_a_row_is_a_hole_that_is_named(tmp_path, capsys):
+    rows = [row(task, seed) for task in (MEDIUM, LARGE) for seed in (0, 1, 2)]
+    sweep = write(tmp_path, *rows[:-1])
+    assert report(sweep) == 3
+    assert f"missing: {LARGE} aepo seed 2" in capsys.readouterr().err
+    assert report(sweep, "--allow-missing") == 0
+    assert r"60.0 ± 0.0 (2)\*" in (sweep / "report" / "report.md").read_text()
+
+
+def test_every_fault_is_named_not_the_first_alone(tmp_path):
+    with pytest.raises(DataError) as error:
+        load_runs(write(tmp_path, *(row(seed=seed, score=float("nan")) for seed in range(3))))
+    assert all(f"{MEDIUM}-s{seed}-" in str(error.value) for seed in range(3))
+
+
 def test_the_same_sweep_twice_is_refused(tmp_path, capsys):
     sweep = write(tmp_path, row())
     assert report(sweep, sweep / "runs.parquet") == 3

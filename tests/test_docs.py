@@ -101,3 +101,17 @@ def test_the_search_space_of_the_operations_page_is_one(tmp_path):
     space = read_space(tmp_path / "space.toml", [preset("quick", tasks.find("maze2d-umaze"), 0)])
     assert set(space.varied) == {"critic.expectile", "critic.backup_steps", "energy.learning_rate"}
     assert space.grid == {"sampling.beta": (1.0, 3.0), "sampling.guidance_scale": (1.0, 10.0)}
+
+
+def test_every_command_of_the_report_page_runs(tmp_path, monkeypatch, capsys):
+    from tests.test_analysis import row, write
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("mazes", "before", "after"):
+        write(tmp_path / "sweeps" / name, row(seed=0), row(seed=1))
+    text = (ROOT / "docs" / "report.md").read_text()
+    commands = [line.partition("#")[0].split()[1:] for line in text.splitlines() if line.startswith("aepo report ")]
+    assert len(commands) == 5
+    for words in commands:
+        if not any(word.startswith("mlflow:") for word in words):  # tests/test_tracked.py has that
+            assert cli.run(words) == 0, (words, capsys.readouterr().err)
