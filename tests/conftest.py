@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("aepo", hypothesis.settings(), deadline=None)  # torch's first call imports
+hypothesis.settings.load_profile("aepo")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist, which writes the group into the name
