@@ -6,16 +6,73 @@ the critics. They know nothing of schedules or losses.
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+MIN_ROWS = 16
+"""Fewer rows do not repay a call of oneDNN."""
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch._C._has_mkldnn
+
+
+def _onednn(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activation: str = "none") -> Tensor:
+    product_BO: Tensor = torch.ops.mkldnn._linear_pointwise.default(x_BI, weight_OI, bias_O, activation, [], "")
+    return product_BO
+
+
+def _takes_onednn(x_BI: Tensor) -> bool:
+    return HAS_AVX512 and x_BI.device.type == "cpu" and x_BI.ndim == 2 and x_BI.shape[0] >= MIN_ROWS
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """x W' + b by oneDNN, as often differentiable as one likes."""
+
+    @staticmethod
+    def forward(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return _onednn(x_BI, weight_OI, bias_O)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004  # torch's signature
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
+        x_BI, weight_OI = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        grad_BO = grad_BO.contiguous()
+        return (
+            _apply(grad_BO, weight_OI.t(), None) if wants_x else None,
+            _apply(grad_BO.t(), x_BI.t(), None) if wants_weight else None,
+            grad_BO.sum(dim=0) if wants_bias else None,
+        )
+
+
+_apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _OneDNNLinear.apply
+
+
+class Linear(nn.Linear):
+    """A linear layer that takes oneDNN's AVX-512 kernels where the processor has them.
+
+    PyTorch's own linear layers call MKL, which on AMD's processors runs AVX2 kernels at less than half the speed
+    (docs/results/speed.md); on others the two are equal.
+    """
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        """Return [B, O] of [B, I]."""
+        if not _takes_onednn(x_BI):
+            return F.linear(x_BI, self.weight, self.bias)
+        # columns of a wider tensor would take oneDNN's slow path
+        return _apply(x_BI.contiguous(), self.weight, self.bias)
 
 
 def mlp(sizes: list[int], *, norm: bool = False) -> nn.Sequential:
     """Return linear layers of these sizes with SiLU (after LayerNorm, if `norm`) between them."""
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-        layers.append(nn.Linear(fan_in, fan_out))
+        layers.append(Linear(fan_in, fan_out))
         if i < len(sizes) - 2:
             layers += [nn.LayerNorm(fan_out), nn.SiLU()] if norm else [nn.SiLU()]
     return nn.Sequential(*layers)
@@ -35,8 +92,57 @@ class TimeNet(nn.Module):
 
     def forward(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor) -> Tensor:
         """Return [B, out_dim]."""
+        return self.body(torch.cat([a_t_BA, states_BS, self.features(t_B)], dim=-1))  # type: ignore[no-any-return]
+
+    def features(self, t_B: Tensor) -> Tensor:
+        """Return the sines and cosines of times, [B, 32]."""
         phase_BF = t_B[:, None] * self.frequencies_F
-        return self.body(torch.cat([a_t_BA, states_BS, phase_BF.sin(), phase_BF.cos()], dim=-1))  # type: ignore[no-any-return]
+        return torch.cat([phase_BF.sin(), phase_BF.cos()], dim=-1)
+
+
+class Prepared:
+    """A TimeNet in given states at given times, for a sampler, which asks it step after step, without gradients.
+
+    What its first layer makes of states and times is computed once, and the slope by hand, since at a sampler's sizes
+    autograd costs more than the arithmetic.
+    """
+
+    def __init__(self, net: TimeNet, states_BS: Tensor, t_N: Tensor):
+        """Times are named by their place in `t_N` from here on."""
+        first, *inner, last = (layer for layer in net.body if isinstance(layer, nn.Linear))
+        sizes = [net.action_dim, states_BS.shape[1], 2 * len(net.frequencies_F)]
+        self._action_AH, of_state_HS, of_time_HF = (
+            part.contiguous() for part in torch.split(first.weight, sizes, dim=1)
+        )
+        self._action_AH = self._action_AH.t()
+        self._states_BH = F.linear(states_BS, of_state_HS, first.bias)
+        self._times_NH = F.linear(net.features(t_N), of_time_HF)
+        self._inner, self._last = inner, last
+
+    def _first(self, a_BA: Tensor, step: int) -> Tensor:
+        return torch.addmm(self._states_BH + self._times_NH[step], a_BA, self._action_AH)
+
+    def output(self, a_BA: Tensor, step: int) -> Tensor:
+        """Return the network's output, [B, O]."""
+        x_BH = F.silu(self._first(a_BA, step), inplace=True)
+        for layer in self._inner:
+            if _takes_onednn(x_BH):
+                x_BH = _onednn(x_BH, layer.weight, layer.bias, "swish")
+            else:
+                x_BH = F.silu(F.linear(x_BH, layer.weight, layer.bias), inplace=True)
+        return F.linear(x_BH, self._last.weight, self._last.bias)
+
+    def slope(self, a_BA: Tensor, step: int, weight_O: Tensor) -> Tensor:
+        """Return the gradient of sum_o weight_o output_o by the actions, [B, A]."""
+        before = [self._first(a_BA, step)]  # what each SiLU is given
+        for layer in self._inner:
+            before.append(layer(F.silu(before[-1])))
+        grad_BH = (weight_O @ self._last.weight).expand_as(before[-1])
+        for layer, x_BH in zip(reversed(self._inner), reversed(before[1:]), strict=True):
+            grad_BH = torch.ops.aten.silu_backward.default(grad_BH, x_BH)
+            grad_BH = _onednn(grad_BH, layer.weight.t(), None) if _takes_onednn(grad_BH) else grad_BH @ layer.weight
+        slope_BA: Tensor = torch.ops.aten.silu_backward.default(grad_BH, before[0]) @ self._action_AH.t()
+        return slope_BA
 
 
 class TwinQ(nn.Module):

@@ -5,12 +5,12 @@ weights are those of one worker, but for the order in which floating-point numbe
 happens: the functions return what they are given.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from aepo.config import EnergyConfig, RunConfig
 from aepo.errors import ConfigError
@@ -56,11 +56,10 @@ def mean(value: Tensor) -> Tensor:
     return total / num_workers()
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the workers, in one exchange."""
+def average(gradients: Sequence[Tensor]) -> None:
+    """Replace every tensor by its mean over the workers, in one exchange."""
     if num_workers() == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= num_workers()

@@ -25,8 +25,7 @@ from aepo.errors import CheckpointError, ConfigError
 from aepo.networks import Actor, GaussianActor, TwinQ
 from aepo.pipeline import GuidedState, IQLState, PipelineState, TD3BCState
 from aepo.rundir import write_atomically
-from aepo.stages import energy
-from aepo.stages.behavior import NoiseNet
+from aepo.stages import behavior, energy
 
 FORMAT = "aepo-policy-1"
 
@@ -128,11 +127,11 @@ class GuidedPolicy(Policy):
         super().__init__(config, spaces)
         self.sampling = sampling or config.sampling
         dims = len(spaces.state_mean_S), len(spaces.action_low_A)
-        self.noise = NoiseNet(*dims, **_size(config.behavior))
+        self.noise = behavior.NoiseNet(*dims, **_size(config.behavior))
         self.energy = energy.make_net(config.energy, *dims)
         self.q = TwinQ(*dims, **_size(config.critic))
         self.requires_grad_(False)
-        self._grid: tuple[int, sampler.Grid] | None = None
+        self._grid: sampler.Grid | None = None
 
     def copy_weights(self, state: PipelineState) -> None:
         """Take the averaged noise and energy networks and the critics."""
@@ -155,29 +154,29 @@ class GuidedPolicy(Policy):
     def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:
         """Return one action in [-1, 1]^A per normalised state, [B, A]; the best of `num_candidates` by Q."""
         num_candidates = self.sampling.num_candidates
-        repeated = states_BS.repeat_interleave(num_candidates, dim=0)
-        beta_B = torch.full((len(repeated),), self.sampling.beta, device=states_BS.device)
+        repeated, grid = states_BS.repeat_interleave(num_candidates, dim=0), self._grid_on(states_BS.device)
         shape = (len(repeated), len(self.spaces.action_low_A))
         start = self.sampling.temperature * torch.randn(shape, generator=generator, device=states_BS.device)
-
-        def noise(a_t_BA: Tensor, t_B: Tensor) -> Tensor:
-            return self.noise(a_t_BA, repeated, t_B)  # type: ignore[no-any-return]
-
-        def guide(a_t_BA: Tensor, t_B: Tensor) -> Tensor:
-            return self.sampling.guidance_scale * energy.slope(self.energy, a_t_BA, repeated, t_B, beta_B)
-
-        guided = self.sampling.guidance_scale > 0
-        actions = sampler.sample(noise, guide if guided else None, start, self._grid_on(states_BS.device))
+        actions = sampler.solve(self._predict(repeated, grid), start, grid)
         if num_candidates == 1:
             return actions
         q = self.q(repeated, actions).amin(dim=0).view(-1, num_candidates)
         best = q.argmax(dim=1, keepdim=True)[..., None].expand(-1, 1, actions.shape[1])
         return actions.view(len(states_BS), num_candidates, -1).gather(1, best).squeeze(1)
 
+    def _predict(self, states_BS: Tensor, grid: sampler.Grid) -> sampler.Predict:
+        """Return m_t + w sigma_t^2 / alpha_t grad E_t  [M4, M9]."""
+        mean = behavior.predict_mean(self.noise, states_BS, grid)
+        if self.sampling.guidance_scale == 0:
+            return mean
+        slope = energy.predict_slope(self.energy, states_BS, self.sampling.beta, grid)
+        weights = [self.sampling.guidance_scale * sigma**2 for sigma in grid.sigma]
+        return lambda a_t_BA, i: torch.add(mean(a_t_BA, i), slope(a_t_BA, i), alpha=weights[i])
+
     def _grid_on(self, device: torch.device) -> sampler.Grid:
-        if self._grid is None or self._grid[0] != self.sampling.num_steps or self._grid[1].t.device != device:
-            self._grid = (self.sampling.num_steps, sampler.make_grid(self.sampling.num_steps, device=device))
-        return self._grid[1]
+        if self._grid is None or self._grid.t.device != device:
+            self._grid = sampler.make_grid(self.sampling.num_steps, device=device)
+        return self._grid
 
 
 class ActorPolicy(Policy):

@@ -289,6 +289,8 @@ class Tracker:
 
     def _attach(self, run_id: str, folder: Path, config: RunConfig, *, step: int) -> str | None:
         """Store the run's files and its policy as a logged model, whose id is returned; in the end without them."""
+        from mlflow.tracking._tracking_service import utils
+
         from tune.model import log_model
 
         try:
@@ -304,6 +306,8 @@ class Tracker:
                 raise
             self._warn(f"does not store the files of {config.name} ({_one_line(error, self.uri)})")
             return None
+        finally:
+            utils._artifact_repos_cache.clear()  # of up to 1,024 runs and models, each with queues and pools of threads
         self._attach_failures = 0
         return model_id
 

@@ -16,19 +16,20 @@ from aepo.diffusion.schedule import T_MIN, alpha_sigma, log_snr_half, time_of
 Field = Callable[[Tensor, Tensor], Tensor]
 """(a_t [B, A], t [B]) -> [B, A]: the noise prediction, or the gradient of the energy already times w."""
 
+Predict = Callable[[Tensor, int], Tensor]
+"""(a_t [B, A], number of the solver's step) -> x_0 [B, A], before it is clipped."""
+
 
 class Grid(NamedTuple):
-    """What the solver needs of the schedule, computed once for all calls; each [N + 1] or [N] on the device."""
+    """What the solver needs of the schedule, computed once for all calls."""
 
     t: Tensor
-    alpha: Tensor
-    sigma: Tensor
-    ratio: Tensor
-    """sigma_next / sigma."""
-    gain: Tensor
-    """-alpha_next expm1(-h), h = step in log(alpha / sigma)."""
-    extra: Tensor
-    """1 / (2 r): weight of the last difference of x_0; 0 in a step of first order."""
+    """From 1 to T_MIN, [N + 1]."""
+    alpha: list[float]
+    sigma: list[float]
+    steps: list[tuple[float, float, float]]
+    """Of each of N steps: ratio sigma_next / sigma; gain -alpha_next expm1(-h), h = step in log(alpha / sigma); and
+    1 / (2 r), the weight of the last difference of x_0, 0 in a step of first order."""
 
 
 def make_grid(num_steps: int, *, order: int = 2, device: torch.device | str = "cpu") -> Grid:
@@ -49,11 +50,11 @@ def make_grid(num_steps: int, *, order: int = 2, device: torch.device | str = "c
     extra = torch.zeros_like(h)
     if order == 2:
         extra[1:] = 0.5 * h[1:] / h[:-1]
-    parts = (t, alpha, sigma, sigma[1:] / sigma[:-1], -alpha[1:] * torch.expm1(-h), extra)
-    return Grid(*(part.to(device, torch.float32) for part in parts))
+    constants = torch.stack([sigma[1:] / sigma[:-1], -alpha[1:] * torch.expm1(-h), extra], dim=1)
+    steps = [(ratio, gain, more) for ratio, gain, more in constants.tolist()]
+    return Grid(t.to(device, torch.float32), alpha.tolist(), sigma.tolist(), steps)
 
 
-@torch.no_grad()
 def sample(noise: Field, guide: Field | None, start_BA: Tensor, grid: Grid, *, clip: bool = True) -> Tensor:
     """Return actions [B, A] at time T_MIN, from standard normal `start_BA` at time 1.
 
@@ -64,16 +65,26 @@ def sample(noise: Field, guide: Field | None, start_BA: Tensor, grid: Grid, *, c
         grid: from `make_grid`; its device and the tensors' must agree.
         clip: clip x_0 to the action range [-1, 1] at every step (off in tests on unbounded spaces).
     """
-    a_t_BA = start_BA
-    previous_BA = torch.zeros_like(start_BA)
-    for i in range(len(grid.ratio)):
-        t_B = grid.t[i].expand(len(start_BA))
+
+    def predict(a_t_BA: Tensor, i: int) -> Tensor:
+        t_B = grid.t[i].expand(len(a_t_BA))
         x_0_BA = (a_t_BA - grid.sigma[i] * noise(a_t_BA, t_B)) / grid.alpha[i]
-        if guide is not None:
-            x_0_BA = x_0_BA + grid.sigma[i].square() / grid.alpha[i] * guide(a_t_BA, t_B)
+        if guide is None:
+            return x_0_BA
+        return x_0_BA + grid.sigma[i] ** 2 / grid.alpha[i] * guide(a_t_BA, t_B)
+
+    return solve(predict, start_BA, grid, clip=clip)
+
+
+@torch.no_grad()
+def solve(predict: Predict, start_BA: Tensor, grid: Grid, *, clip: bool = True) -> Tensor:
+    """Return actions as `sample` does, of networks already put together  [M13]."""
+    a_t_BA = previous_BA = start_BA
+    for i, (ratio, gain, extra) in enumerate(grid.steps):
+        x_0_BA = predict(a_t_BA, i)
         if clip:
             x_0_BA = x_0_BA.clamp(-1.0, 1.0)
-        mixed_BA = x_0_BA if i == 0 else torch.lerp(previous_BA, x_0_BA, 1.0 + grid.extra[i])
-        a_t_BA = grid.ratio[i] * a_t_BA + grid.gain[i] * mixed_BA
+        mixed_BA = torch.lerp(previous_BA, x_0_BA, 1.0 + extra) if extra else x_0_BA
+        a_t_BA = torch.add(gain * mixed_BA, a_t_BA, alpha=ratio)
         previous_BA = x_0_BA
     return a_t_BA.clamp(-1.0, 1.0) if clip else a_t_BA

@@ -21,10 +21,10 @@ class ActorCriticState:
     """Everything of the stage that a checkpoint holds; targets are Q' and pi'."""
 
     actor: Actor
-    actor_target: Ema
+    actor_target: Ema[Actor]
     actor_optimizer: Adam
     q: TwinQ
-    q_target: Ema
+    q_target: Ema[TwinQ]
     q_optimizer: Adam
     generator: torch.Generator
     step: int = 0
@@ -82,6 +82,6 @@ def train_step(state: ActorCriticState, config: ActorCriticConfig, data: Transit
         value_of_actor, metrics_of_actor = actor_loss(state, config, batch)
         metrics |= {"actor_loss": value_of_actor.detach(), **metrics_of_actor}
         state.actor_optimizer.step_on(value_of_actor)
-        state.actor_target.update(state.actor)
-        state.q_target.update(state.q)
+        state.actor_target.update()
+        state.q_target.update()
     return {"loss": value.detach(), **metrics}

@@ -4,7 +4,6 @@ min_phi E || eps_phi(alpha_t a_0 + sigma_t eps, s, t) - eps ||^2 / alpha_t^2    
 """
 
 import dataclasses
-import functools
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from aepo.config import BehaviorConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.diffusion import posterior, sampler
+from aepo.diffusion.sampler import Grid, Predict
 from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
-from aepo.networks import TimeNet
+from aepo.networks import Prepared, TimeNet
 from aepo.parallel import share
 from aepo.stages.optim import Adam, Ema
 
@@ -57,7 +57,7 @@ class BehaviorState:
     """Everything of stage 1 that a checkpoint holds."""
 
     net: NoiseNet
-    ema: Ema
+    ema: Ema[NoiseNet]
     variance: nn.Module
     """VarianceNet, or Identity where the variance is a table over t that stage 3 measures."""
     optimizer: Adam
@@ -107,7 +107,7 @@ def train_step(state: BehaviorState, config: BehaviorConfig, data: Transitions) 
     """Take one gradient step and return its metrics, still on the device."""
     value, metrics = loss(state, data.draw(config.batch_size, state.generator))
     state.optimizer.step_on(value)
-    state.ema.update(state.net)
+    state.ema.update()
     state.step += 1
     return {"loss": value.detach(), **metrics}
 
@@ -119,11 +119,16 @@ def sample_support(state: BehaviorState, states_MS: Tensor, num_actions: int, ge
     for part_BS in torch.split(states_MS.repeat_interleave(num_actions, dim=0), SUPPORT_CHUNK):
         shape = (len(part_BS), state.net.action_dim)
         start_BA = torch.randn(shape, generator=generator, device=part_BS.device)
-        noise = functools.partial(_predict_noise, state, part_BS)
-        parts.append(sampler.sample(noise, None, start_BA, grid))
+        parts.append(sampler.solve(predict_mean(state.ema.net, part_BS, grid), start_BA, grid))
     return torch.cat(parts).view(len(states_MS), num_actions, -1)
 
 
-def _predict_noise(state: BehaviorState, states_BS: Tensor, a_t_BA: Tensor, t_B: Tensor) -> Tensor:
-    noise_BA: Tensor = state.ema(a_t_BA, states_BS, t_B)
-    return noise_BA
+@torch.no_grad()
+def predict_mean(net: NoiseNet, states_BS: Tensor, grid: Grid) -> Predict:
+    """Return the posterior mean in these states for the solver, alpha_t a_t - sigma_t F, not clipped  [M9]."""
+    prepared = Prepared(net, states_BS, grid.t)
+
+    def predict(a_t_BA: Tensor, i: int) -> Tensor:
+        return torch.add(grid.alpha[i] * a_t_BA, prepared.output(a_t_BA, i), alpha=-grid.sigma[i])
+
+    return predict

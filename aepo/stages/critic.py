@@ -28,7 +28,7 @@ class CriticState:
     """Everything of stage 2 that a checkpoint holds; `target` is Q'."""
 
     q: TwinQ
-    target: Ema
+    target: Ema[TwinQ]
     v: ValueNet
     optimizer: Adam
     generator: torch.Generator
@@ -182,7 +182,7 @@ def train_step(
         batch = data.take(state.support_index_M[index_B])
         value, metrics = softmax_loss(state, config, batch, state.support_MKA[index_B])
     state.optimizer.step_on(value)
-    state.target.update(state.q)
+    state.target.update()
     state.step += 1
     return metrics
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from aepo.config import POLYNOMIAL_TARGETS, EnergyConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.diffusion import posterior
+from aepo.diffusion.sampler import Grid, Predict
 from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
-from aepo.networks import TimeNet
+from aepo.networks import Prepared, TimeNet
 from aepo.parallel import share
 from aepo.stages import targets
 from aepo.stages.behavior import BehaviorState, sample_support
@@ -66,7 +67,7 @@ class EnergyState:
     """Everything of stage 3 that a checkpoint holds."""
 
     net: EnergyNet
-    ema: Ema
+    ema: Ema[EnergyNet]
     optimizer: Adam
     generator: torch.Generator
     q_scale: Tensor
@@ -140,6 +141,16 @@ def slope(net: EnergyNet, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor, beta_B
     return slope_BA
 
 
+@torch.no_grad()
+def predict_slope(net: EnergyNet, states_BS: Tensor, beta: float, grid: Grid) -> Predict:
+    """Return grad E_t / alpha_t in these states for the solver: what the sampler would divide by alpha_t [M13]."""
+    if net.takes_beta:
+        states_BS = torch.cat([states_BS, states_BS.new_full((len(states_BS), 1), beta).log()], dim=-1)
+    heads_O = states_BS.new_tensor([beta] if net.takes_beta else [beta, beta**2])
+    prepared = Prepared(net, states_BS, grid.t)
+    return lambda a_t_BA, i: prepared.slope(grid.alpha[i] * a_t_BA, i, heads_O)
+
+
 def scaled_value(critic: CriticState, energy: EnergyState) -> Value:
     """Return (s, a) -> (min_i Q_i(s, a) - V(s)) / scale; V changes no policy, the scale gives beta its unit."""
 
@@ -182,7 +193,7 @@ def train_step(
     """Take one gradient step and return its metrics, still on the device."""
     value_of_loss, metrics = loss(state, config, data, behavior, value)
     state.optimizer.step_on(value_of_loss)
-    state.ema.update(state.net)
+    state.ema.update()
     state.step += 1
     return {"loss": value_of_loss.detach(), **metrics}
 

@@ -3,12 +3,15 @@
 import copy
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from aepo import parallel
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 class Adam(torch.optim.Adam):
@@ -19,31 +22,65 @@ class Adam(torch.optim.Adam):
         super().__init__(parameters, lr=lr, fused=True)
         self.defaults["num_steps"] = num_steps
         self.param_groups[0] |= {"position": 0, "num_steps": num_steps, "first_lr": lr}
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        self._gather()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state of the same parameters."""
+        super().load_state_dict(state_dict)
+        self._gather()
+
+    def _gather(self) -> None:
+        states = [self.state[parameter] for parameter in self.param_groups[0]["params"]]
+        self._lists = {key: [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")}
 
     def step_on(self, loss: Tensor) -> None:
-        """Back-propagate a scalar and take one step."""
+        """Back-propagate a scalar and take one step; `torch.optim.Adam.step` costs as much again in Python."""
         group: dict[str, Any] = self.param_groups[0]
         group["lr"] = group["first_lr"] * 0.5 * (1 + math.cos(math.pi * group["position"] / group["num_steps"]))
-        self.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        parallel.average_gradients(group["params"])
-        self.step()
+        gradients = torch.autograd.grad(loss, group["params"], materialize_grads=True)
+        parallel.average(gradients)
+        beta1, beta2 = group["betas"]
+        with torch.no_grad():
+            adam(
+                group["params"],
+                list(gradients),
+                self._lists["exp_avg"],
+                self._lists["exp_avg_sq"],
+                [],
+                self._lists["step"],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
         group["position"] += 1
 
 
-class Ema(nn.Module):
+class Ema(nn.Module, Generic[Net]):
     """A copy of a network whose weights follow it: w <- w + (1 - decay) (w_net - w), without gradients."""
 
-    def __init__(self, net: nn.Module, decay: float):
+    def __init__(self, net: Net, decay: float):
         """Starts equal to `net`."""
         super().__init__()
-        self.net = copy.deepcopy(net).requires_grad_(False)
+        self.net: Net = copy.deepcopy(net).requires_grad_(False)
         self.decay = decay
+        self._weights: list[Tensor] = list(self.net.parameters())
+        self._followed: list[Tensor] = list(net.parameters())
 
     @torch.no_grad()
-    def update(self, net: nn.Module) -> None:
-        """Move every weight towards `net`'s."""
-        torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1.0 - self.decay)
+    def update(self) -> None:
+        """Move every weight towards that of the network followed."""
+        torch._foreach_lerp_(self._weights, self._followed, 1.0 - self.decay)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return what the averaged network returns."""

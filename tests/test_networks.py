@@ -1,0 +1,114 @@
+"""The fast ways through a network against the plain ones, in double precision where rounding would blur them."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from aepo import networks, pipeline
+from aepo.diffusion import sampler
+from aepo.networks import Linear, Prepared, TimeNet
+from aepo.policy import Policy
+from aepo.stages import energy
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
+def kernels(request, monkeypatch):
+    """Both ways, whatever this machine would take; oneDNN runs on every x86 processor."""
+    if request.param and not torch._C._has_mkldnn:
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(networks, "HAS_AVX512", request.param)
+
+
+@given(
+    rows=st.integers(1, 70),
+    inputs=st.integers(1, 40),
+    outputs=st.integers(1, 40),
+    wide=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_linear_and_its_gradients_are_those_of_double_precision(rows, inputs, outputs, wide, seed):
+    torch.manual_seed(seed)
+    layer = Linear(inputs, outputs)
+    whole = torch.randn(rows, inputs + 5, requires_grad=True)
+    x = whole[:, 2 : inputs + 2] if wide else whole[:, :inputs].contiguous()
+    weights = torch.randn(outputs).expand(rows, outputs) if wide else torch.randn(rows, outputs)  # no row stride
+    exact_layer = nn.Linear(inputs, outputs).double()
+    exact_layer.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
+    exact_x = x.detach().double().requires_grad_()
+    y, exact = layer(x), exact_layer(exact_x)
+    rounding = 1e-6 * (rows + inputs + outputs)  # of sums of so many numbers of size 1
+    assert (y.double() - exact).abs().max() < rounding
+    found = torch.autograd.grad(y, [x, *layer.parameters()], weights)
+    wanted = torch.autograd.grad(exact, [exact_x, *exact_layer.parameters()], weights.double())
+    assert all((one.double() - other).abs().max() < rounding for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("rows", [1, 16, 50])
+def test_a_gradient_of_the_slope_is_that_of_double_precision(rows):
+    """What weighted_denoising asks for: the slope by the input, differentiated by the weights."""
+    torch.manual_seed(0)
+    net = networks.mlp([5, 24, 24, 1])
+    plain = nn.Sequential(
+        *(nn.Linear(m.in_features, m.out_features) if isinstance(m, Linear) else m for m in net)
+    ).double()
+    plain.load_state_dict({name: value.double() for name, value in net.state_dict().items()})
+    x = torch.randn(rows, 5)
+
+    def second(model, start):
+        start = start.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model(start).sum(), start, create_graph=True)
+        return torch.autograd.grad(
+            slope.square().sum(), [p for name, p in model.named_parameters() if name != "4.bias"]
+        )
+
+    for found, exact in zip(second(net, x), second(plain, x.double()), strict=True):
+        assert (found.double() - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("rows", [1, 15, 16, 70])
+@pytest.mark.parametrize("num_layers", [1, 2, 4])
+def test_a_prepared_network_says_what_the_network_says(rows, num_layers):
+    torch.manual_seed(1)
+    net = TimeNet(4, 3, 2, hidden_size=32, num_layers=num_layers)
+    states, actions, times = torch.randn(rows, 4), torch.randn(rows, 3), torch.tensor([1.0, 0.4, 0.001])
+    weights = torch.tensor([0.7, -2.0])
+    with torch.no_grad():
+        prepared = Prepared(net, states, times)
+    for step, t in enumerate(times):
+        x = actions.clone().requires_grad_()
+        output = net(x, states, t.expand(rows))
+        (slope,) = torch.autograd.grad((output * weights).sum(), x)
+        with torch.no_grad():
+            assert torch.allclose(prepared.output(actions, step), output, atol=1e-5)
+            assert torch.allclose(prepared.slope(actions, step, weights), slope, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("target", ["analytic", "log_expectation"])
+@pytest.mark.parametrize("guidance_scale", [0.0, 2.0])
+def test_a_policy_samples_as_its_networks_put_together_by_the_equations(
+    target, guidance_scale, tiny_config, transitions
+):
+    """Against `sampler.sample`, which takes eps_phi and grad E as they are written, by autograd [M4, M9]."""
+    config = tiny_config(energy__target=target)
+    *_, last = pipeline.train(config, transitions, device=CPU)
+    sampling = dataclasses.replace(config.sampling, beta=2.0, guidance_scale=guidance_scale, temperature=1.0)
+    policy = Policy.from_state(config, last.state, transitions.spaces).with_sampling(sampling)
+    states = torch.randn(40, transitions.state_dim, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(40, transitions.action_dim, generator=torch.Generator().manual_seed(1))
+
+    def guide(a_t_BA, t_B):
+        return guidance_scale * energy.slope(policy.energy, a_t_BA, states, t_B, torch.full_like(t_B, 2.0))
+
+    by_equations = sampler.sample(
+        lambda a, t: policy.noise(a, states, t), guide, start, sampler.make_grid(config.sampling.num_steps)
+    )
+    assert torch.allclose(policy.sample(states, torch.Generator().manual_seed(1)), by_equations, atol=1e-4)
