@@ -166,6 +166,7 @@ class Evaluate:
 
     For example:
       aepo evaluate runs/maze2d-umaze-s0-0123456789ab --beta 1 3 --guidance-scale 0 1 3 --figure grid.png
+      aepo evaluate runs/maze2d-umaze-s0-0123456789ab --num-steps 3 5 10 15 --json
       aepo evaluate runs/maze2d-umaze-s0-0123456789ab --guidance-scale 0 --temperature 1 --num-candidates 1
       aepo evaluate runs/maze2d-umaze-s0-0123456789ab --guidance-scale 0 --temperature 1 --num-candidates 16
     """
@@ -183,6 +184,8 @@ class Evaluate:
     run's."""
     num_candidates: int = 0
     """Actions drawn per state, the one with the largest Q taken; 0 = the run's number."""
+    num_steps: tuple[int, ...] = ()
+    """Numbers of solver steps per action; none given = the run's."""
     num_episodes: int = 50
     """Episodes per setting."""
     seed: int = 12345
@@ -198,9 +201,11 @@ class Evaluate:
         """Evaluate every combination and print; return the exit status."""
         if self.num_episodes < 1 or self.threads < 1:
             raise ConfigError(f"--num-episodes and --threads must be at least 1, got {self}")
+        if self.figure is not None and len(self.num_steps) > 1:
+            raise ConfigError("--figure draws beta and guidance scale: give one of --num-steps")
         from aepo import run, rundir
         from aepo.evaluate import Evaluator, draw_grid
-        from aepo.policy import Policy
+        from aepo.policy import GuidedPolicy, Policy
 
         run.set_threads(self.threads)
         path = self.policy / rundir.POLICY if self.policy.is_dir() else self.policy
@@ -213,10 +218,12 @@ class Evaluate:
         policies = self._settings(policy)
         for i, each in enumerate(policies):
             row = run.evaluate(each, evaluator, num_episodes=self.num_episodes, seed=self.seed)
+            steps = each.sampling.num_steps if isinstance(each, GuidedPolicy) else None
             if len(policies) > 1:
-                setting = f"beta {row['beta']:g}, guidance scale {row['guidance_scale']:g}"
+                setting = f"beta {row['beta']:g}, guidance scale {row['guidance_scale']:g}, {steps} steps"
                 err.print(f"{i + 1} of {len(policies)}: {setting}: return {row['return_mean']:.4g}")
-            rows.append({"task": config.task, "seed": config.seed, "fingerprint": config.fingerprint, **row})
+            names = {"task": config.task, "seed": config.seed, "fingerprint": config.fingerprint}
+            rows.append({**names, "num_steps": steps, **row})
         evaluator.close()
         if self.figure is not None:
             draw_grid(rows, self.figure, title=f"{config.task}, seed {config.seed}, {self.num_episodes} episodes each")
@@ -226,20 +233,20 @@ class Evaluate:
         else:
             emit_table(
                 f"{config.task}, seed {config.seed}, {self.num_episodes} episodes each",
-                [{key: row[key] for key in EVALUATION_COLUMNS} for row in rows],
+                [{key: row[key] for key in (*EVALUATION_COLUMNS, "num_steps")} for row in rows],
             )
         return 0
 
     def _settings(self, policy: "Policy") -> "list[Policy]":
-        """Return the policy once per combination of beta and guidance scale."""
+        """Return the policy once per combination of beta, guidance scale and solver steps."""
         from aepo.policy import GuidedPolicy
 
         if not isinstance(policy, GuidedPolicy):
-            given = (self.beta, self.guidance_scale, self.num_candidates, self.temperature is not None, self.figure)
-            if any(given):
+            given = (self.beta, self.guidance_scale, self.num_candidates, self.num_steps, self.figure)
+            if any(given) or self.temperature is not None:
                 raise ConfigError(
                     f"a policy of {policy.config.method} has one way to act; leave out --beta, --guidance-scale, "
-                    "--temperature, --num-candidates and --figure"
+                    "--temperature, --num-candidates, --num-steps and --figure"
                 )
             return [policy]
         own = policy.sampling
@@ -252,10 +259,12 @@ class Evaluate:
                     guidance_scale=scale,
                     temperature=temperature,
                     num_candidates=self.num_candidates or own.num_candidates,
+                    num_steps=steps,
                 )
             )
             for beta in self.beta or (own.beta,)
             for scale in self.guidance_scale or (own.guidance_scale,)
+            for steps in self.num_steps or (own.num_steps,)
         ]
 
 
