@@ -148,7 +148,7 @@ def _guided(
         critic=critic.start(config.critic, data, seed("critic")),
         energy=energy.start(config.energy, data, seed("energy")),
     )
-    value = energy.scaled_value(state.critic, state.energy)
+    source = energy.q_source(state.critic, state.energy, config.energy, data)
     steps = _look_ahead(config.critic, data)
 
     def behavior_step() -> Metrics:
@@ -165,7 +165,7 @@ def _guided(
         if state.energy.step in energy_begins:
             state.energy.q_scale = critic.advantage_scale(state.critic, data)
             energy.measure(state.energy, config.energy, data, state.behavior)
-        return energy.train_step(state.energy, config.energy, data, state.behavior, value)
+        return energy.train_step(state.energy, config.energy, data, state.behavior, source)
 
     return state, {"behavior": behavior_step, "critic": critic_step, "energy": energy_step}
 
@@ -178,12 +178,14 @@ def _iql(
         actor=actor.start(config.actor, data, seed("actor")),
     )
     steps = _look_ahead(config.critic, data)
+    num_draws = config.actor.steps * config.actor.batch_size
+    of_rows = critic.advantage_of_rows(state.critic.target, state.critic, data, num_draws=num_draws)
 
     def critic_step() -> Metrics:
         return critic.train_step(state.critic, config.critic, data, steps)
 
     def actor_step() -> Metrics:
-        return actor.train_step(state.actor, config.actor, data, state.critic)
+        return actor.train_step(state.actor, config.actor, data, of_rows)
 
     return state, {"critic": critic_step, "actor": actor_step}
 

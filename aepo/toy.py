@@ -101,8 +101,10 @@ class Bench:
             torch.manual_seed(self._seed)
             state = energy.start(config, self._data, torch.Generator().manual_seed(self._seed + 2))
             energy.measure(state, config, self._data, self._behavior)
+            q_N = self._value(self._data.batch(self._data.rows_ND).actions_BA)
+            source = energy.QSource(lambda _, actions_BA: self._value(actions_BA), q_N.__getitem__)
             while state.step < config.steps:
-                energy.train_step(state, config, self._data, self._behavior, self._value)
+                energy.train_step(state, config, self._data, self._behavior, source)
             net = state.net
             net.load_state_dict(state.ema.net.state_dict())
         states_BS = torch.zeros(NUM_SAMPLES, 1)
@@ -142,7 +144,7 @@ class Bench:
             axes[i, 0].set_ylabel(f"beta {beta:g}")
         figure.savefig(path, dpi=120, metadata={"Software": None})
 
-    def _value(self, _: Tensor, actions_BA: Tensor) -> Tensor:
+    def _value(self, actions_BA: Tensor) -> Tensor:
         return (SETS[self.name][1](actions_BA) - self._mean) / self._std
 
 

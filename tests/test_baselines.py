@@ -69,7 +69,8 @@ def test_iqls_loss_is_the_weighted_likelihood(tiny_config, transitions):
         normal = torch.distributions.Normal(state.actor.net(one.states_BS), torch.tensor([-0.7, 0.3]).exp())
         total -= weight * float(normal.log_prob(one.actions_BA).sum())
     assert 0 < num_clamped < len(singles)
-    value, metrics = actor.loss(state.actor, config.actor, batch, state.critic)
+    advantage_B = critic.advantages(state.critic.target, state.critic, transitions)[: len(singles)]
+    value, metrics = actor.loss(state.actor, config.actor, batch, advantage_B)
     assert float(value) == pytest.approx(total / len(singles), rel=1e-4)
     assert float(metrics["clamped_share"]) == pytest.approx(num_clamped / len(singles))
 

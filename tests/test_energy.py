@@ -119,10 +119,10 @@ class Table:
         return self.energy.detach()
 
 
-def noised(actions_BA, beta):
+def noised(actions_BA, beta, q_B):
     zeros = torch.zeros_like(actions_BA)
     t_B = torch.full((len(actions_BA),), 0.5, dtype=actions_BA.dtype)
-    return targets.Noised(zeros, actions_BA, t_B, zeros, torch.full_like(t_B, beta))
+    return targets.Noised(zeros, actions_BA, t_B, zeros, torch.full_like(t_B, beta), q_B)
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
@@ -131,16 +131,14 @@ def test_the_minimiser_of_log_expectation_is_the_log_expectation(beta):
     actions_BA = torch.rand(50, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q_B = actions_BA[:, 0].square()
     net = Table(1)
-    got = net.minimise(lambda: targets.log_expectation(net, lambda s, a: a[:, 0].square(), noised(actions_BA, beta))[0])
+    got = net.minimise(lambda: targets.log_expectation(net, noised(actions_BA, beta, q_B))[0])
     assert got.item() == pytest.approx((torch.logsumexp(beta * q_B, 0) - np.log(50)).item(), abs=1e-4)
 
 
 def test_an_outlier_moves_log_expectation_along_a_line():
     net = Table(1)
     losses = [
-        targets.log_expectation(net, lambda s, a, q=q: 0 * a[:, 0] + q, noised(torch.zeros(1, 1).double(), 1.0))[
-            0
-        ].item()
+        targets.log_expectation(net, noised(torch.zeros(1, 1).double(), 1.0, torch.tensor([q])))[0].item()
         for q in (100.0, 101.0, 102.0)
     ]
     slope = np.exp(targets.MAX_EXPONENT)
@@ -178,14 +176,14 @@ def test_the_minimiser_of_weighted_denoising_is_the_gradient_of_the_log_expectat
     exact_A = torch.autograd.functional.jacobian(exact_energy, a_t_A)
     mean_KA = atoms_KA.mean(dim=0).expand(6, 2)
     a_t_KA, zeros = a_t_A.expand(6, 2), torch.zeros(6, 1, dtype=torch.float64)
-    x = targets.Noised(zeros, atoms_KA, t_B, a_t_KA, torch.full_like(t_B, beta))
+    x = targets.Noised(zeros, atoms_KA, t_B, a_t_KA, torch.full_like(t_B, beta), q_K)
     origin = targets.Posterior(mean_KA, mean_KA, mean_KA)
     net = Slope(2)
     optimizer = torch.optim.LBFGS([net.slope_A], line_search_fn="strong_wolfe", max_iter=100, tolerance_grad=1e-12)
 
     def closure():
         optimizer.zero_grad()
-        loss = targets.weighted_denoising(net, lambda s, a: q_K, x, origin)[0]
+        loss = targets.weighted_denoising(net, x, origin)[0]
         loss.backward()
         return loss
 
@@ -210,7 +208,7 @@ def test_monte_carlo_tends_to_the_gaussian_integral():
     actions_BA = torch.zeros(1, 1, dtype=torch.float64)
     draws = torch.randn(200_000, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     net, beta = Table(1), 2.0
-    x, value = noised(actions_BA, beta), linear(0.3, torch.tensor([0.8]).double())
+    x, value = noised(actions_BA, beta, actions_BA.new_empty(0)), linear(0.3, torch.tensor([0.8]).double())
     # six deviations inside [-1, 1]: clipping does nothing
     origin = targets.Posterior(actions_BA + 0.2, actions_BA + 0.01, actions_BA)
     got = net.minimise(lambda: targets.monte_carlo(net, value, x, origin, draws)[0])
@@ -306,18 +304,37 @@ def test_measured_scale_is_the_standard_deviation_of_the_advantage(tiny_config):
     assert critic.advantage_scale(trained, data).item() == pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.parametrize("num_draws", [999, 1000])
+def test_advantages_of_rows_are_computed_again_when_the_critic_has_learned(num_draws, tiny_config):
+    """Whether once for all rows or for those asked for: Q and V of single transitions say what they are."""
+    data = random_transitions(1000)
+    _, trained, _ = states(tiny_config(), data)
+    of_rows = critic.advantage_of_rows(trained.q, trained, data, num_draws=num_draws)
+    rows = torch.tensor([7, 999, 7, 0])
+    for _ in range(2):
+        found = of_rows(rows)
+        for row, advantage in zip(rows, found, strict=True):
+            one = data.take(row[None])
+            with torch.no_grad():
+                exact = trained.q(one.states_BS, one.actions_BA).min() - trained.v(one.states_BS)
+            assert float(advantage) == pytest.approx(float(exact), abs=1e-5)
+        critic.train_step(trained, tiny_config().critic, data)
+    assert not torch.allclose(of_rows(rows), found)
+
+
 def test_scaling_q_and_shifting_it_by_a_function_of_the_state_leaves_the_energy_alone(tiny_config):
     data = random_transitions(1000)
     _, trained, stage = states(tiny_config(), data)
+    source = energy.q_source(trained, stage, tiny_config().energy, data)
     stage.q_scale = critic.advantage_scale(trained, data)
     batch = data.batch(data.rows_ND[:50])
-    before = energy.scaled_value(trained, stage)(batch.states_BS, batch.actions_BA)
+    before = source.value(batch.states_BS, batch.actions_BA)
     with torch.no_grad():  # Q <- 10 Q + 7, V <- 10 V + 7
         for net in (trained.q.q_1, trained.q.q_2, trained.v.body):
             net[-1].weight.mul_(10)
             net[-1].bias.mul_(10).add_(7)
     stage.q_scale = critic.advantage_scale(trained, data)
-    after = energy.scaled_value(trained, stage)(batch.states_BS, batch.actions_BA)
+    after = source.value(batch.states_BS, batch.actions_BA)
     torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-4)
 
 

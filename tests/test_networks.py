@@ -1,6 +1,7 @@
 """The fast ways through a network against the plain ones, in double precision where rounding would blur them."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from aepo.diffusion import sampler
 from aepo.networks import Linear, Prepared, TimeNet
 from aepo.policy import Policy
 from aepo.stages import energy
+from aepo.stages.optim import Adam
 
 CPU = torch.device("cpu")
 
@@ -112,3 +114,24 @@ def test_a_policy_samples_as_its_networks_put_together_by_the_equations(
         lambda a, t: policy.noise(a, states, t), guide, start, sampler.make_grid(config.sampling.num_steps)
     )
     assert torch.allclose(policy.sample(states, torch.Generator().manual_seed(1)), by_equations, atol=1e-4)
+
+
+def test_adam_steps_as_torchs_on_gradients_of_any_layout():
+    """The second-order gradient of a matrix product comes transposed; the parameter that the loss misses stays."""
+    torch.manual_seed(0)
+    start = [torch.randn(3, 4), torch.randn(5), torch.randn(2)]
+    fast = [nn.Parameter(tensor.clone()) for tensor in start]
+    plain = [nn.Parameter(tensor.clone()) for tensor in start]
+    one, other = Adam(fast, lr=0.1, num_steps=10), torch.optim.Adam(plain, lr=0.1)
+
+    def loss(matrix, vector, unused):
+        return (matrix.t() @ torch.arange(6.0).view(3, 2)).square().sum() + (matrix.t() ** 3).sum() + vector.sum() ** 2
+
+    for position in range(10):
+        one.step_on(loss(*fast))
+        other.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * position / 10))
+        other.zero_grad()
+        loss(*plain).backward()
+        other.step()
+        for found, exact in zip(fast, plain, strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)

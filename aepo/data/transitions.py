@@ -92,8 +92,11 @@ class Transitions:
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Return transitions drawn uniformly with replacement."""
-        index_B = torch.randint(len(self), (batch_size,), generator=generator, device=generator.device)
-        return self.take(index_B)
+        return self.take(self.draw_rows(batch_size, generator))
+
+    def draw_rows(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Return rows drawn uniformly with replacement, [batch_size]."""
+        return torch.randint(len(self), (batch_size,), generator=generator, device=generator.device)
 
     def take(self, index_B: Tensor) -> Batch:
         """Return the transitions of these rows."""

@@ -12,7 +12,7 @@ from aepo.config import ActorConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.networks import GaussianActor
 from aepo.parallel import share
-from aepo.stages.critic import CriticState
+from aepo.stages.critic import OfRows
 from aepo.stages.optim import Adam
 
 MAX_WEIGHT = 100.0
@@ -36,18 +36,17 @@ def start(config: ActorConfig, data: Transitions, generator: torch.Generator) ->
     return ActorState(net, Adam(net.parameters(), lr=config.learning_rate, num_steps=config.steps), generator)
 
 
-def loss(state: ActorState, config: ActorConfig, batch: Batch, critic: CriticState) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(state: ActorState, config: ActorConfig, batch: Batch, advantage_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted negative log-likelihood of the data's actions, a scalar, and metrics."""
-    with torch.no_grad():
-        q_B = critic.target(batch.states_BS, batch.actions_BA).amin(dim=0)
-        weight_B = (config.inverse_temperature * (q_B - critic.v(batch.states_BS))).exp().clamp(max=MAX_WEIGHT)
+    weight_B = (config.inverse_temperature * advantage_B).exp().clamp(max=MAX_WEIGHT)
     value = -(weight_B * state.net.log_prob(batch.states_BS, batch.actions_BA)).mean()
     return value, {"weight": weight_B.mean(), "clamped_share": (weight_B == MAX_WEIGHT).float().mean()}
 
 
-def train_step(state: ActorState, config: ActorConfig, data: Transitions, critic: CriticState) -> dict[str, Tensor]:
-    """Take one gradient step and return its metrics, still on the device."""
-    value, metrics = loss(state, config, share(data.draw(config.batch_size, state.generator)), critic)
+def train_step(state: ActorState, config: ActorConfig, data: Transitions, of_rows: OfRows) -> dict[str, Tensor]:
+    """Take one gradient step and return its metrics, still on the device; `of_rows` gives min_i Q'_i - V."""
+    index_B = share(data.draw_rows(config.batch_size, state.generator))
+    value, metrics = loss(state, config, data.take(index_B), of_rows(index_B))
     state.optimizer.step_on(value)
     state.step += 1
     return {"loss": value.detach(), **metrics}

@@ -10,10 +10,11 @@ V(s') = sum_i softmax_i(beta_Q min_j Q'_j(s', a_i)) min_j Q'_j(s', a_i)     [M8]
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aepo.config import CriticConfig
 from aepo.data.transitions import Batch, Transitions
@@ -21,6 +22,9 @@ from aepo.networks import TwinQ, ValueNet
 from aepo.parallel import share
 from aepo.stages.behavior import BehaviorState, sample_support
 from aepo.stages.optim import Adam, Ema
+
+OfRows = Callable[[Tensor], Tensor]
+"""Rows of the data [B] -> a number for each [B]."""
 
 
 @dataclasses.dataclass
@@ -188,14 +192,39 @@ def train_step(
 
 
 @torch.no_grad()
+def advantages(q: nn.Module, state: CriticState, data: Transitions, index_M: Tensor | None = None) -> Tensor:
+    """Return min_i Q_i(s, a) - V(s) of every transition, or of those of these rows, [N] or [M]; `q` is Q or Q'."""
+    index_M = torch.arange(len(data), device=data.rows_ND.device) if index_M is None else index_M
+    parts = []
+    for part_B in torch.split(index_M, 8192):
+        batch = data.take(part_B)
+        parts.append(q(batch.states_BS, batch.actions_BA).amin(dim=0) - state.v(batch.states_BS))
+    return torch.cat(parts)
+
+
+def advantage_of_rows(q: nn.Module, state: CriticState, data: Transitions, *, num_draws: int) -> OfRows:
+    """Return `advantages` as a function of rows, for a stage that draws `num_draws` of them while the critic rests.
+
+    If that is as many as there are, each is computed once, as soon as one is asked for.
+    """
+    if num_draws < len(data):
+        return lambda index_B: advantages(q, state, data, index_B)
+    known_N: list[Tensor] = []
+    known_at = -1
+
+    def of_rows(index_B: Tensor) -> Tensor:
+        nonlocal known_at
+        if known_at != state.step:  # a round later the critic has learned
+            known_N[:], known_at = [advantages(q, state, data)], state.step
+        return known_N[0][index_B]
+
+    return of_rows
+
+
 def advantage_scale(state: CriticState, data: Transitions, *, num_samples: int = 65_536) -> Tensor:
     """Return the standard deviation of min_i Q_i(s, a) - V(s) over the data, a scalar > 0.
 
     Q is divided by it, so that one beta means the same on every task (method sheet, stage 2).
     """
-    index = torch.arange(0, len(data), max(1, len(data) // num_samples), device=data.rows_ND.device)
-    parts = []
-    for rows_BD in torch.split(data.rows_ND.index_select(0, index), 8192):
-        batch = data.batch(rows_BD)
-        parts.append(state.q(batch.states_BS, batch.actions_BA).amin(dim=0) - state.v(batch.states_BS))
-    return torch.cat(parts).std().clamp(min=1e-6)
+    index_M = torch.arange(0, len(data), max(1, len(data) // num_samples), device=data.rows_ND.device)
+    return advantages(state.q, state, data, index_M).std().clamp(min=1e-6)

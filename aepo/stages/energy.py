@@ -9,25 +9,28 @@ So beta is chosen after training. This is the paper's target; it and the others 
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from aepo.config import POLYNOMIAL_TARGETS, EnergyConfig
-from aepo.data.transitions import Batch, Transitions
+from aepo.data.transitions import Transitions
 from aepo.diffusion import posterior
 from aepo.diffusion.sampler import Grid, Predict
 from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
 from aepo.networks import Prepared, TimeNet
 from aepo.parallel import share
-from aepo.stages import targets
+from aepo.stages import critic, targets
 from aepo.stages.behavior import BehaviorState, sample_support
-from aepo.stages.critic import CriticState
+from aepo.stages.critic import CriticState, OfRows
 from aepo.stages.optim import Adam, Ema
 from aepo.stages.targets import Noised, Posterior, Value
 
 NUM_VARIANCE_TIMES = 64
 NUM_VARIANCE_SAMPLES = 4096
+OF_DATA_ACTIONS = ("mse", "log_expectation", "weighted_denoising")
+"""Targets that ask for Q of the data's actions alone."""
 
 
 class EnergyNet(TimeNet):
@@ -151,64 +154,77 @@ def predict_slope(net: EnergyNet, states_BS: Tensor, beta: float, grid: Grid) ->
     return lambda a_t_BA, i: prepared.slope(grid.alpha[i] * a_t_BA, i, heads_O)
 
 
-def scaled_value(critic: CriticState, energy: EnergyState) -> Value:
-    """Return (s, a) -> (min_i Q_i(s, a) - V(s)) / scale; V changes no policy, the scale gives beta its unit."""
+class QSource(NamedTuple):
+    """(min_i Q_i(s, a) - V(s)) / scale: V changes no policy, the scale gives beta its unit."""
+
+    value: Value
+    """Of any actions."""
+    of_rows: OfRows
+    """Of the data's."""
+
+
+def q_source(critic_state: CriticState, state: EnergyState, config: EnergyConfig, data: Transitions) -> QSource:
+    """Return what stage 3 asks of a trained critic; the scale is the state's at the time of asking."""
+    num_draws = config.steps * config.batch_size
+    of_rows = critic.advantage_of_rows(critic_state.q, critic_state, data, num_draws=num_draws)
 
     def value(states_BS: Tensor, actions_BA: Tensor) -> Tensor:
         with torch.no_grad():
-            v_B = critic.v(states_BS)
-        scaled_B: Tensor = (critic.q(states_BS, actions_BA).amin(dim=0) - v_B) / energy.q_scale
+            v_B = critic_state.v(states_BS)
+        scaled_B: Tensor = (critic_state.q(states_BS, actions_BA).amin(dim=0) - v_B) / state.q_scale
         return scaled_B
 
-    return value
+    return QSource(value, lambda index_B: of_rows(index_B) / state.q_scale)
 
 
 def loss(
-    state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, value: Value
+    state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, source: QSource
 ) -> targets.Outcome:
     """Return the loss of the config's target on a new batch, a scalar, and metrics."""
     if config.target == "contrastive":
-        return _contrastive(state, config, data, value)
-    x = _noised(state, config, data.draw(config.batch_size, state.generator))
+        return _contrastive(state, config, data, source.value)
+    x = _noised(state, config, data, source)
     if config.target == "mse":
-        return targets.mse(state.net, value, x)
+        return targets.mse(state.net, x)
     if config.target == "log_expectation":
-        return targets.log_expectation(state.net, value, x)
+        return targets.log_expectation(state.net, x)
     origin = _posterior(state, config, x, behavior)
+    if config.target == "weighted_denoising":
+        return targets.weighted_denoising(state.net, x, origin)
     if config.target == "monte_carlo":
         shape = (config.num_samples, config.batch_size, x.actions_BA.shape[1])
         draws_KBA = torch.randn(shape, generator=state.generator, device=x.t_B.device)
-        return targets.monte_carlo(state.net, value, x, origin, share(draws_KBA, dim=1))
-    target = {
-        "analytic": targets.analytic,
-        "analytic_second_order": targets.analytic_second_order,
-        "weighted_denoising": targets.weighted_denoising,
-    }[config.target]
-    return target(state.net, value, x, origin)
+        return targets.monte_carlo(state.net, source.value, x, origin, share(draws_KBA, dim=1))
+    target = {"analytic": targets.analytic, "analytic_second_order": targets.analytic_second_order}[config.target]
+    return target(state.net, source.value, x, origin)
 
 
 def train_step(
-    state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, value: Value
+    state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, source: QSource
 ) -> dict[str, Tensor]:
     """Take one gradient step and return its metrics, still on the device."""
-    value_of_loss, metrics = loss(state, config, data, behavior, value)
+    value_of_loss, metrics = loss(state, config, data, behavior, source)
     state.optimizer.step_on(value_of_loss)
     state.ema.update()
     state.step += 1
     return {"loss": value_of_loss.detach(), **metrics}
 
 
-def _noised(state: EnergyState, config: EnergyConfig, batch: Batch) -> Noised:
+def _noised(state: EnergyState, config: EnergyConfig, data: Transitions, source: QSource) -> Noised:
     generator = state.generator
-    t_B = draw_times(len(batch.actions_BA), generator)
-    return share(
-        Noised(
-            states_BS=batch.states_BS,
-            actions_BA=batch.actions_BA,
-            t_B=t_B,
-            a_t_BA=_add_noise(batch.actions_BA, t_B, generator),
-            beta_B=torch.ones_like(t_B) if not state.net.takes_beta else _draw_betas(config, len(t_B), generator),
-        )
+    index_B = data.draw_rows(config.batch_size, generator)
+    t_B = draw_times(len(index_B), generator)
+    eps_BA = torch.randn((len(index_B), data.action_dim), generator=generator, device=generator.device)
+    beta_B = torch.ones_like(t_B) if not state.net.takes_beta else _draw_betas(config, len(t_B), generator)
+    index_B, t_B, eps_BA, beta_B = share(index_B), share(t_B), share(eps_BA), share(beta_B)
+    batch = data.take(index_B)
+    return Noised(
+        states_BS=batch.states_BS,
+        actions_BA=batch.actions_BA,
+        t_B=t_B,
+        a_t_BA=add_noise(batch.actions_BA, t_B, eps_BA),
+        beta_B=beta_B,
+        q_B=source.of_rows(index_B) if config.target in OF_DATA_ACTIONS else t_B.new_empty(0),
     )
 
 

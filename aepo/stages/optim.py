@@ -43,13 +43,14 @@ class Adam(torch.optim.Adam):
         """Back-propagate a scalar and take one step; `torch.optim.Adam.step` costs as much again in Python."""
         group: dict[str, Any] = self.param_groups[0]
         group["lr"] = group["first_lr"] * 0.5 * (1 + math.cos(math.pi * group["position"] / group["num_steps"]))
-        gradients = torch.autograd.grad(loss, group["params"], materialize_grads=True)
+        found = torch.autograd.grad(loss, group["params"], materialize_grads=True)
+        gradients = [gradient.contiguous() for gradient in found]  # the fused kernel looks at no strides
         parallel.average(gradients)
         beta1, beta2 = group["betas"]
         with torch.no_grad():
             adam(
                 group["params"],
-                list(gradients),
+                gradients,
                 self._lists["exp_avg"],
                 self._lists["exp_avg_sq"],
                 [],

@@ -49,6 +49,8 @@ class Noised(NamedTuple):
     a_t_BA: Tensor
     beta_B: Tensor
     """Inverse temperature at which the network is trained on this sample; unused by polynomials in beta."""
+    q_B: Tensor
+    """Scaled Q(s, a_0); empty for targets that do not ask for it."""
 
 
 class Posterior(NamedTuple):
@@ -67,11 +69,9 @@ def analytic(net: "EnergyNet", value: Value, x: Noised, origin: Posterior) -> Ou
     return _fit_heads(net, x, *first_order(value, x.states_BS, origin.point_BA, origin.mean_BA, origin.variance_BA))
 
 
-def mse(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
+def mse(net: "EnergyNet", x: Noised) -> Outcome:
     """Return the squared error of f_1 to Q(s, a_0) and of f_2 to 0."""
-    with torch.no_grad():
-        q_B = value(x.states_BS, x.actions_BA)
-    return _fit_heads(net, x, q_B, torch.zeros_like(q_B))
+    return _fit_heads(net, x, x.q_B, torch.zeros_like(x.q_B))
 
 
 def analytic_second_order(net: "EnergyNet", value: Value, x: Noised, origin: Posterior) -> Outcome:
@@ -99,31 +99,28 @@ def monte_carlo(net: "EnergyNet", value: Value, x: Noised, origin: Posterior, dr
     return _fit_energy(net, x, target_B)
 
 
-def log_expectation(net: "EnergyNet", value: Value, x: Noised) -> Outcome:
+def log_expectation(net: "EnergyNet", x: Noised) -> Outcome:
     """Return E[(exp(beta Q(s, a_0) - E) + E) / beta^2], least where E is [M3] exactly  [M14].
 
     Near its least value the loss is half the squared error of E / beta: as in the other targets, no beta of the
     range owns it.
     """
-    with torch.no_grad():
-        q_B = value(x.states_BS, x.actions_BA)
     energy_B = net(x.a_t_BA, x.states_BS, x.t_B, x.beta_B)
-    gap_B = x.beta_B * q_B - energy_B
+    gap_B = x.beta_B * x.q_B - energy_B
     tangent_B = math.exp(MAX_EXPONENT) * (1.0 + gap_B - MAX_EXPONENT)
     exp_B = torch.where(gap_B < MAX_EXPONENT, gap_B.clamp(max=MAX_EXPONENT).exp(), tangent_B)
     loss = ((exp_B + energy_B) / x.beta_B.square()).mean()
     return loss, {"energy": energy_B.detach().mean(), "clamped_share": (gap_B.detach() > MAX_EXPONENT).float().mean()}
 
 
-def weighted_denoising(net: "EnergyNet", value: Value, x: Noised, origin: Posterior) -> Outcome:
+def weighted_denoising(net: "EnergyNet", x: Noised, origin: Posterior) -> Outcome:
     """Return E[w |a_0 - m_t - sigma_t^2 / alpha_t grad E|^2] / A over E[w], w = exp(beta Q(s, a_0))  [M15].
 
     Least where m_t + sigma_t^2 / alpha_t grad E is the guided policy's own posterior mean E[w a_0 | a_t] / E[w | a_t],
     that is, where grad E is the gradient of [M3]. The network is fitted through its gradient, all that guidance uses,
     and learns from A numbers per sample instead of one; E itself is known up to a constant per (s, t, beta).
     """
-    with torch.no_grad():
-        weight_B = (x.beta_B * value(x.states_BS, x.actions_BA)).exp().clamp(max=MAX_WEIGHT)
+    weight_B = (x.beta_B * x.q_B).exp().clamp(max=MAX_WEIGHT)
     alpha_B, sigma_B = alpha_sigma(x.t_B)
     a_t_BA = x.a_t_BA.detach().requires_grad_()
     energy_B = net(a_t_BA, x.states_BS, x.t_B, x.beta_B)
