@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": ("aepo.commands:Evaluate", "roll out a trained policy again, with other settings if wanted"),
     "report": ("analysis.report:Report", "turn a sweep's runs into tables and figures"),
     "toy": ("aepo.commands:Toy", "compare all energy targets with the exact answer on two-dimensional sets"),
+    "bench": ("aepo.bench.command:Bench", "measure steps, actions, evaluation on this machine beside a plain baseline"),
     "data": ("aepo.data.commands:DATA", "list, show and collect data sets"),
     "store": ("aepo.commands:STORE", "list and prune the trained stages that runs share"),
     "cluster": ("cluster.commands:CLUSTER", "bring up a cluster on this machine, look at one, take it down"),

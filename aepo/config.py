@@ -277,7 +277,7 @@ class SamplingConfig:
     """Inverse temperature of exp(beta Q) [M1], Q in units of the standard deviation of Q - V on the data."""
     guidance_scale: float = 3.0
     """w of [M4]; 0 = diffusion behaviour cloning."""
-    num_steps: int = 15
+    num_steps: int = 6
     """Solver steps per action."""
     temperature: float = 1.0
     """Standard deviation of the solver's start, in [0, 1]: 1 draws from the policy, 0 is one action, near the mode."""

@@ -76,7 +76,7 @@ class Progress:
 
 def start(config: RunConfig, data: Transitions, device: torch.device) -> PipelineState:
     """Return the state before the first step, wholly determined by the seed."""
-    return _prepare(config, data, device)[0]
+    return prepare(config, data, device)[0]
 
 
 def train(
@@ -94,7 +94,7 @@ def train(
         CheckpointError: if `resume` is not of this config.
         TrainingError: at the first log where a metric is not finite.
     """
-    state, train_steps = _prepare(config, data, device)
+    state, train_steps = prepare(config, data, device)
     if resume is not None:
         checkpoint.restore(state, resume)
     for number in range(len(config.rounds)):
@@ -107,7 +107,7 @@ def measure_rates(config: RunConfig, data: Transitions, *, device: torch.device,
 
     What a stage prepares before its first step is not counted.
     """
-    _, train_steps = _prepare(config, data, device)
+    _, train_steps = prepare(config, data, device)
     rates = {}
     for name, train_step in train_steps.items():
         for _ in range(2):
@@ -121,10 +121,10 @@ def measure_rates(config: RunConfig, data: Transitions, *, device: torch.device,
     return rates
 
 
-def _prepare(
+def prepare(
     config: RunConfig, data: Transitions, device: torch.device
 ) -> tuple[PipelineState, dict[str, Callable[[], Metrics]]]:
-    """Return the state before the first step and, in order, each stage's step."""
+    """Return the state before the first step, wholly determined by the seed, and, in order, each stage's step."""
 
     def seed(stage: str) -> torch.Generator:
         place = config.seed * len(STAGES) + STAGES.index(stage)

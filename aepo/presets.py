@@ -41,7 +41,7 @@ class Budget:
     evaluation: EvaluationConfig
     num_support_states: int
     """States in which QGPO draws support actions, once for the critic and once for the energy."""
-    num_sampling_steps: int = 15
+    num_sampling_steps: int = 6
 
 
 BUDGETS = {

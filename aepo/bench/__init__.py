@@ -1,0 +1,1 @@
+"""`aepo bench`, and the baseline that it measures against."""
