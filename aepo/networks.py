@@ -43,9 +43,10 @@ class _OneDNNLinear(torch.autograd.Function):
         x_BI, weight_OI = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         grad_BO = grad_BO.contiguous()
+        multiply = _apply if torch.is_grad_enabled() else _onednn  # it is where gradients are differentiated again
         return (
-            _apply(grad_BO, weight_OI.t(), None) if wants_x else None,
-            _apply(grad_BO.t(), x_BI.t(), None) if wants_weight else None,
+            multiply(grad_BO, weight_OI.t(), None) if wants_x else None,
+            multiply(grad_BO.t(), x_BI.t(), None) if wants_weight else None,
             grad_BO.sum(dim=0) if wants_bias else None,
         )
 
@@ -64,18 +65,35 @@ class Linear(nn.Linear):
         """Return [B, O] of [B, I]."""
         if not _takes_onednn(x_BI):
             return F.linear(x_BI, self.weight, self.bias)
-        # columns of a wider tensor would take oneDNN's slow path
-        return _apply(x_BI.contiguous(), self.weight, self.bias)
+        x_BI = x_BI.contiguous()  # columns of a wider tensor would take oneDNN's slow path
+        multiply = _apply if torch.is_grad_enabled() else _onednn
+        return multiply(x_BI, self.weight, self.bias)
 
 
-def mlp(sizes: list[int], *, norm: bool = False) -> nn.Sequential:
-    """Return linear layers of these sizes with SiLU (after LayerNorm, if `norm`) between them."""
-    layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-        layers.append(Linear(fan_in, fan_out))
-        if i < len(sizes) - 2:
-            layers += [nn.LayerNorm(fan_out), nn.SiLU()] if norm else [nn.SiLU()]
-    return nn.Sequential(*layers)
+class Mlp(nn.Sequential):
+    """Linear layers with SiLU (after LayerNorm, if `norm`) between them, called without the modules' overhead."""
+
+    def __init__(self, sizes: list[int], *, norm: bool = False):
+        """`sizes` are those of the input, the hidden layers and the output."""
+        *inner, last = itertools.pairwise(sizes)
+        hidden = [(Linear(*size), nn.LayerNorm(size[1]) if norm else None) for size in inner]
+        output = Linear(*last)
+        layers = [[linear, nn.SiLU()] if norm is None else [linear, norm, nn.SiLU()] for linear, norm in hidden]
+        super().__init__(*itertools.chain(*layers), output)
+        self._hidden, self._outputs = hidden, [output]  # lists, so that no module stands in the state twice
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        """Return [B, O] of [B, I]."""
+        learns = torch.is_grad_enabled()
+        for linear, norm in self._hidden:
+            if norm is None and not learns and _takes_onednn(x_BI):
+                x_BI = _onednn(x_BI.contiguous(), linear.weight, linear.bias, "swish")
+                continue
+            x_BI = linear.forward(x_BI)
+            if norm is not None:
+                x_BI = F.layer_norm(x_BI, norm.normalized_shape, norm.weight, norm.bias)
+            x_BI = F.silu(x_BI, inplace=not learns)
+        return self._outputs[0].forward(x_BI)
 
 
 class TimeNet(nn.Module):
@@ -88,7 +106,7 @@ class TimeNet(nn.Module):
         super().__init__()
         self.action_dim = action_dim
         self.register_buffer("frequencies_F", torch.logspace(-1, 4, 16, base=2.0) * math.pi, persistent=False)
-        self.body = mlp([state_dim + action_dim + 32] + [hidden_size] * num_layers + [out_dim])
+        self.body = Mlp([state_dim + action_dim + 32] + [hidden_size] * num_layers + [out_dim])
 
     def forward(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor) -> Tensor:
         """Return [B, out_dim]."""
@@ -152,7 +170,7 @@ class TwinQ(nn.Module):
         """Both have layer normalisation, which bounds what they say of actions the data do not have."""
         super().__init__()
         sizes = [state_dim + action_dim] + [hidden_size] * num_layers + [1]
-        self.q_1, self.q_2 = mlp(sizes, norm=True), mlp(sizes, norm=True)
+        self.q_1, self.q_2 = Mlp(sizes, norm=True), Mlp(sizes, norm=True)
 
     def forward(self, states_BS: Tensor, actions_BA: Tensor) -> Tensor:
         """Return both values, [2, B]."""
@@ -166,7 +184,7 @@ class ValueNet(nn.Module):
     def __init__(self, state_dim: int, *, hidden_size: int, num_layers: int):
         """Layer normalisation as in the critics."""
         super().__init__()
-        self.body = mlp([state_dim] + [hidden_size] * num_layers + [1], norm=True)
+        self.body = Mlp([state_dim] + [hidden_size] * num_layers + [1], norm=True)
 
     def forward(self, states_BS: Tensor) -> Tensor:
         """Return [B]."""
@@ -179,7 +197,7 @@ class Actor(nn.Module):
     def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int):
         """One output per action dimension."""
         super().__init__()
-        self.body = mlp([state_dim] + [hidden_size] * num_layers + [action_dim])
+        self.body = Mlp([state_dim] + [hidden_size] * num_layers + [action_dim])
 
     def forward(self, states_BS: Tensor) -> Tensor:
         """Return actions, [B, A]."""

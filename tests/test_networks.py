@@ -56,7 +56,7 @@ def test_linear_and_its_gradients_are_those_of_double_precision(rows, inputs, ou
 def test_a_gradient_of_the_slope_is_that_of_double_precision(rows):
     """What weighted_denoising asks for: the slope by the input, differentiated by the weights."""
     torch.manual_seed(0)
-    net = networks.mlp([5, 24, 24, 1])
+    net = networks.Mlp([5, 24, 24, 1])
     plain = nn.Sequential(
         *(nn.Linear(m.in_features, m.out_features) if isinstance(m, Linear) else m for m in net)
     ).double()

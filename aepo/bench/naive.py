@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aepo.config import BehaviorConfig, CriticConfig, EnergyConfig, IQLConfig
 from aepo.data.transitions import Transitions, flatten
 from aepo.diffusion import sampler
-from aepo.networks import Linear
+from aepo.networks import Linear, Mlp
 from aepo.pipeline import GuidedState, IQLState
 from aepo.policy import GuidedPolicy
 from aepo.stages import actor, behavior, critic, energy
@@ -25,11 +25,13 @@ Step = Callable[[], float]
 
 
 def plain(net: nn.Module) -> nn.Module:
-    """Return a copy whose linear layers are PyTorch's."""
+    """Return a copy whose layers are PyTorch's."""
     twin = copy.deepcopy(net).requires_grad_(True)
     for module in twin.modules():
         if isinstance(module, Linear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
+        elif isinstance(module, Mlp):
+            module.__class__ = nn.Sequential  # type: ignore[assignment]
     return twin
 
 
