@@ -63,6 +63,7 @@ def examine() -> list[Check]:
         _python(),
         *map(_package, PACKAGES),
         _cores(),
+        _kernels(),
         _memory(),
         _disk(),
         _gpu(),
@@ -93,6 +94,30 @@ def _cores() -> Check:
     if load > cores:
         return Check("cores", "warn", found, "other programs hold the cores; a shared core costs more than half")
     return Check("cores", "pass", found)
+
+
+def _kernels() -> Check:
+    """Say how fast linear layers are, and whether the processor could do more."""
+    import torch
+
+    from aepo.bench.measure import linear_rates
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ours, plain = linear_rates()
+    torch.set_num_threads(threads)
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = f"{capability}, linear layers {ours:.0f} GFLOP/s a core ({plain:.0f} by PyTorch's own)"
+    if not capability.startswith("AVX512") and "avx512f" in _processor_flags():
+        return Check("kernels", "warn", found, "the processor has AVX-512: unset ATEN_CPU_CAPABILITY")
+    return Check("kernels", "pass", found)
+
+
+def _processor_flags() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
 
 
 def _memory() -> Check:

@@ -22,6 +22,7 @@ APPENDED = {
     "data": [],
     "report": [],
     "doctor": [],
+    "bench": ["--preset", "smoke", "--transitions", "2000", "--seconds", "0.02", "--processes", "1"],
     "store": [],
 }
 REPLACED = {"1000000": "3000", "24": "2", **{method: f"{method}-smoke" for method in METHODS}}

@@ -18,6 +18,7 @@ from aepo.config import GuidedConfig, IQLConfig, with_overrides
 from aepo.data import pointmaze
 from aepo.data.transitions import Spaces, Transitions
 from aepo.evaluate import Evaluator
+from aepo.networks import Linear
 from aepo.pipeline import GuidedState, IQLState
 from aepo.policy import GuidedPolicy, Policy
 from aepo.presets import preset
@@ -138,7 +139,17 @@ def sampling(budget: str, data: Transitions, *, seconds: float) -> Iterator[dict
 
 def with_data(folder: Path, budget: str, *, seconds: float) -> Iterator[dict[str, Any]]:
     """Yield a row for loading a data set and one for a step of its environment; the data lie in `folder`."""
+    (folder / "minari").mkdir()
+    before = os.environ.copy()
     os.environ |= {"MINARI_DATASETS_PATH": str(folder / "minari"), "AEPO_CACHE": str(folder / "cache")}
+    try:
+        yield from _with_maze(budget, seconds)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _with_maze(budget: str, seconds: float) -> Iterator[dict[str, Any]]:
     task = tasks.find("maze2d-open", "collected")
     pointmaze.collect(task, num_steps=NUM_COLLECTED, seed=0, num_reference_episodes=1)
     config = preset(f"best-{budget}", task, 0)
@@ -150,15 +161,17 @@ def with_data(folder: Path, budget: str, *, seconds: float) -> Iterator[dict[str
     policy = Policy.from_state(config, pipeline.start(config, data, CPU), data.spaces)
     evaluator = Evaluator.of(config)
 
+    def at_once() -> None:
+        evaluator.run(policy, num_episodes=NUM_EPISODES, seed=0)
+
     def one_by_one() -> None:
         for seed in range(NUM_EPISODES):
             evaluator.run(policy, num_episodes=1, seed=seed)
 
-    ours, baseline = compare(
-        lambda: evaluator.run(policy, num_episodes=NUM_EPISODES, seed=0), one_by_one, seconds=seconds
-    )
+    costs = compare(at_once, one_by_one, seconds=seconds)
     evaluator.close()
-    each = [Cost(c.wall_ms / NUM_EPISODES / HORIZON, c.cpu_ms / NUM_EPISODES / HORIZON) for c in (ours, baseline)]
+    num_steps = NUM_EPISODES * HORIZON
+    each = [Cost(cost.wall_ms / num_steps, cost.cpu_ms / num_steps) for cost in costs]
     yield {"work": f"evaluation, a step of one of {NUM_EPISODES} episodes", **_row(*each)}
 
 
@@ -170,6 +183,15 @@ def _row(ours: Cost, baseline: Cost) -> dict[str, Any]:
         "baseline_wall_ms": baseline.wall_ms,
         "ratio": baseline.cpu_ms / ours.cpu_ms,
     }
+
+
+def linear_rates(*, seconds: float = 0.2) -> tuple[float, float]:
+    """Return the GFLOP/s of this process in a linear layer of 256 rows and units: aepo's and PyTorch's own."""
+    ours, x_BI = Linear(256, 256), torch.randn(256, 256)
+    plain = naive.plain(ours)
+    with torch.no_grad():
+        costs = compare(lambda: ours(x_BI), lambda: plain(x_BI), seconds=seconds)
+    return tuple(2e-6 * 256**3 / cost.wall_ms for cost in costs)  # type: ignore[return-value]
 
 
 def together(num_processes: int, budget: str, num_data: int, *, seconds: float) -> float:

@@ -26,7 +26,7 @@ Step = Callable[[], float]
 
 def plain(net: nn.Module) -> nn.Module:
     """Return a copy whose layers are PyTorch's."""
-    twin = copy.deepcopy(net).requires_grad_(True)
+    twin = copy.deepcopy(net).requires_grad_(True)  # of averages, too
     for module in twin.modules():
         if isinstance(module, Linear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
