@@ -52,6 +52,29 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return result
 
 
+def read_document(path: Path, *, kind: str, version: int, field: str) -> dict[str, Any]:
+    """Return a JSON document of this version, an object that has `field` with something to count in it.
+
+    Args:
+        path: the file.
+        kind: what its folder then is, for the message: "sweep".
+        version: wanted in its `format`.
+        field: a list or an object.
+
+    Raises:
+        CheckpointError: if there is none, or of another version.
+    """
+    try:
+        document: dict[str, Any] = json.loads(path.read_text())
+        assert document["format"] == version
+        len(document[field])
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is not a {kind}: it has no {path.name}") from None
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{path} is not a {kind} of this version: {error}") from error
+    return document
+
+
 def record_failure(config: RunConfig, folder: Path, error: str, *, started_at: str | None = None) -> None:
     """Write the result of a run that failed for good."""
     facts = {**describe(config, folder), "started_at": started_at}

@@ -5,7 +5,6 @@ run folders lack.
 """
 
 import dataclasses
-import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -118,15 +117,7 @@ def read_digests(sweep: Path) -> dict[str, str]:
 
 def _document(sweep: Path) -> dict[str, Any]:
     path = sweep if sweep.suffix == ".json" else sweep / MANIFEST
-    try:
-        document = json.loads(path.read_text())
-        assert document["format"] == FORMAT
-        assert isinstance(document["runs"], dict)
-    except FileNotFoundError:
-        raise CheckpointError(f"{sweep} is not a sweep: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{path} is not a manifest of this version: {error}") from error
-    return document  # type: ignore[no-any-return]
+    return rundir.read_document(path, kind="sweep", version=FORMAT, field="runs")
 
 
 def pending(sweep: Path, plan: Sequence[RunConfig], *, retry_failed: bool) -> list[RunConfig]:

@@ -22,7 +22,7 @@ from aepo import config as configs
 from aepo import rundir
 from aepo.config import RunConfig
 from aepo.console import err
-from aepo.errors import CheckpointError, ConfigError, IncompleteError
+from aepo.errors import ConfigError, IncompleteError
 from tune.board import Board, driving
 from tune.plan import RUN_FOLDERS, STAGES, STOP, read_digests, write_manifest
 from tune.space import Sampler, Space
@@ -144,16 +144,7 @@ def read_record(search: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if there is none of this version.
     """
-    path = search / SEARCH
-    try:
-        document = json.loads(path.read_text())
-        assert document["format"] == FORMAT
-        assert isinstance(document["trials"], list)
-    except FileNotFoundError:
-        raise CheckpointError(f"{search} is not a search: it has no {SEARCH}") from None
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{path} is not a search of this version: {error}") from error
-    return document  # type: ignore[no-any-return]
+    return rundir.read_document(search / SEARCH, kind="search", version=FORMAT, field="trials")
 
 
 def run_search(

@@ -142,7 +142,7 @@ class Search:
             raise ConfigError("a search wants at least one task; `aepo data list` shows them")
         overrides = configs.parse_overrides(self.set)
         bases = [configs.with_overrides(preset(self.preset, row, self.seed), overrides) for row in rows]
-        from tune.search import Spec, describe_space, run_search
+        from tune.search import Spec, describe_space, read_record, run_search
         from tune.space import default_space, read_space
 
         space = read_space(self.space or default_space([base.suite for base in bases]), bases)
@@ -189,7 +189,7 @@ class Search:
             runner="inline",
         )
         record = run_search(self.out, spec, bases, space, resources, tracking_uri=uri)
-        document = read_record_of(record.path.parent)
+        document = read_record(record.path.parent)
         if self.json:
             emit_json(document)
         else:
@@ -198,13 +198,6 @@ class Search:
         err.print(f"settings as a sweep:  aepo sweep {self.out}/found.toml --seeds 0 1 2 3 4", soft_wrap=True)
         err.print(f"report:               aepo report {self.out}", soft_wrap=True)
         return 0
-
-
-def read_record_of(search: Path) -> dict[str, Any]:
-    """Return search.json; see `tune.search.read_record`."""
-    from tune.search import read_record
-
-    return read_record(search)
 
 
 def trial_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
