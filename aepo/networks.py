@@ -58,7 +58,7 @@ class Linear(nn.Linear):
     """A linear layer that takes oneDNN's AVX-512 kernels where the processor has them.
 
     PyTorch's own linear layers call MKL, which on AMD's processors runs AVX2 kernels at less than half the speed
-    (docs/results/speed.md); on others the two are equal.
+    (docs/results/speed.md).
     """
 
     def forward(self, x_BI: Tensor) -> Tensor:
@@ -129,10 +129,9 @@ class Prepared:
         """Times are named by their place in `t_N` from here on."""
         first, *inner, last = (layer for layer in net.body if isinstance(layer, nn.Linear))
         sizes = [net.action_dim, states_BS.shape[1], 2 * len(net.frequencies_F)]
-        self._action_AH, of_state_HS, of_time_HF = (
-            part.contiguous() for part in torch.split(first.weight, sizes, dim=1)
-        )
-        self._action_AH = self._action_AH.t()
+        parts = torch.split(first.weight, sizes, dim=1)
+        of_action_HA, of_state_HS, of_time_HF = (part.contiguous() for part in parts)
+        self._action_AH = of_action_HA.t()
         self._states_BH = F.linear(states_BS, of_state_HS, first.bias)
         self._times_NH = F.linear(net.features(t_N), of_time_HF)
         self._inner, self._last = inner, last
