@@ -357,7 +357,8 @@ def test_a_killed_process_shows_no_data_set_and_the_next_goes_on(sent, hub, root
     hub.publish(HUMAN)
     size = len(hub.files["D4RL"]["pen/human-v2/data/main_data.hdf5"])
     hub.end, hub.trickle = size // 2, True
-    code = f"from aepo.data.download import download; download([{HUMAN!r}])"
+    interruptible = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also under nohup
+    code = f"{interruptible}\nfrom aepo.data.download import download; download([{HUMAN!r}])"
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "hf"),

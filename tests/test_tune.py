@@ -80,7 +80,7 @@ def test_runs_planned_twice_and_foreign_manifests_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="not a sweep"):
         read_manifest(tmp_path)
     (tmp_path / plans.MANIFEST).write_text('{"format": 99, "runs": {}}')
-    with pytest.raises(CheckpointError, match="not a manifest of this version"):
+    with pytest.raises(CheckpointError, match="not a sweep of this version"):
         read_manifest(tmp_path)
 
 
