@@ -350,6 +350,27 @@ def test_a_server_that_is_away_costs_a_warning_and_its_rows_come_later(sweep, ur
     assert set(tracker.run_ids) == {config.name for config in plan[:2]}
 
 
+@pytest.mark.parametrize(("num_failures", "arrives"), [(3, True), (99, False)])
+def test_at_the_end_a_server_that_is_away_is_waited_for(num_failures, arrives, sweep, uri, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    folder, plan = sweep
+    tracker = Tracker(folder, plan, uri=uri)
+    pauses, send = [], MlflowClient.log_batch
+
+    def log_batch(*args, **kwargs):
+        if len(pauses) < num_failures:
+            raise MlflowException("connection refused")
+        return send(*args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    monkeypatch.setattr("tune.tracking.time.sleep", pauses.append)
+    assert tracker.ship_rest() is arrives
+    assert sum(pauses) == (14 if arrives else 60)
+    assert tracker.ship() is arrives
+
+
 def test_a_password_in_the_uri_is_not_printed(sweep, capsys):
     folder, plan = sweep
     assert not Tracker(folder, plan, uri="nonsense://me:secret@host/db").ship()

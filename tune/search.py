@@ -310,7 +310,7 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
             ),
         )
         tuner.fit()
-    tracker.ship()
+    tracker.ship_rest()
     tracker.close([{"status": _ROW_STATUS[trial["state"]]} for trial in record.trials])
 
 

@@ -112,7 +112,7 @@ def _drive(
     for config in plan:
         if config.name in errors and rundir.read_result(run_folder(sweep, config)) is None:
             tracker.end(config, "FAILED", errors[config.name])
-    tracker.ship()
+    tracker.ship_rest()
     rows = collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids)
     write_rows(sweep, rows)
     tracker.close(rows)

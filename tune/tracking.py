@@ -47,6 +47,8 @@ MEASURED = ("env_id", "ref_min", "ref_max")
 """Of a result, as tags: what the settings do not say."""
 LOAD, LOAD_INTERVAL_S = "system/", 60.0
 """What this machine has used, in the names of MLflow's own monitor; its page shows them apart."""
+PAUSES_S = (2.0, 4.0, 8.0, 16.0, 30.0)
+"""Between attempts to send what is left at the end."""
 ATTACH_ATTEMPTS = 3
 """Failures to store files, one after the other, until runs are closed without them."""
 SETTINGS = {
@@ -126,6 +128,14 @@ class Tracker:
             self._load += [(f"{LOAD}cpu_utilization_percentage", psutil.cpu_percent(), now)]
             self._load += [(f"{LOAD}system_memory_usage_megabytes", used, now)]
         return self._attempt(self._ship)
+
+    def ship_rest(self) -> bool:
+        """Send all that is left, waiting a minute at most for a server that is away; return whether it took it."""
+        for pause_s in PAUSES_S:
+            if self.ship():
+                return True
+            time.sleep(pause_s)
+        return self.ship()
 
     def add(self, config: RunConfig) -> None:
         """Ship one more run."""
