@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MIN_ROWS = 16
-"""Fewer rows do not repay a call of oneDNN."""
+MIN_ROWS, MIN_PRODUCTS = 16, 2**20
+"""Fewer rows, or fewer multiplications in all, do not repay a call of oneDNN."""
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch._C._has_mkldnn
 
 
@@ -23,8 +23,11 @@ def _onednn(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activation: 
     return product_BO
 
 
-def _takes_onednn(x_BI: Tensor) -> bool:
-    return HAS_AVX512 and x_BI.device.type == "cpu" and x_BI.ndim == 2 and x_BI.shape[0] >= MIN_ROWS
+def _takes_onednn(x_BI: Tensor, weight_OI: Tensor) -> bool:
+    if not (HAS_AVX512 and x_BI.ndim == 2 and x_BI.device.type == "cpu"):
+        return False
+    rows = x_BI.shape[0]
+    return rows >= MIN_ROWS and rows * weight_OI.numel() >= MIN_PRODUCTS
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -63,7 +66,7 @@ class Linear(nn.Linear):
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return [B, O] of [B, I]."""
-        if not _takes_onednn(x_BI):
+        if not _takes_onednn(x_BI, self.weight):
             return F.linear(x_BI, self.weight, self.bias)
         x_BI = x_BI.contiguous()  # columns of a wider tensor would take oneDNN's slow path
         multiply = _apply if torch.is_grad_enabled() else _onednn
@@ -86,7 +89,7 @@ class Mlp(nn.Sequential):
         """Return [B, O] of [B, I]."""
         learns = torch.is_grad_enabled()
         for linear, norm in self._hidden:
-            if norm is None and not learns and _takes_onednn(x_BI):
+            if norm is None and not learns and _takes_onednn(x_BI, linear.weight):
                 x_BI = _onednn(x_BI.contiguous(), linear.weight, linear.bias, "swish")
                 continue
             x_BI = linear.forward(x_BI)
@@ -143,7 +146,7 @@ class Prepared:
         """Return the network's output, [B, O]."""
         x_BH = F.silu(self._first(a_BA, step), inplace=True)
         for layer in self._inner:
-            if _takes_onednn(x_BH):
+            if _takes_onednn(x_BH, layer.weight):
                 x_BH = _onednn(x_BH, layer.weight, layer.bias, "swish")
             else:
                 x_BH = F.silu(F.linear(x_BH, layer.weight, layer.bias), inplace=True)
@@ -157,7 +160,8 @@ class Prepared:
         grad_BH = (weight_O @ self._last.weight).expand_as(before[-1])
         for layer, x_BH in zip(reversed(self._inner), reversed(before[1:]), strict=True):
             grad_BH = torch.ops.aten.silu_backward.default(grad_BH, x_BH)
-            grad_BH = _onednn(grad_BH, layer.weight.t(), None) if _takes_onednn(grad_BH) else grad_BH @ layer.weight
+            fast = _takes_onednn(grad_BH, layer.weight)
+            grad_BH = _onednn(grad_BH, layer.weight.t(), None) if fast else grad_BH @ layer.weight
         slope_BA: Tensor = torch.ops.aten.silu_backward.default(grad_BH, before[0]) @ self._action_AH.t()
         return slope_BA
 

@@ -19,6 +19,13 @@ from aepo.stages.optim import Adam
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _small_sizes_too():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "MIN_PRODUCTS", 0)
+        yield
+
+
 @pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
 def kernels(request, monkeypatch):
     """Both ways, whatever this machine would take; oneDNN runs on every x86 processor."""
