@@ -102,10 +102,12 @@ def test_a_run_without_a_result_is_a_row_with_its_reason(sweep):
     check_complete(rows[:2])
 
 
-def test_analysis_reads_what_tune_writes(sweep, capsys):
+@pytest.mark.parametrize("rows_at_once", [1, 2, 200])
+def test_analysis_reads_what_tune_writes(rows_at_once, sweep, capsys, monkeypatch):
     from analysis.load import load_runs
 
     folder, plan = sweep
+    monkeypatch.setattr("tune.record.ROWS_AT_ONCE", rows_at_once)
     rows = collect_rows(folder, plan, errors={plan[2].name: "killed"})
     write_rows(folder, rows)
     table = load_runs(folder)

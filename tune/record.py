@@ -1,7 +1,8 @@
 """Rows of runs.parquet: one per planned run, whether it finished, failed or is missing."""
 
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tune.plan import run_folder
 
 RUNS = "runs.parquet"
 SCHEMA_VERSION = 2
+ROWS_AT_ONCE = 200
+"""Held while they are written."""
 EVALUATION = pa.struct(
     [
         ("method", pa.string()),
@@ -76,7 +79,18 @@ def collect_rows(
     errors: Mapping[str, str] | None = None,
     mlflow_run_ids: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return one row per planned run.
+    """Return one row per planned run; see `each_row`."""
+    return list(each_row(sweep, plan, errors=errors, mlflow_run_ids=mlflow_run_ids))
+
+
+def each_row(
+    sweep: Path,
+    plan: Sequence[RunConfig],
+    *,
+    errors: Mapping[str, str] | None = None,
+    mlflow_run_ids: Mapping[str, str] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield one row per planned run.
 
     Args:
         sweep: folder of the sweep.
@@ -84,7 +98,6 @@ def collect_rows(
         errors: run name -> why a run without a result has none.
         mlflow_run_ids: run name -> id.
     """
-    rows = []
     for config in plan:
         folder = run_folder(sweep, config)
         result = rundir.read_result(folder)
@@ -93,15 +106,16 @@ def collect_rows(
             row |= {"status": "failed", "error": errors[config.name]}
         row["mlflow_run_id"] = (mlflow_run_ids or {}).get(config.name)
         row["folder"] = str(folder.relative_to(sweep))
-        rows.append({"schema_version": SCHEMA_VERSION, **row})
-    return rows
+        yield {"schema_version": SCHEMA_VERSION, **row}
 
 
-def write_rows(sweep: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write runs.parquet atomically and return its path."""
+def write_rows(sweep: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write runs.parquet atomically and return its path; of thousands of rows a few are in memory at a time."""
     path = sweep / RUNS
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
-    pq.write_table(table, temporary)
+    remaining = iter(rows)
+    with pq.ParquetWriter(temporary, SCHEMA) as writer:
+        while some := [dict(row) for row in itertools.islice(remaining, ROWS_AT_ONCE)]:
+            writer.write_table(pa.Table.from_pylist(some, schema=SCHEMA))
     temporary.replace(path)
     return path

@@ -24,7 +24,7 @@ from aepo.evaluate import Evaluator
 from tune.board import LINE_INTERVAL_S, Board, driving
 from tune.estimate import memory_gib, work
 from tune.plan import STOP, pending, read_digests, run_folder, write_manifest
-from tune.record import collect_rows, write_rows
+from tune.record import collect_rows, each_row, write_rows
 from tune.tracking import Tracker
 
 Runner = Literal["train", "inline"]
@@ -105,7 +105,7 @@ def _drive(
                     (run_folder(sweep, config) / name).unlink(missing_ok=True)
 
         def write() -> None:
-            write_rows(sweep, collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids))
+            write_rows(sweep, each_row(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids))
 
         with watching(Board(sweep, waiting), tracker, write):
             errors |= _run_on_ray(sweep, waiting, resources)
