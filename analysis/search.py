@@ -96,6 +96,10 @@ def _read(search: Path) -> dict[str, Any]:
     return document  # type: ignore[no-any-return]
 
 
+def _seeds(seeds: Sequence[int]) -> str:
+    return "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+
+
 def _tasks(document: Mapping[str, Any]) -> list[str]:
     return [*document["spec"]["tasks"], *document["spec"]["datasets"]]
 
@@ -128,7 +132,7 @@ def _compute_notes(document: Mapping[str, Any]) -> list[str]:
             for part, names in (("select", ("best", "preset")), ("confirm", ("found", "default")))
         )
         notes.append(
-            f"Selection on {len(document['spec']['select_seeds'])} seeds took {select:,} more: {taken + select:,} "
+            f"Selection on {_seeds(document['spec']['select_seeds'])} took {select:,} more: {taken + select:,} "
             f"in all, {(taken + select) / full:.1%}. Found and default on fresh seeds took {confirm:,}, for the "
             "report only."
         )

@@ -184,7 +184,8 @@ def run_search(
             return [{key: row.get(key) for key in CONFIRMED} for row in rows]
 
         changes = found_settings(space, best)
-        err.print(f"trial {best['number']} against the preset, on {len(spec.select_seeds)} seeds")
+        seeds = ", ".join(map(str, spec.select_seeds))
+        err.print(f"trial {best['number']} against the preset, on training seed {seeds}")
         select = {"best": train("best", changes, spec.select_seeds), "preset": train("preset", {}, spec.select_seeds)}
         wins = mean_score(select["best"]) > mean_score(select["preset"])
         found = changes if wins else {}
