@@ -77,7 +77,7 @@ def test_two_workers_reach_the_weights_of_one(name, both):
     for shared, shared_metrics in (each[name] for each in both):
         assert set(shared) == set(alone)
         for key, tensor in alone.items():
-            if (name, key) == ("qgpo", "energy.net.body.4.bias"):
+            if name == "qgpo" and key in ("energy.net.body.4.bias", "energy.ema.net.body.4.bias"):
                 continue  # its loss does not depend on it: the gradient is rounding, which Adam blows up
             torch.testing.assert_close(
                 shared[key], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
