@@ -209,14 +209,13 @@ def advantage_of_rows(q: nn.Module, state: CriticState, data: Transitions, *, nu
     """
     if num_draws < len(data):
         return lambda index_B: advantages(q, state, data, index_B)
-    known_N: list[Tensor] = []
-    known_at = -1
+    known: tuple[int, Tensor] | None = None
 
     def of_rows(index_B: Tensor) -> Tensor:
-        nonlocal known_at
-        if known_at != state.step:  # a round later the critic has learned
-            known_N[:], known_at = [advantages(q, state, data)], state.step
-        return known_N[0][index_B]
+        nonlocal known
+        if known is None or known[0] != state.step:  # a round later the critic has learned
+            known = state.step, advantages(q, state, data)
+        return known[1][index_B]
 
     return of_rows
 
