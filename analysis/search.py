@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 RECORD = "search.json"
 FORMAT = 1
-COLOURS = {"finished": "#0072B2", "stopped": "#999999", "failed": "#D55E00", "running": "#E69F00"}
+COLOURS = {"finished": "#0072B2", "stopped": "#999999", "failed": "#D55E00", "running": "#E69F00", "waiting": "#F0E442"}
 """Okabe and Ito's, by the state of a trial."""
 
 

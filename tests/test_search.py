@@ -1,12 +1,12 @@
-"""A search: ASHA's decisions against its rule, the record as the truth, nothing trained twice, the report."""
+"""A search: who goes on, and no more than that, the record as the truth, nothing trained twice, the report."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,71 +75,108 @@ def record(tmp_path, space, trials, spec=SPEC):
     return Record(tmp_path / searches.SEARCH, spec, space, trials)
 
 
-def report(rungs, number, round_number, score):
-    metrics = [{"eval/score": score, "eval/return_mean": 0.0, "steps_reused": 0.0}]
-    result = {"number": number, "round": round_number, "budget": 3 ** (round_number - 1), "metrics": metrics}
-    return rungs.on_trial_result(None, SimpleNamespace(trial_id="x"), result)
-
-
 # -- decisions ---------------------------------------------------------------------------------------------
 
 
-def asha_goes_on(score, others, reduction=3):
-    """The rule of asynchronous halving: among those at the rung so far, is it in the upper 1 / reduction?"""
-    return not others or score >= np.percentile(others, 100 * (1 - 1 / reduction))
+def work_through(current, space, base, scores, *, at_once, generator):
+    """Do what the searcher asks, so many pieces at once that end in any order; yield after each its trial and record.
 
+    A score is `scores(number, round)`.
+    """
+    from tune.rungs import Asking
 
-@pytest.mark.parametrize("seed", range(5))
-def test_decisions_are_ashas_and_stand_in_the_record_before_a_trial_goes_on(seed, tmp_path, space):
-    from tune.rungs import Rungs
-
-    generator = np.random.default_rng(seed)
-    current = record(tmp_path, space, [trial(number) for number in range(9)])
-    rungs = Rungs(current)
-    at_rung = {1: [], 2: []}
-    for number in generator.permutation(9):
-        for round_number in (1, 2, 3):
-            score = float(generator.normal())
-            action = report(rungs, int(number), round_number, score)
-            stored = json.loads(current.path.read_text())["trials"][number]
-            assert len(stored["rounds"]) == round_number
-            if round_number == 3:
-                assert (action, stored["state"]) == ("CONTINUE", "finished")
-            else:
-                goes_on = asha_goes_on(score, at_rung[round_number])
-                at_rung[round_number].append(score)
-                assert (action == "CONTINUE") == goes_on == (stored["state"] == "running")
-            if action == "STOP":
-                assert stored["state"] == "stopped"
+    asking = Asking(current, [base], {}, on_draw=lambda _: None, on_end=lambda _: None)
+    under_way = {}
+    for piece in itertools.count():
+        while len(under_way) < at_once:
+            work = asking.suggest(f"piece {piece}-{len(under_way)}")
+            if work in (None, "FINISHED"):
                 break
+            under_way[f"piece {piece}-{len(under_way)}"] = work
+        if not under_way:
+            assert work == "FINISHED"
+            return
+        name = generator.choice(sorted(under_way))
+        work = under_way.pop(name)
+        for round_number in range(work["ended"] + 1, work["until"] + 1):
+            score = scores(work["number"], round_number)
+            metrics = [{"eval/score": score, "eval/return_mean": 0.0, "steps_reused": 0.0}]
+            asking.on_trial_result(name, {"round": round_number, "metrics": metrics})
+        asking.on_trial_complete(name)
+        stored = json.loads(current.path.read_text())["trials"]
+        assert stored == current.trials
+        yield work, stored
 
 
-def test_rungs_are_taken_up_from_the_record(tmp_path, space):
-    from tune.rungs import Rungs
-
-    trials = [trial(0, (10.0, 20.0), "stopped"), trial(1, (30.0,)), trial(2, (20.0,), "stopped"), trial(3)]
-    rungs = Rungs(record(tmp_path, space, trials))
-    assert report(rungs, 3, 1, 19.0) == "STOP"  # 10, 20, 30 were there: the upper third begins at 23.3
-    assert report(rungs, 1, 1, -5.0) == "CONTINUE"  # reported again: decided already, and noted once
-    assert [len(t["rounds"]) for t in trials] == [2, 1, 1, 1]
-    assert trials[1]["rounds"][0]["score"] == 30.0
-    assert report(rungs, 1, 2, 19.0) == "STOP"
+def at_rung(trials, number):
+    return [t for t in trials if len(t["rounds"]) >= number]
 
 
-def test_without_grace_nothing_is_stopped(tmp_path, space):
-    from tune.rungs import Rungs
-
-    spec = dataclasses.replace(SPEC, grace=0)
-    rungs = Rungs(record(tmp_path, space, [trial(number) for number in range(9)], spec))
-    assert {report(rungs, n, r, float(-n)) for n in range(9) for r in (1, 2, 3)} == {"CONTINUE"}
+def gone_on(trials, number):
+    return [t for t in at_rung(trials, number) if len(t["rounds"]) > number or t["state"] == "running"]
 
 
-def test_the_first_round_can_be_one_of_grace(tmp_path, space):
-    from tune.rungs import Rungs
+@pytest.mark.parametrize("order", ["random", "each better than the last", "each worse than the last"])
+@pytest.mark.parametrize(("at_once", "reduction"), [(1, 3), (2, 4), (7, 2)])
+def test_one_in_so_many_goes_on_in_whatever_order_they_come(order, at_once, reduction, tmp_path, space, tiny_config):
+    generator = np.random.default_rng([at_once, reduction])
+    values = generator.normal(size=(24, 3))
+    if order != "random":
+        values = np.sort(values, axis=0)[:: 1 if "better" in order else -1]
+    spec = dataclasses.replace(SPEC, trials=24, reduction=reduction)
+    current = record(tmp_path, space, [], spec)
+    walk = work_through(
+        current, space, tiny_config(), lambda n, r: float(values[n, r - 1]), at_once=at_once, generator=generator
+    )
+    for _, trials in walk:
+        for rung in (1, 2):
+            here, gone = at_rung(trials, rung), gone_on(trials, rung)
+            assert len(gone) <= len(here) // reduction
+    counts = [len(at_rung(current.trials, rung)) for rung in (1, 2, 3)]
+    assert counts == [24, 24 // reduction, 24 // reduction // reduction]
+    assert {t["state"] for t in at_rung(current.trials, 3)} == {"finished"}
+    best = int(np.argmax(values[:, 0]))
+    assert len(current.trials[best]["rounds"]) > 1
 
-    rungs = Rungs(record(tmp_path, space, [trial(n) for n in range(9)], dataclasses.replace(SPEC, grace=2)))
-    assert {report(rungs, n, 1, float(-n)) for n in range(9)} == {"CONTINUE"}
-    assert [report(rungs, n, 2, float(-n)) for n in range(3)] == ["CONTINUE", "STOP", "STOP"]
+
+def test_with_few_trials_the_best_is_finished_all_the_same(tmp_path, space, tiny_config):
+    current = record(tmp_path, space, [], dataclasses.replace(SPEC, trials=4))
+    scores = {0: 1.0, 1: 4.0, 2: 3.0, 3: 2.0}
+    generator = np.random.default_rng(0)
+    list(work_through(current, space, tiny_config(), lambda n, _: scores[n], at_once=2, generator=generator))
+    assert [len(t["rounds"]) for t in current.trials].count(3) == 1
+    assert current.best()["number"] == 1
+
+
+def test_who_was_promoted_goes_on_from_the_record_and_who_waits_waits(tmp_path, space, tiny_config):
+    rows = [trial(0, (10.0,), "waiting"), trial(1, (30.0,)), trial(2, (20.0,), "waiting"), trial(3)]
+    current = record(tmp_path, space, rows, dataclasses.replace(SPEC, trials=4))
+    scores = {0: 0.0, 1: 31.0, 2: 21.0, 3: 19.0}
+    generator = np.random.default_rng(0)
+    walk = work_through(current, space, tiny_config(), lambda n, _: scores[n], at_once=1, generator=generator)
+    assert [(w["number"], w["ended"], w["until"]) for w, _ in walk] == [(1, 1, 2), (3, 0, 1), (1, 2, 3)]
+    assert [t["state"] for t in current.trials] == ["waiting", "finished", "waiting", "waiting"]
+
+
+def test_a_trial_that_failed_after_a_promotion_took_its_place(tmp_path, space):
+    from tune.rungs import last_hope, promoted
+
+    rows = [trial(n, (float(n),), "waiting") for n in range(3)]
+    current = record(tmp_path, space, rows)
+    assert promoted(current) is rows[2]
+    rows[2]["state"] = "failed"
+    assert promoted(current) is None
+    assert last_hope(current) is rows[1]  # for nothing has finished yet
+    rows[0] |= trial(0, (1.0, 1.0, 1.0), "finished")
+    assert last_hope(current) is None
+
+
+@pytest.mark.parametrize(("grace", "rungs"), [(0, [3]), (1, [1, 2, 3]), (2, [2, 3]), (3, [3])])
+def test_trials_train_to_the_next_rung_past_the_rounds_of_grace(grace, rungs):
+    from tune.rungs import next_rung
+
+    spec = dataclasses.replace(SPEC, grace=grace)
+    assert sorted({next_rung(spec, ended) for ended in range(3)}) == rungs
 
 
 def test_several_tasks_share_the_pair_that_is_best_over_all(tmp_path, space):
@@ -314,9 +351,9 @@ def test_killed_in_mid_search_it_goes_on_from_the_record(make_dataset, tmp_path)
     for old, new in zip(before, after, strict=False):
         assert new["params"] == old["params"]
         assert new["rounds"][: len(old["rounds"])] == old["rounds"]
-        if old["state"] == "running":  # promoted from its last rung: it goes on
+        if old["state"] == "running":  # promoted from its last rung, or new: it goes on
             assert len(new["rounds"]) > len(old["rounds"])
-        else:
+        elif old["state"] != "waiting":
             assert new == old
     names = [name for t in after for name in t["runs"]]
     assert len(names) == len(set(names))
@@ -364,8 +401,8 @@ def test_a_dry_run_says_what_is_varied_and_what_it_costs(tmp_path, capsys):
     assert cli.run(["search", "--task", "maze2d-umaze", "--out", str(tmp_path / "none"), "--dry-run", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert {"setting": "sampling.beta", "values": "1, 3 (on every policy)"} in facts["space"]
-    # 1/9 of the steps by all, 2/9 by a third, 6/9 by a ninth
-    assert f"about {1 / 9 + 2 / 9 / 3 + 6 / 9 / 9:.0%} of them" in facts["cost"]
+    # 1/9 of the steps by all, 2/9 by 8 of 24, 6/9 by 2
+    assert f"at most {1 / 9 + 2 / 9 * 8 / 24 + 6 / 9 * 2 / 24:.0%} of them" in facts["cost"]
     assert not (tmp_path / "none").exists()
 
 

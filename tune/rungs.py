@@ -1,13 +1,9 @@
-"""What Ray Tune asks in a search: which trial is next, and whether one goes on. The record has the answers."""
+"""What Ray Tune asks in a search: which trial trains next, and up to which round. The record has the answers."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.schedulers.async_hyperband import _Bracket
 from ray.tune.search import Searcher
 
 from aepo import config as configs
@@ -15,12 +11,50 @@ from aepo import run, rundir
 from aepo.config import RunConfig
 from aepo.console import err
 from tune.plan import RUN_FOLDERS, STOP
-from tune.search import Record, trial_configs
+from tune.search import Record, Spec, trial_configs
 from tune.space import draw, preset_draw
 
 
+def promoted(record: Record) -> dict[str, Any] | None:
+    """Return the waiting trial that goes on now, if one does: ASHA (arXiv 1810.05934) with a bound.
+
+    Of the n trials that have come to a rung, n // reduction go on, in whatever order they came: whenever that leaves
+    room for one more, it is the best of those that wait there, the highest rung first.
+    """
+    for rung in reversed(range(1, record.spec.rounds)):
+        here = [trial for trial in record.trials if len(trial["rounds"]) >= rung]
+        waiting = _waiting(record, rung)
+        gone = sum(len(trial["rounds"]) > rung or trial["state"] in ("running", "failed") for trial in here)
+        if waiting and gone < len(here) // record.spec.reduction:
+            return max(waiting, key=lambda trial: float(trial["rounds"][-1]["score"]))
+    return None
+
+
+def last_hope(record: Record) -> dict[str, Any] | None:
+    """Return the best of those that wait at the highest rung, if no trial has finished: few trials, or lost ones."""
+    if record.best() is not None:
+        return None
+    for rung in reversed(range(1, record.spec.rounds)):
+        if waiting := _waiting(record, rung):
+            return max(waiting, key=lambda trial: float(trial["rounds"][-1]["score"]))
+    return None
+
+
+def _waiting(record: Record, rung: int) -> list[dict[str, Any]]:
+    return [trial for trial in record.trials if trial["state"] == "waiting" and len(trial["rounds"]) == rung]
+
+
+def next_rung(spec: Spec, num_rounds: int) -> int:
+    """Return the round up to which a trial trains that has had so many: it waits there, or is finished."""
+    return max(num_rounds + 1, spec.grace) if spec.grace else spec.rounds
+
+
 class Asking(Searcher):
-    """What Ray Tune asks for the next trial: those under way first, then draws; tells the record how a trial ended."""
+    """What Ray Tune asks for the next piece of work: a trial from one rung to the next.
+
+    First those under way in a continued search, then promotions, then draws. What comes back goes to the record before
+    anything depends on it.
+    """
 
     def __init__(
         self,
@@ -36,8 +70,10 @@ class Asking(Searcher):
         self._record, self._bases, self._values = record, bases, dict(values)
         self._plan, self._end = on_draw, on_end
         self._search = record.path.parent
-        self._waiting = [trial for trial in record.trials if trial["state"] == "running"]
+        self._broken = [trial for trial in record.trials if trial["state"] == "running"]
         self._numbers: dict[str, int] = {}
+        """Tune's id of each piece of work under way -> number of its trial."""
+        self._exhausted = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray stores searchers; this one's state is the record
@@ -46,20 +82,29 @@ class Asking(Searcher):
         """Called by Tune."""
         if (self._search / STOP).exists():
             return Searcher.FINISHED
-        trial = self._waiting.pop(0) if self._waiting else self._draw()
+        record = self._record
+        trial = self._broken.pop(0) if self._broken else promoted(record) or self._draw()
+        if trial is None:
+            if self._numbers:
+                return None  # what comes of those under way decides
+            trial = last_hope(record)
         if trial is None:
             return Searcher.FINISHED
+        if trial["state"] == "waiting":
+            trial["state"] = "running"
+            record.save()
         self._numbers[trial_id] = trial["number"]
         return {
             **self._values,
             "number": trial["number"],
             "runs": trial["runs"],
             "ended": len(trial["rounds"]),
+            "until": next_rung(record.spec, len(trial["rounds"])),
         }
 
     def _draw(self) -> dict[str, Any] | None:
         record = self._record
-        if len(record.trials) >= record.spec.trials:
+        if self._exhausted or len(record.trials) >= record.spec.trials:
             return None
         taken = {name for trial in record.trials for name in trial["runs"]}
         passed: list[dict[str, Any]] = []
@@ -69,6 +114,7 @@ class Asking(Searcher):
                 params = draw(record.space, record.spec.sampler, record.spec.seed, [*record.trials, *passed])
             if params is None or len(passed) > 100:
                 err.print(f"the space has no more than {len(record.trials)} different settings", soft_wrap=True)
+                self._exhausted = True
                 return None
             runs = trial_configs(record, params, self._bases)
             if not taken & {config.name for config in runs}:
@@ -93,10 +139,17 @@ class Asking(Searcher):
         record.save()
         return trial
 
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Called by Tune."""
+        number, row = self._numbers[trial_id], _round(result, self._record)
+        rounds, rung = self._record.spec.rounds, next_rung(self._record.spec, row["round"] - 1)
+        state = "finished" if row["round"] == rounds else "waiting" if row["round"] == rung else "running"
+        self._record.note(number, row, state)
+
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:  # noqa: ARG002
         """Called by Tune."""
-        trial = self._record.trials[self._numbers[trial_id]]
-        if trial["state"] == "running":  # it came to no last round
+        trial = self._record.trials[self._numbers.pop(trial_id)]
+        if trial["state"] == "running":  # it did not come to the rung
             results = [rundir.read_result(self._search / RUN_FOLDERS / name) for name in trial["runs"]]
             reasons = [found["error"] for found in results if found is not None and found["error"]]
             if reasons or error or not (self._search / STOP).exists():
@@ -110,36 +163,6 @@ class Asking(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Called by Tune; see `save`."""
-
-
-class Rungs(FIFOScheduler):
-    """ASHA (arXiv 1810.05934): Ray's own decisions, on rungs that are read from the record and written to it first."""
-
-    def __init__(self, record: Record):
-        """Take the rounds that have ended before."""
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._record, spec = record, record.spec
-        self._bracket = None
-        if spec.grace:
-            grace, end = spec.reduction ** (spec.grace - 1), spec.reduction**spec.rounds
-            self._bracket = _Bracket(grace, end, spec.reduction, 0, stop_last_trials=False)
-            for milestone, scores in self._bracket._rungs:
-                number = round(math.log(milestone, spec.reduction)) + 1
-                for trial in record.trials:
-                    if len(trial["rounds"]) >= number:
-                        scores[trial["number"]] = trial["rounds"][number - 1]["score"]
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002
-        """Called by Tune."""
-        number, row = result["number"], _round(result, self._record)
-        last = row["round"] == self._record.spec.rounds
-        action = str(TrialScheduler.CONTINUE)
-        if self._bracket is not None:
-            named: Any = SimpleNamespace(trial_id=number)
-            action = self._bracket.on_result(named, result["budget"], row["score"])
-        state = "finished" if last else "stopped" if action == TrialScheduler.STOP else "running"
-        self._record.note(number, row, state)
-        return str(TrialScheduler.CONTINUE) if last else action
 
 
 def _round(result: Mapping[str, Any], record: Record) -> dict[str, Any]:

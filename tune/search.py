@@ -1,4 +1,4 @@
-"""A search for settings: trials in rounds under Ray Tune's ASHA, then found against default on fresh seeds.
+"""A search for settings: trials in rounds under Ray Tune by ASHA, then found against default on fresh seeds.
 
 search.json is the truth: the space, every trial with its rounds, and what became of it, written before a trial goes
 on. Ray's own state is thrown away; a repeated command goes on from the file. Trials train in a private seed and are
@@ -34,6 +34,8 @@ SEARCH, FOUND, DEFAULT = "search.json", "found", "default"
 CONFIRMED = ("task", "seed", "status", "score", "return_mean", "num_episodes", "steps", "steps_reused", "error")
 """What the record keeps of a run of the found or default settings."""
 FORMAT = 1
+OPEN = ("running", "waiting")
+"""States of a trial that may still train."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Spec:
     reduction: int
     """Of the trials at a rung, one in so many goes on."""
     grace: int
-    """Round after which trials are first stopped; 0 = none is ever."""
+    """Round after which trials first wait for a promotion; 0 = none ever does."""
     num_episodes: int
     """Per evaluation and pair of beta and guidance scale."""
     select_seeds: tuple[int, ...]
@@ -80,8 +82,9 @@ class Record:
     space: Space
     trials: list[dict[str, Any]]
     """number, params (drawn), used (those that its target and learner have), runs (names), steps (gradient steps of all
-    runs at the end of each round), state (running, finished, stopped, failed), rounds, error. A round: round, score,
-    scores (per task), beta and guidance_scale that it is of, steps_reused (those that the stage store saved), at."""
+    runs at the end of each round), state (running; waiting, for a promotion; finished; stopped, never promoted;
+    failed), rounds, error. A round: round, score, scores (per task), beta and guidance_scale that it is of,
+    steps_reused (those that the stage store saved), at."""
     select: dict[str, Any] | None = None
     """trial, settings, wins, and the runs of best and preset on the selecting seeds."""
     confirm: dict[str, Any] | None = None
@@ -238,14 +241,13 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
     plans: dict[int, list[RunConfig]] = {
         trial["number"]: trial_configs(record, trial["params"], bases) for trial in record.trials
     }
-    waiting = [trial for trial in record.trials if trial["state"] == "running"]
-    missing = spec.trials - len(record.trials)
-    ended = len(record.trials) - len(waiting)
+    open_ = sum(trial["state"] in OPEN for trial in record.trials)
+    missing = max(0, spec.trials - len(record.trials))
     err.print(
-        f"{spec.trials} trials in {search}: {ended} ended, {len(waiting)} under way, {max(0, missing)} to draw",
+        f"{spec.trials} trials in {search}: {len(record.trials) - open_} ended, {open_} under way, {missing} to draw",
         soft_wrap=True,
     )
-    if not waiting and missing <= 0:
+    if not open_ and not missing:
         return
     examples = [_example(spec, base) for base in bases]
     digests = check_data(examples, read_digests(search))
@@ -272,15 +274,15 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
                     file.unlink()  # its stages are in the store
 
     for trial in record.trials:
-        if trial["state"] != "running":
+        if trial["state"] not in OPEN:
             end(trial)
     with watching(board, tracker, lambda: None), on_ray(resources, examples) as slots:
         import ray.tune
 
-        from tune.rungs import Asking, Rungs
+        from tune.rungs import Asking
         from tune.trainable import ForgetEnded, run_rounds
 
-        concurrent = min(slots, len(waiting) + max(0, missing))
+        concurrent = min(slots, open_ + missing)
         err.print(f"{concurrent} at a time, {resources.cpus:g} CPU and {resources.gpus:g} GPU each")
         values = {
             "sweep": str(search),
@@ -288,16 +290,13 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
             "gpus": resources.gpus,
             "stages": str(resources.stages),
             "checkpoint_s": resources.checkpoint_s,
-            "rounds": spec.rounds,
-            "reduction": spec.reduction,
         }
         bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(run_rounds, ray.tune.PlacementGroupFactory([bundle])),
             tune_config=ray.tune.TuneConfig(
                 search_alg=Asking(record, bases, values, on_draw=plan, on_end=end),
-                scheduler=Rungs(record),
-                num_samples=len(waiting) + max(0, missing),
+                num_samples=-1,  # until it answers that there is no more
                 max_concurrent_trials=concurrent,
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
                 reuse_actors=False,  # a trial that is ended amid its process leaves it in no known state
@@ -311,11 +310,17 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
             ),
         )
         tuner.fit()
+        if not (search / STOP).exists():
+            for trial in record.trials:
+                if trial["state"] == "waiting":
+                    trial["state"] = "stopped"
+                    end(trial)
+            record.save()
     tracker.ship_rest()
     tracker.close([{"status": _ROW_STATUS[trial["state"]]} for trial in record.trials])
 
 
-_ROW_STATUS = {"finished": "finished", "stopped": "finished", "failed": "failed", "running": "missing"}
+_ROW_STATUS = {"finished": "finished", "stopped": "finished", "failed": "failed"} | dict.fromkeys(OPEN, "missing")
 
 
 def _example(spec: Spec, base: RunConfig) -> RunConfig:
@@ -347,7 +352,7 @@ class SearchBoard:
     @property
     def num_ended(self) -> int:
         """Trials that go on no more."""
-        return sum(trial["state"] != "running" for trial in self._record.trials)
+        return sum(trial["state"] not in OPEN for trial in self._record.trials)
 
     def refresh(self) -> None:
         """Read what the runs have written."""
@@ -420,18 +425,16 @@ def describe_space(spec: Spec, bases: Sequence[RunConfig], space: Space) -> dict
     for key, values in space.grid.items():
         rows.append({"setting": key, "values": f"{', '.join(f'{v:g}' for v in values)} (on every policy)"})
     steps = sum(base.num_steps for base in bases)
-    share = (
-        1.0
-        if not spec.grace
-        else sum(
-            (shares[1] - shares[0]) * min(1.0, float(spec.reduction) ** -max(0, number - spec.grace + 1))
-            for number, shares in enumerate(pairwise((0.0, *spec.shares)))
-        )
-    )
+    shares, going_on = (0.0, *spec.shares), spec.trials
+    share = 0.0
+    for number, (before, after) in enumerate(pairwise(shares)):
+        if spec.grace and number >= spec.grace:
+            going_on = max(1, going_on // spec.reduction)
+        share += (after - before) * going_on / spec.trials
     cells = math.prod(len(values) for values in space.grid.values())
     cost = (
-        f"{spec.trials} trials of {steps:,} gradient steps; about {share:.0%} of them if one in {spec.reduction} goes "
-        f"on at each rung, less what trials share; {cells} x {spec.num_episodes} episodes per evaluation; then "
+        f"{spec.trials} trials of {steps:,} gradient steps; at most {share:.0%} of them, since one in {spec.reduction} "
+        f"goes on at each rung, less what trials share; {cells} x {spec.num_episodes} episodes per evaluation; then "
         f"2 x {len(spec.select_seeds)} whole runs per task to select, 2 x {len(spec.confirm_seeds)} to confirm"
     )
     return {"space": rows, "cost": cost}

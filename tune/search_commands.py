@@ -18,11 +18,11 @@ from aepo.presets import preset
 class Search:
     """Find settings by ASHA: many trials begin, the best third goes on after each round, and stages are shared.
 
-    A trial trains all stages with a share of the budget, is evaluated, and goes on with more if it is among the best so
-    far. Stages that trials have alike are trained once; every pair of beta and guidance scale is tried on every
-    policy. The found settings and the preset's own are then trained and evaluated on fresh seeds. The same command
-    again continues. Several tasks share one setting, the mean score counts; for settings of its own search each task
-    in a folder of its own.
+    A trial trains all stages with a share of the budget, is evaluated, and waits; whenever three have come so far, the
+    best of those that wait goes on with more, so a search never takes more than --dry-run says. Stages that trials have
+    alike are trained once; every pair of beta and guidance scale is tried on every policy. The found settings and the
+    preset's own are then trained and evaluated on fresh seeds. The same command again continues. Several tasks share
+    one setting, the mean score counts; for settings of its own search each task in a folder of its own.
 
     For example:
       aepo search --task maze2d-umaze --trials 24 --out searches/umaze
@@ -55,7 +55,7 @@ class Search:
     reduction: int = 3
     """Of the trials at a rung one in so many goes on; a round has so many times the steps of those before it."""
     grace: int = 1
-    """Round after which trials are first stopped; 0 = none is, every trial is trained in full."""
+    """Round after which trials first wait for a promotion; 0 = none does, every trial is trained in full."""
     seed: int = 1000
     """Training seed of all trials; their draws and episodes follow from it. Keep it out of your results' seeds."""
     num_episodes: int = 20

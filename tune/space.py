@@ -36,6 +36,7 @@ STATES = {
     "running": TrialState.RUNNING,
     "finished": TrialState.COMPLETE,
     "stopped": TrialState.PRUNED,
+    "waiting": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
 

@@ -165,31 +165,21 @@ def _claim_share(gpus: float) -> None:
 
 
 def run_rounds(values: dict[str, Any]) -> None:
-    """Advance the runs of one trial of a search, round by round; what Ray Tune schedules.
-
-    After each round it reports and waits: Tune's scheduler lets it go on, or ends it there.
+    """Advance the runs of one trial of a search, round by round, to the next rung; what Ray Tune schedules.
 
     Args:
-        values: `number` of the trial, `runs` (names, one per task), `ended` (rounds), `rounds` in all, `reduction`,
-            and those of `run_trial`.
+        values: `runs` (names, one per task), `ended` (rounds), `until` (the last round), and those of `run_trial`.
     """
     from aepo import run
 
-    for number in range(values["ended"] + 1, values["rounds"] + 1):
+    for number in range(values["ended"] + 1, values["until"] + 1):
         metrics = []
         for name in values["runs"]:
             how = functools.partial(run.advance, num_rounds=number)
             if _is_stopped(values) or (found := _perform(values | {"run": name}, how)) is None:
                 return
             metrics.append(found)
-        ray.tune.report(
-            {
-                "number": values["number"],
-                "round": number,
-                "budget": values["reduction"] ** (number - 1),
-                "metrics": metrics,
-            }
-        )
+        ray.tune.report({"round": number, "metrics": metrics})
 
 
 def _execute(values: dict[str, Any]) -> None:
