@@ -40,6 +40,7 @@ POLYNOMIAL_TARGETS = ("analytic", "mse")
 """Polynomials in beta: two heads, any beta after training. The others take beta, within the range trained."""
 VarianceEstimate = Literal["time", "learned"]
 CriticLearner = Literal["expectile", "softmax_in_support"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 """How stage 2 values the next state: IQL's expectile regression [M6], or QGPO's backup over cloned actions [M8]."""
 
 
@@ -124,10 +125,15 @@ class StageConfig:
     num_layers: int
     learning_rate: float = 3e-4
     """Adam, decayed to 0 by a cosine over `steps`."""
+    precision: Precision = "float32"
+    """Of the factors in matrix products while the stage trains, if the device has units for it: tf32 has
+    10 bits of mantissa (GPUs), bfloat16 has 7 (CPUs with AMX or AVX512-BF16). Sums, weights, Adam and losses stay
+    float32, and so do sampling and evaluation."""
 
     def __post_init__(self) -> None:
         _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
         _check(self, learning_rate="(0, 1]")
+        _check_choice(self, precision=Precision)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

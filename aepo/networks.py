@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 MIN_ROWS, MIN_PRODUCTS = 16, 2**20
@@ -73,6 +74,11 @@ class Linear(nn.Linear):
         return multiply(x_BI, self.weight, self.bias)
 
 
+def _multiply(x_BI: Tensor, weight_OI: Tensor) -> Tensor:
+    """Return x W', [B, O], without gradients."""
+    return _onednn(x_BI, weight_OI, None) if _takes_onednn(x_BI, weight_OI) else x_BI @ weight_OI.t()
+
+
 class Mlp(nn.Sequential):
     """Linear layers with SiLU (after LayerNorm, if `norm`) between them, called without the modules' overhead."""
 
@@ -83,11 +89,14 @@ class Mlp(nn.Sequential):
         output = Linear(*last)
         layers = [[linear, nn.SiLU()] if norm is None else [linear, norm, nn.SiLU()] for linear, norm in hidden]
         super().__init__(*itertools.chain(*layers), output)
-        self._hidden, self._outputs = hidden, [output]  # lists, so that no module stands in the state twice
+        self._hidden, self._output = hidden, [output]  # lists, so that no module stands in the state twice
+        self._weights = list(self.parameters())
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return [B, O] of [B, I]."""
         learns = torch.is_grad_enabled()
+        if learns and not x_BI.requires_grad:
+            return _learn(x_BI, self, *self._weights)
         for linear, norm in self._hidden:
             if norm is None and not learns and _takes_onednn(x_BI, linear.weight):
                 x_BI = _onednn(x_BI.contiguous(), linear.weight, linear.bias, "swish")
@@ -96,7 +105,53 @@ class Mlp(nn.Sequential):
             if norm is not None:
                 x_BI = F.layer_norm(x_BI, norm.normalized_shape, norm.weight, norm.bias)
             x_BI = F.silu(x_BI, inplace=not learns)
-        return self._outputs[0].forward(x_BI)
+        return self._output[0].forward(x_BI)
+
+
+class _Learning(torch.autograd.Function):
+    """An Mlp whose weights alone learn, as one step of autograd, which costs as much as small layers' arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BI: Tensor, mlp: Mlp, *_: Tensor) -> Tensor:
+        kept: list[tuple[Tensor, ...]] = []
+        for linear, norm in mlp._hidden:
+            product_BH = linear.forward(x_BI)
+            if norm is None:
+                kept.append((x_BI, product_BH))
+                x_BI = F.silu(product_BH)
+            else:
+                normed_BH, *moments_B1 = torch.native_layer_norm(
+                    product_BH, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+                )
+                kept.append((x_BI, normed_BH, product_BH, *moments_B1))
+                x_BI = F.silu(normed_BH)
+        ctx.mlp = mlp
+        ctx.save_for_backward(*itertools.chain(*kept), x_BI)
+        return mlp._output[0].forward(x_BI)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, x_BH = ctx.saved_tensors
+        num_kept = len(kept) // len(ctx.mlp._hidden)
+        gradients = [grad_BO.sum(dim=0), grad_BO.t() @ x_BH]  # the last parameter first
+        grad_BH = grad_BO @ ctx.mlp._output[0].weight
+        for place, (linear, norm) in reversed([*enumerate(ctx.mlp._hidden)]):
+            x_BI, before_BH, *of_norm = kept[place * num_kept : (place + 1) * num_kept]
+            grad_BH = torch.ops.aten.silu_backward.default(grad_BH, before_BH)
+            if norm is not None:
+                product_BH, mean_B1, rstd_B1 = of_norm
+                grad_BH, *of_weights = torch.ops.aten.native_layer_norm_backward.default(
+                    grad_BH, product_BH, norm.normalized_shape, mean_B1, rstd_B1, norm.weight, norm.bias, [True] * 3
+                )
+                gradients += reversed(of_weights)
+            gradients += [grad_BH.sum(dim=0), _multiply(grad_BH.t(), x_BI.t())]
+            if place:
+                grad_BH = _multiply(grad_BH, linear.weight.t())
+        return None, None, *reversed(gradients)
+
+
+_learn: Callable[..., Tensor] = _Learning.apply
 
 
 class TimeNet(nn.Module):

@@ -4,6 +4,7 @@ It knows neither files nor schedulers. A driver iterates, stores `state` when it
 likes; `train(..., resume=saved)` continues bit for bit on the same kind of CPU.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aepo import checkpoint, parallel
-from aepo.config import CriticConfig, GuidedConfig, IQLConfig, RunConfig, TD3BCConfig
+from aepo.config import CriticConfig, GuidedConfig, IQLConfig, Precision, RunConfig, TD3BCConfig
 from aepo.data.transitions import Transitions
 from aepo.errors import TrainingError
 from aepo.stages import actor, actor_critic, behavior, critic, energy
@@ -25,6 +26,8 @@ HEARTBEAT = 50
 """Steps between two Progress at most; a driver can store the state at each."""
 NUM_LOGS = 200
 """Progress with metrics per stage."""
+MATMUL_PRECISION: dict[Precision, str] = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}
+"""Torch's names."""
 
 
 @dataclasses.dataclass
@@ -131,6 +134,32 @@ def prepare(
         torch.manual_seed(place)  # weights
         return torch.Generator(device).manual_seed(place)  # batches and noise
 
+    state, steps = _method(config, data, seed)
+    return state, {name: _at_precision(config.stages[name].precision, step) for name, step in steps.items()}
+
+
+def _at_precision(precision: Precision, step: Callable[[], Metrics]) -> Callable[[], Metrics]:
+    def train_step() -> Metrics:
+        with multiplying(precision):
+            return step()
+
+    return train_step
+
+
+@contextlib.contextmanager
+def multiplying(precision: Precision) -> Iterator[None]:
+    """Multiply matrices at this precision, on the CPU and on GPUs, for as long as it lasts."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(MATMUL_PRECISION[precision])
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _method(
+    config: RunConfig, data: Transitions, seed: Callable[[str], torch.Generator]
+) -> tuple[PipelineState, dict[str, Callable[[], Metrics]]]:
     if isinstance(config, GuidedConfig):
         return _guided(config, data, seed)
     if isinstance(config, IQLConfig):

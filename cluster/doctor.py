@@ -104,10 +104,13 @@ def _kernels() -> Check:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    ours, plain = linear_rates()
+    rates = linear_rates()
     torch.set_num_threads(threads)
     capability = torch.backends.cpu.get_cpu_capability()
-    found = f"{capability}, linear layers {ours:.0f} GFLOP/s a core ({plain:.0f} by PyTorch's own)"
+    found = (
+        f"{capability}, linear layers {rates['float32']:.0f} GFLOP/s a core ({rates['plain']:.0f} by PyTorch's own), "
+        f"{rates['bfloat16']:.0f} with bfloat16"
+    )
     if not capability.startswith("AVX512") and "avx512f" in _processor_flags():
         return Check("kernels", "warn", found, "the processor has AVX-512: unset ATEN_CPU_CAPABILITY")
     return Check("kernels", "pass", found)

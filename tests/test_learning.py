@@ -43,16 +43,18 @@ def bandit(num=20_000):
 
 
 @pytest.mark.parametrize(
-    ("target", "beta", "scale"),
+    ("target", "beta", "scale", "precision"),
     [
-        ("analytic/posterior_mean", 1.0, 10.0),
-        ("analytic/data_action", 1.0, 10.0),
-        ("log_expectation", 3.0, 3.0),
-        ("weighted_denoising", 3.0, 3.0),
+        ("analytic/posterior_mean", 1.0, 10.0, "float32"),
+        ("analytic/data_action", 1.0, 10.0, "float32"),
+        ("analytic/data_action", 1.0, 10.0, "bfloat16"),
+        ("log_expectation", 3.0, 3.0, "float32"),
+        ("weighted_denoising", 3.0, 3.0, "float32"),
     ],
 )
-def test_guidance_finds_the_best_action_and_cloning_does_not(target, beta, scale):
+def test_guidance_finds_the_best_action_and_cloning_does_not(target, beta, scale, precision):
     size = {"steps": 1500, "batch_size": 256, "hidden_size": 64, "num_layers": 2, "learning_rate": 2e-3}
+    size["precision"] = precision
     base = preset("smoke", tasks.for_dataset("bandit"), 0)
     overrides = {f"{stage}.{key}": value for stage in base.stages for key, value in size.items()}
     overrides |= {"energy.target": target.partition("/")[0], "critic.expectile": 0.5, "critic.backup_steps": 1}

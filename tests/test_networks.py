@@ -1,6 +1,9 @@
 """The fast ways through a network against the plain ones, in double precision where rounding would blur them."""
 
+import copy
 import dataclasses
+import io
+import itertools
 import math
 
 import pytest
@@ -11,7 +14,7 @@ from torch import nn
 
 from aepo import networks, pipeline
 from aepo.diffusion import sampler
-from aepo.networks import Linear, Prepared, TimeNet
+from aepo.networks import Linear, Mlp, Prepared, TimeNet
 from aepo.policy import Policy
 from aepo.stages import energy
 from aepo.stages.optim import Adam
@@ -56,6 +59,62 @@ def test_linear_and_its_gradients_are_those_of_double_precision(rows, inputs, ou
     found = torch.autograd.grad(y, [x, *layer.parameters()], weights)
     wanted = torch.autograd.grad(exact, [exact_x, *exact_layer.parameters()], weights.double())
     assert all((one.double() - other).abs().max() < rounding for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_an_mlp_whose_weights_alone_learn_has_autograds_gradients(norm, num_layers, rows, monkeypatch):
+    torch.manual_seed(0)
+    mlp = Mlp([7] + [33] * num_layers + [2], norm=norm)
+    exact = nn.Sequential(*copy.deepcopy(list(mlp))).double()
+    x = torch.randn(rows, 7)
+    weights = torch.randn(rows, 2)
+    monkeypatch.setattr(networks, "HAS_AVX512", False)
+    wanted = torch.autograd.grad(exact(x.double()), list(exact.parameters()), weights.double())
+    in_double = copy.deepcopy(mlp).double()
+    y = in_double(x.double())
+    assert y.grad_fn.name() == "_LearningBackward"
+    found = torch.autograd.grad(y, list(in_double.parameters()), weights.double())
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    for has_avx512 in (True, False):
+        monkeypatch.setattr(networks, "HAS_AVX512", has_avx512 and torch._C._has_mkldnn)
+        single = torch.autograd.grad(mlp(x), list(mlp.parameters()), weights)
+        for one, other in zip(single, wanted, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_a_state_replaces_are_those_that_learn():
+    one, other = Mlp([3, 8, 1], norm=True), Mlp([3, 8, 1], norm=True)
+    one.load_state_dict(other.state_dict())
+    x = torch.randn(5, 3)
+    assert torch.equal(one(x), other(x))
+    found = [torch.autograd.grad(mlp(x).sum(), list(mlp.parameters())) for mlp in (one, copy.deepcopy(one), other)]
+    assert all(torch.equal(*pair) for same in zip(*found, strict=True) for pair in itertools.pairwise(same))
+
+
+def test_adam_goes_on_as_torchs_after_storing_and_loading():
+    torch.manual_seed(0)
+    ours, theirs = Mlp([3, 8, 1], norm=True), Mlp([3, 8, 1], norm=True)
+    theirs.load_state_dict(ours.state_dict())
+    adam, plain = Adam(ours.parameters(), lr=1e-2, num_steps=50), torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(plain, 50)
+    for step in range(40):
+        if step == 20:
+            stored = io.BytesIO()
+            torch.save(adam.state_dict(), stored)
+            stored.seek(0)
+            adam = Adam(ours.parameters(), lr=1.0, num_steps=9)
+            adam.load_state_dict(torch.load(stored, weights_only=True))
+        x = torch.randn(16, 3)
+        adam.step_on(ours(x).square().mean())
+        plain.zero_grad()
+        theirs(x).square().mean().backward()
+        plain.step()
+        schedule.step()
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -14,6 +14,7 @@ import torch
 from aepo import checkpoint, pipeline, tasks
 from aepo import config as configs
 from aepo.errors import CheckpointError, ConfigError, TrainingError
+from aepo.pipeline import multiplying
 from aepo.policy import GuidedPolicy, Policy
 from aepo.presets import METHODS, preset
 from tests.conftest import random_transitions
@@ -181,7 +182,7 @@ OTHER = {
 def test_every_setting_of_a_stage_is_heeded(method, stage, tiny_config, transitions):
     base = tiny_config(method=method)
     fields = {field.name for field in dataclasses.fields(getattr(base, stage))}
-    assert set(OTHER[stage]) == fields, "a new setting wants a line here"
+    assert set(OTHER[stage]) | {"precision"} == fields, "a new setting wants a line here"
     before = finish(base, transitions)
     other = tiny_config(method="qgpo") if method == "analytic" else base
     before_other = finish(other, transitions)
@@ -191,6 +192,33 @@ def test_every_setting_of_a_stage_is_heeded(method, stage, tiny_config, transiti
         changed = configs.with_overrides(reference, {f"{stage}.{name}": value})
         assert not same(finish(changed, transitions), before_other if of_other else before), name
         assert changed.fingerprint != reference.fingerprint
+
+
+@pytest.mark.parametrize("method", STAGES_OF)
+def test_a_steps_matrix_products_have_the_precision_of_its_stage_and_no_others(method, tiny_config, transitions):
+    sizes = {f"{stage}__{key}": 64 for stage in STAGES_OF[method] for key in ("hidden_size", "batch_size")}
+    base = tiny_config(method=method, **sizes)
+    with multiplying("bfloat16"):
+        x = torch.randn(64, 64)
+        assert torch.get_float32_matmul_precision() == "medium"
+        product = x @ x.T
+    has_units = not torch.equal(product, x @ x.T)
+    # the factors lose at most 2^-8 of themselves each
+    assert ((product - x @ x.T).abs() <= 2.02 * 2**-8 * (x.abs() @ x.T.abs())).all()
+    before = finish(base, transitions)
+    for stage in base.stages:
+        config = configs.with_overrides(base, {f"{stage}.precision": "bfloat16"})
+        last = None
+        for last in pipeline.train(config, transitions, device=CPU):  # noqa: B007
+            assert torch.get_float32_matmul_precision() == "highest"  # evaluation, between steps
+        after = weights(last.state)
+        mine = {key: value for key, value in after.items() if key.startswith(f".{stage}.")}
+        assert mine
+        assert same(mine, {key: before[key] for key in mine}) != has_units, stage
+        assert config.fingerprint != base.fingerprint
+    with pytest.raises(RuntimeError, match="no"), multiplying("bfloat16"):
+        raise RuntimeError("no")
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 TARGETS = get_args(configs.EnergyTarget)

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+from aepo.config import Precision
 from aepo.console import emit_json, emit_table, err
 from aepo.errors import ConfigError
 
@@ -21,6 +22,7 @@ class Bench:
     For example:
       aepo bench
       aepo bench --preset paper --seconds 20 --json
+      aepo bench --only steps --precision bfloat16
       aepo bench --only processes --processes 1 2 6
     """
 
@@ -28,6 +30,8 @@ class Bench:
     """Whose network and batch sizes."""
     only: tuple[Literal["steps", "sampling", "data", "processes"], ...] = ()
     """Parts to measure; none given = all."""
+    precision: Precision = "float32"
+    """Of our training steps' matrix products; the baseline's stay float32."""
     transitions: int = 1_000_000
     """Of the data set, random numbers with Hopper's dimensions."""
     processes: tuple[int, ...] = (1, 2, 6)
@@ -63,7 +67,7 @@ class Bench:
 
         data = measure.random_data(self.transitions)
         if "steps" in parts:
-            for row in measure.steps(self.preset, data, seconds=self.seconds):
+            for row in measure.steps(self.preset, self.precision, data, seconds=self.seconds):
                 show(row)
         if "sampling" in parts:
             for row in measure.sampling(self.preset, data, seconds=self.seconds):
@@ -86,6 +90,7 @@ class Bench:
             "kernels": torch.backends.cpu.get_cpu_capability(),
             "commit": rundir.commit(),
             "preset": self.preset,
+            "precision": self.precision,
         }
         if self.json:
             emit_json({"machine": machine, "rows": rows, "processes": rates})

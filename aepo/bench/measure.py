@@ -14,7 +14,7 @@ import torch
 
 from aepo import pipeline, run, tasks
 from aepo.bench import naive
-from aepo.config import GuidedConfig, IQLConfig, with_overrides
+from aepo.config import GuidedConfig, IQLConfig, Precision, with_overrides
 from aepo.data import pointmaze
 from aepo.data.transitions import Spaces, Transitions
 from aepo.evaluate import Evaluator
@@ -86,19 +86,19 @@ def _block(call: Callable[[], Any], seconds: float) -> Cost:
     return Cost((time.perf_counter() - wall) * 1e3 / num, (time.process_time() - cpu) * 1e3 / num)
 
 
-def configs_of(budget: str) -> tuple[GuidedConfig, IQLConfig]:
+def configs_of(budget: str, precision: Precision = "float32") -> tuple[GuidedConfig, IQLConfig]:
     """Return the two methods whose stages are measured, at a preset's sizes."""
     task = tasks.for_dataset("bench")
     aepo, iql = preset(f"best-{budget}", task, 0), preset(f"iql-{budget}", task, 0)
     assert isinstance(aepo, GuidedConfig)
     assert isinstance(iql, IQLConfig)
-    aepo = with_overrides(aepo, {"critic.backup_steps": 1})
-    return aepo, iql
+    aepo = with_overrides(aepo, {"critic.backup_steps": 1, **{f"{name}.precision": precision for name in aepo.stages}})
+    return aepo, with_overrides(iql, {f"{name}.precision": precision for name in iql.stages})
 
 
-def steps(budget: str, data: Transitions, *, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield a row per stage: milliseconds per step, ours and the baseline's."""
-    aepo, iql = configs_of(budget)
+def steps(budget: str, precision: Precision, data: Transitions, *, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield a row per stage: milliseconds per step, ours at this precision and the baseline's in float32."""
+    aepo, iql = configs_of(budget, precision)
     state, ours = pipeline.prepare(aepo, data, CPU)
     iql_state, iql_ours = pipeline.prepare(iql, data, CPU)
     assert isinstance(state, GuidedState)
@@ -185,13 +185,19 @@ def _row(ours: Cost, baseline: Cost) -> dict[str, Any]:
     }
 
 
-def linear_rates(*, seconds: float = 0.2) -> tuple[float, float]:
-    """Return the GFLOP/s of this process in a linear layer of 256 rows and units: aepo's and PyTorch's own."""
+def linear_rates(*, seconds: float = 0.2) -> dict[str, float]:
+    """Return the GFLOP/s of this process in a linear layer of 256 rows and units: `plain` is PyTorch's own in float32,
+    the others ours by precision.
+    """
     ours, x_BI = Linear(256, 256), torch.randn(256, 256)
-    plain = naive.plain(ours)
+    calls = {"plain": naive.plain(ours)} | dict.fromkeys(("float32", "bfloat16"), ours)
+    rates = {}
     with torch.no_grad():
-        costs = compare(lambda: ours(x_BI), lambda: plain(x_BI), seconds=seconds)
-    return tuple(2e-6 * 256**3 / cost.wall_ms for cost in costs)  # type: ignore[return-value]
+        for name, call in calls.items():
+            with pipeline.multiplying("float32" if name == "plain" else name):  # type: ignore[arg-type]
+                call(x_BI)
+                rates[name] = 2e-6 * 256**3 / min(_block(lambda: call(x_BI), seconds / 6).wall_ms for _ in range(2))  # noqa: B023
+    return rates
 
 
 def together(num_processes: int, budget: str, num_data: int, *, seconds: float) -> float:

@@ -7,7 +7,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 from aepo import parallel
 
@@ -37,7 +36,10 @@ class Adam(torch.optim.Adam):
 
     def _gather(self) -> None:
         states = [self.state[parameter] for parameter in self.param_groups[0]["params"]]
-        self._lists = {key: [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")}
+        self._means, self._squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        self._step: Tensor = states[0]["step"]  # one for all: thirty to count up cost as much as the rest
+        for state in states:
+            state["step"] = self._step
 
     def step_on(self, loss: Tensor) -> None:
         """Back-propagate a scalar and take one step; `torch.optim.Adam.step` costs as much again in Python."""
@@ -48,20 +50,20 @@ class Adam(torch.optim.Adam):
         parallel.average(gradients)
         beta1, beta2 = group["betas"]
         with torch.no_grad():
-            adam(
+            self._step += 1
+            torch._fused_adam_(
                 group["params"],
                 gradients,
-                self._lists["exp_avg"],
-                self._lists["exp_avg_sq"],
+                self._means,
+                self._squares,
                 [],
-                self._lists["step"],
-                fused=True,
-                amsgrad=False,
+                [self._step] * len(gradients),
+                lr=group["lr"],
                 beta1=beta1,
                 beta2=beta2,
-                lr=group["lr"],
                 weight_decay=0.0,
                 eps=group["eps"],
+                amsgrad=False,
                 maximize=False,
             )
         group["position"] += 1
