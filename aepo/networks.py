@@ -7,6 +7,7 @@ the critics. They know nothing of schedules or losses.
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,19 @@ from torch.nn import functional as F
 
 MIN_ROWS, MIN_PRODUCTS = 16, 2**20
 """Fewer rows, or fewer multiplications in all, do not repay a call of oneDNN."""
-HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch._C._has_mkldnn
+
+
+def _prefers_onednn() -> bool:
+    """Return whether MKL, which PyTorch calls, leaves AVX-512 unused here: on all processors but Intel's."""
+    if not (torch._C._has_mkldnn and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
+        return False
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+
+
+PREFERS_ONEDNN = _prefers_onednn()
 
 
 def _onednn(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activation: str = "none") -> Tensor:
@@ -25,7 +38,7 @@ def _onednn(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activation: 
 
 
 def _takes_onednn(x_BI: Tensor, weight_OI: Tensor) -> bool:
-    if not (HAS_AVX512 and x_BI.ndim == 2 and x_BI.device.type == "cpu"):
+    if not (PREFERS_ONEDNN and x_BI.ndim == 2 and x_BI.device.type == "cpu"):
         return False
     rows = x_BI.shape[0]
     return rows >= MIN_ROWS and rows * weight_OI.numel() >= MIN_PRODUCTS
@@ -59,7 +72,7 @@ _apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _OneDNNLinear.apply
 
 
 class Linear(nn.Linear):
-    """A linear layer that takes oneDNN's AVX-512 kernels where the processor has them.
+    """A linear layer that takes oneDNN's AVX-512 kernels where MKL does not have its own.
 
     PyTorch's own linear layers call MKL, which on AMD's processors runs AVX2 kernels at less than half the speed
     (docs/results/speed.md).

@@ -34,7 +34,7 @@ def kernels(request, monkeypatch):
     """Both ways, whatever this machine would take; oneDNN runs on every x86 processor."""
     if request.param and not torch._C._has_mkldnn:
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(networks, "HAS_AVX512", request.param)
+    monkeypatch.setattr(networks, "PREFERS_ONEDNN", request.param)
 
 
 @given(
@@ -70,7 +70,7 @@ def test_an_mlp_whose_weights_alone_learn_has_autograds_gradients(norm, num_laye
     exact = nn.Sequential(*copy.deepcopy(list(mlp))).double()
     x = torch.randn(rows, 7)
     weights = torch.randn(rows, 2)
-    monkeypatch.setattr(networks, "HAS_AVX512", False)
+    monkeypatch.setattr(networks, "PREFERS_ONEDNN", False)
     wanted = torch.autograd.grad(exact(x.double()), list(exact.parameters()), weights.double())
     in_double = copy.deepcopy(mlp).double()
     y = in_double(x.double())
@@ -78,8 +78,8 @@ def test_an_mlp_whose_weights_alone_learn_has_autograds_gradients(norm, num_laye
     found = torch.autograd.grad(y, list(in_double.parameters()), weights.double())
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-    for has_avx512 in (True, False):
-        monkeypatch.setattr(networks, "HAS_AVX512", has_avx512 and torch._C._has_mkldnn)
+    for onednn in (True, False):
+        monkeypatch.setattr(networks, "PREFERS_ONEDNN", onednn and torch._C._has_mkldnn)
         single = torch.autograd.grad(mlp(x), list(mlp.parameters()), weights)
         for one, other in zip(single, wanted, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
