@@ -288,10 +288,10 @@ def test_a_search_from_the_first_draw_to_the_report_and_on(make_dataset, tmp_pat
     assert select["wins"] == (select["best"][0]["score"] > select["preset"][0]["score"])
 
     # the found settings are a sweep, and the very runs that were confirmed
-    flags = ["sweep", str(folder / "found.toml"), "--seeds", "2000", "--out", str(folder / "found")]
+    flags = ["sweep", str(folder / "found.toml"), "--seeds", "2000", "--out", str(folder / "confirm")]
     assert cli.run([*flags, "--dry-run", "--json"]) == 0
     assert [(row["runs"], row["to do"]) for row in json.loads(capsys.readouterr().out)] == [(1, 0)]
-    (config,) = json.loads((folder / "best" / "sweep.json").read_text())["runs"].values()
+    config, *_ = json.loads((folder / "select" / "sweep.json").read_text())["runs"].values()  # the best trial's
     assert config["critic"]["expectile"] == best["params"]["critic.expectile"]
     assert config["sampling"]["guidance_scale"] == best["rounds"][-1]["guidance_scale"]
 
@@ -318,8 +318,7 @@ def test_a_search_from_the_first_draw_to_the_report_and_on(make_dataset, tmp_pat
 
 def count_confirmed(folder):
     """Stages of the selecting and confirming runs: those that they do not share."""
-    names = ("best", "preset", "found", "default")
-    plans = [json.loads((folder / name / "sweep.json").read_text())["runs"].values() for name in names]
+    plans = [json.loads((folder / name / "sweep.json").read_text())["runs"].values() for name in ("select", "confirm")]
     felt = {"behavior": ["behavior"], "critic": ["critic"], "energy": ["energy", "critic"]}
     return len(
         {

@@ -29,8 +29,8 @@ from tune.space import Sampler, Space
 from tune.sweep import Resources, check_data, on_ray, run_sweep, watching
 from tune.tracking import Tracker
 
-SEARCH, FOUND, DEFAULT = "search.json", "found", "default"
-"""In a search's folder: the record; the sweeps of the found and of the default settings, found.toml beside them."""
+SEARCH, FOUND, SELECT, CONFIRM = "search.json", "found.toml", "select", "confirm"
+"""In a search's folder: the record, the found settings, the sweeps of best and preset and of found and default."""
 CONFIRMED = ("task", "seed", "status", "score", "return_mean", "num_episodes", "steps", "steps_reused", "error")
 """What the record keeps of a run of the found or default settings."""
 FORMAT = 1
@@ -179,26 +179,32 @@ def run_search(
             reasons = sorted({trial["error"] for trial in record.trials if trial["error"]})
             raise IncompleteError(f"no trial of {search} has finished: {'; '.join(reasons) or 'none was started'}")
 
-        def train(name: str, changes: Mapping[str, Any], seeds: Sequence[int]) -> list[dict[str, Any]]:
-            changed = [configs.with_overrides(base, changes) for base in bases]
-            plan = [dataclasses.replace(config, seed=seed) for config in changed for seed in seeds]
-            rows = run_sweep(search / name, plan, resources, tracking_uri=tracking_uri)
+        def train(name: str, settings: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+            plans = {label: _whole_runs(bases, changes, seeds) for label, changes in settings.items()}
+            plan = {config.name: config for runs in plans.values() for config in runs}
+            rows = run_sweep(search / name, [*plan.values()], resources, tracking_uri=tracking_uri)
             _check_stop(search)
-            return [{key: row.get(key) for key in CONFIRMED} for row in rows]
+            found = {run: {key: row.get(key) for key in CONFIRMED} for run, row in zip(plan, rows, strict=True)}
+            return {label: [found[config.name] for config in runs] for label, runs in plans.items()}
 
         changes = found_settings(space, best)
         seeds = ", ".join(map(str, spec.select_seeds))
         err.print(f"trial {best['number']} against the preset, on training seed {seeds}")
-        select = {"best": train("best", changes, spec.select_seeds), "preset": train("preset", {}, spec.select_seeds)}
+        select = train(SELECT, {"best": changes, "preset": {}}, spec.select_seeds)
         wins = mean_score(select["best"]) > mean_score(select["preset"])
         found = changes if wins else {}
-        write_preset(search / f"{FOUND}.toml", record, best if wins else None, found)
+        write_preset(search / FOUND, record, best if wins else None, found)
         err.print(f"found and default settings, on {len(spec.confirm_seeds)} fresh seeds")
-        confirmed = {FOUND: train(FOUND, found, spec.confirm_seeds), DEFAULT: train(DEFAULT, {}, spec.confirm_seeds)}
+        confirmed = train(CONFIRM, {"found": found, "default": {}}, spec.confirm_seeds)
         record.select = {"trial": best["number"], "settings": changes, "wins": wins, **select}
         record.confirm = {"settings": found, **confirmed}
         record.save()
     return record
+
+
+def _whole_runs(bases: Sequence[RunConfig], changes: Mapping[str, Any], seeds: Sequence[int]) -> list[RunConfig]:
+    changed = [configs.with_overrides(base, changes) for base in bases]
+    return [dataclasses.replace(config, seed=seed) for config in changed for seed in seeds]
 
 
 def mean_score(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -112,11 +112,12 @@ class Search:
     def _stop(self) -> int:
         from tune.board import is_driven
         from tune.plan import STOP
+        from tune.search import CONFIRM, SELECT
 
         search = self.out.resolve()
         if not is_driven(search):
             raise IncompleteError(f"nobody carries {self.out} out; there is nothing to stop")
-        for folder in (search, *(search / name for name in ("best", "preset", "found", "default"))):
+        for folder in (search, *(search / name for name in (SELECT, CONFIRM))):
             if folder.is_dir():
                 (folder / STOP).touch()
         err.print("asked to stop; every trial stores a checkpoint first (--status shows it)", soft_wrap=True)
