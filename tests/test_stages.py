@@ -194,7 +194,7 @@ def test_every_setting_of_a_stage_is_heeded(method, stage, tiny_config, transiti
         assert changed.fingerprint != reference.fingerprint
 
 
-@pytest.mark.parametrize("method", STAGES_OF)
+@pytest.mark.parametrize("method", ["best", "iql", "td3bc"])  # all stages there are
 def test_a_steps_matrix_products_have_the_precision_of_its_stage_and_no_others(method, tiny_config, transitions):
     sizes = {f"{stage}__{key}": 64 for stage in STAGES_OF[method] for key in ("hidden_size", "batch_size")}
     base = tiny_config(method=method, **sizes)
