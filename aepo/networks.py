@@ -228,8 +228,7 @@ class Prepared:
         grad_BH = (weight_O @ self._last.weight).expand_as(before[-1])
         for layer, x_BH in zip(reversed(self._inner), reversed(before[1:]), strict=True):
             grad_BH = torch.ops.aten.silu_backward.default(grad_BH, x_BH)
-            fast = _takes_onednn(grad_BH, layer.weight)
-            grad_BH = _onednn(grad_BH, layer.weight.t(), None) if fast else grad_BH @ layer.weight
+            grad_BH = _multiply(grad_BH, layer.weight.t())
         slope_BA: Tensor = torch.ops.aten.silu_backward.default(grad_BH, before[0]) @ self._action_AH.t()
         return slope_BA
 

@@ -93,6 +93,7 @@ def work_through(current, space, base, scores, *, at_once, generator):
             if work in (None, "FINISHED"):
                 break
             under_way[f"piece {piece}-{len(under_way)}"] = work
+        assert asking.is_over == (not under_way)
         if not under_way:
             assert work == "FINISHED"
             return
@@ -156,6 +157,17 @@ def test_who_was_promoted_goes_on_from_the_record_and_who_waits_waits(tmp_path, 
     walk = work_through(current, space, tiny_config(), lambda n, _: scores[n], at_once=1, generator=generator)
     assert [(w["number"], w["ended"], w["until"]) for w, _ in walk] == [(1, 1, 2), (3, 0, 1), (1, 2, 3)]
     assert [t["state"] for t in current.trials] == ["waiting", "finished", "waiting", "waiting"]
+
+
+def test_a_search_that_was_asked_to_stop_is_not_over(tmp_path, space, tiny_config):
+    from tune.rungs import Asking
+
+    current = record(tmp_path, space, [trial(0, (1.0,), "waiting")])
+    asking = Asking(current, [tiny_config()], {}, on_draw=lambda _: None, on_end=lambda _: None)
+    (tmp_path / "stop").touch()
+    assert asking.suggest("piece") == "FINISHED"
+    assert not asking.is_over  # so the trial goes on waiting
+    assert current.trials[0]["state"] == "waiting"
 
 
 def test_a_trial_that_failed_after_a_promotion_took_its_place(tmp_path, space):

@@ -74,6 +74,8 @@ class Asking(Searcher):
         self._numbers: dict[str, int] = {}
         """Tune's id of each piece of work under way -> number of its trial."""
         self._exhausted = False
+        self.is_over = False
+        """Whether there is no more to train; a search that is broken off is not over."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray stores searchers; this one's state is the record
@@ -89,6 +91,7 @@ class Asking(Searcher):
                 return None  # what comes of those under way decides
             trial = last_hope(record)
         if trial is None:
+            self.is_over = True
             return Searcher.FINISHED
         if trial["state"] == "waiting":
             trial["state"] = "running"

@@ -297,11 +297,12 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
             "stages": str(resources.stages),
             "checkpoint_s": resources.checkpoint_s,
         }
+        asking = Asking(record, bases, values, on_draw=plan, on_end=end)
         bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(run_rounds, ray.tune.PlacementGroupFactory([bundle])),
             tune_config=ray.tune.TuneConfig(
-                search_alg=Asking(record, bases, values, on_draw=plan, on_end=end),
+                search_alg=asking,
                 num_samples=-1,  # until it answers that there is no more
                 max_concurrent_trials=concurrent,
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
@@ -316,7 +317,7 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
             ),
         )
         tuner.fit()
-        if not (search / STOP).exists():
+        if asking.is_over:
             for trial in record.trials:
                 if trial["state"] == "waiting":
                     trial["state"] = "stopped"
