@@ -164,7 +164,7 @@ def draw_curves(suites: Mapping[str, Sequence[str]], found: Sequence[Curve], fol
                 list(labels.values()), list(labels), loc="lower center", ncols=min(3, len(labels)), frameon=False
             )
             stem = stems[suite] = file_stem(suite)
-            _save(figure, folder, stem)
+            _save(figure, folder, stem, tight=columns < 3)  # the legend may be wider than two panels
     return stems
 
 
@@ -250,13 +250,11 @@ def _draw(axes: Axes, task: str, found: Sequence[Curve], palette: Mapping[str, s
     axes.margins(y=0.1)
 
 
-def _save(figure: Figure, folder: Path, stem: str) -> None:
+def _save(figure: Figure, folder: Path, stem: str, *, tight: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in another script is drawn as boxes
-        _write(figure, folder, stem)
-
-
-def _write(figure: Figure, folder: Path, stem: str) -> None:
-    figure.savefig(folder / f"{stem}.png", dpi=110, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
-    figure.savefig(folder / f"{stem}.svg", metadata={"Date": None, "Creator": None})
+        box = "tight" if tight else None
+        png: Any = {"dpi": 110, "metadata": {"Software": None}, "pil_kwargs": {"compress_level": 3}}
+        figure.savefig(folder / f"{stem}.png", bbox_inches=box, **png)
+        figure.savefig(folder / f"{stem}.svg", bbox_inches=box, metadata={"Date": None, "Creator": None})

@@ -1,15 +1,18 @@
 """The report of a sweep: numbers against ones computed here, every hole shown, what is unsound refused."""
 
 import csv
+import dataclasses
 import json
 import math
 import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib import image
 from matplotlib.figure import Figure
 
 import aepo.cli
@@ -546,3 +549,24 @@ def test_a_method_has_the_same_colour_whatever_stands_beside_it():
     few, many = figures.colors(["aepo", "zeta"]), figures.colors(["zeta", "iql", "aepo"])
     assert {few[name] == many[name] for name in ("aepo", "iql", "zeta")} == {True}
     assert len(set(many.values())) == len(many)
+
+
+def test_the_legend_of_a_single_panel_is_not_cut_off(tmp_path):
+    steps, values = np.array([1, 2]), np.array([1.0, 2.0])
+    curve = figures.Curve(
+        task="a-task",
+        method="aepo",
+        is_return=False,
+        steps=steps,
+        mean=values,
+        stderr=values,
+        runs={},
+        lost={0: (steps, values)},
+    )
+    methods = ("aepo", "aepo-analytic", "qgpo", "iql", "td3bc")
+    curves = [dataclasses.replace(curve, method=method) for method in methods]
+    stem = figures.draw_curves({"suite": ["a-task"]}, curves, tmp_path)["suite"]
+    ink = image.imread(tmp_path / f"{stem}.png")[..., :3].min(axis=2) < 0.9
+    assert ink.any()
+    assert not ink[:, [0, -1]].any(), "nothing touches the sides"
+    assert not ink[[0, -1]].any()
