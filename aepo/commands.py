@@ -82,7 +82,7 @@ class Train:
             raise ConfigError("--source chooses among the data of a --task; --dataset is one data set")
         task = tasks.find(self.task, self.source) if self.task else tasks.for_dataset(self.dataset)
         config = configs.with_overrides(preset(self.preset, task, self.seed), configs.parse_overrides(self.set))
-        run.set_threads(self.threads)
+        run.set_up_torch(self.threads)
         folder = self.out / config.name
         with StageBars(config) as bars:
             try:
@@ -207,7 +207,7 @@ class Evaluate:
         from aepo.evaluate import Evaluator, draw_grid
         from aepo.policy import GuidedPolicy, Policy
 
-        run.set_threads(self.threads)
+        run.set_up_torch(self.threads)
         path = self.policy / rundir.POLICY if self.policy.is_dir() else self.policy
         if not path.exists():
             raise CheckpointError(f"no policy at {path}; `aepo train` writes one into the folder it prints")
@@ -302,7 +302,7 @@ class Toy:
         from rich.progress import track
 
         from aepo.config import check_beta
-        from aepo.run import set_threads
+        from aepo.run import set_up_torch
         from aepo.toy import SETS, VARIANTS, Bench, energy_config
 
         names, variants = self.sets or tuple(SETS), self.targets or VARIANTS
@@ -314,7 +314,7 @@ class Toy:
         for variant in variants:
             for beta in self.betas:
                 check_beta(energy_config(variant, self.steps), beta)
-        set_threads(self.threads)
+        set_up_torch(self.threads)
         jobs = [(name, variant) for name in names for variant in ("none", *variants)]
         bench: Bench | None = None
         rows: list[dict[str, Any]] = []

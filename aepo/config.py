@@ -40,8 +40,10 @@ POLYNOMIAL_TARGETS = ("analytic", "mse")
 """Polynomials in beta: two heads, any beta after training. The others take beta, within the range trained."""
 VarianceEstimate = Literal["time", "learned"]
 CriticLearner = Literal["expectile", "softmax_in_support"]
-Precision = Literal["float32", "tf32", "bfloat16"]
 """How stage 2 values the next state: IQL's expectile regression [M6], or QGPO's backup over cloned actions [M8]."""
+Precision = Literal["float32", "tf32", "bfloat16"]
+Activation = Literal["silu", "relu"]
+"""Between a network's layers; where a gradient by the action is used, SiLU gives a smooth one."""
 
 
 def _check(config: object, **ranges: str) -> None:
@@ -126,9 +128,9 @@ class StageConfig:
     learning_rate: float = 3e-4
     """Adam, decayed to 0 by a cosine over `steps`."""
     precision: Precision = "float32"
-    """Of the factors in matrix products while the stage trains, if the device has units for it: tf32 has
-    10 bits of mantissa (GPUs), bfloat16 has 7 (CPUs with AMX or AVX512-BF16). Sums, weights, Adam and losses stay
-    float32, and so do sampling and evaluation."""
+    """Of the factors in large matrix products while the stage trains, if the device has units for it: tf32 has
+    10 bits of mantissa (GPUs), bfloat16 has 7 (CPUs with AMX or AVX512-BF16). Sums, weights, Adam, losses and small
+    layers stay float32, and so do sampling and evaluation."""
 
     def __post_init__(self) -> None:
         _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
@@ -161,6 +163,10 @@ class CriticConfig(StageConfig):
     """gamma of [M7], per environment step."""
     target_rate: float = 0.005
     """Soft update of the target critics, per step."""
+    activation: Activation = "silu"
+    """Of Q and V; published IQL has relu."""
+    layer_norm: bool = True
+    """Before each activation: it bounds Q of actions that the data do not have. Published IQL has none."""
     backup_steps: int = 1
     """expectile: n of the n-step return that Q follows, within an episode of the data; 1 is IQL's [M7]."""
     learner: CriticLearner = "expectile"
@@ -182,7 +188,7 @@ class CriticConfig(StageConfig):
             num_support_states="[1, inf)",
             backup_beta="[0, inf)",
         )
-        _check_choice(self, learner=CriticLearner)
+        _check_choice(self, learner=CriticLearner, activation=Activation)
         _check_unused(self, self.learner, unused_of_learner(self.learner))
 
 
@@ -244,10 +250,13 @@ class ActorConfig(StageConfig):
 
     inverse_temperature: float = 3.0
     """Factor of Q - V in the exponent, in units of the data set's (scaled) rewards."""
+    activation: Activation = "silu"
+    """Published IQL has relu."""
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)
         _check(self, inverse_temperature="[0, inf)")
+        _check_choice(self, activation=Activation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,6 +267,10 @@ class ActorCriticConfig(StageConfig):
     """gamma, per environment step."""
     target_rate: float = 0.005
     """Soft update of the targets, whenever the actor is."""
+    activation: Activation = "silu"
+    """Of the actor and both Q; published TD3+BC has relu."""
+    layer_norm: bool = True
+    """Before each activation of Q. Published TD3+BC has none."""
     q_weight: float = 2.5
     """alpha: weight of Q over its mean size against the squared distance to the data's action."""
     policy_noise: float = 0.2
@@ -271,6 +284,7 @@ class ActorCriticConfig(StageConfig):
         StageConfig.__post_init__(self)
         _check(self, discount="[0, 1)", target_rate="(0, 1]", q_weight="(0, inf)")
         _check(self, policy_noise="[0, inf)", noise_clip="[0, inf)", actor_interval="[1, inf)")
+        _check_choice(self, activation=Activation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -410,6 +424,11 @@ class GuidedConfig(RunConfig):
         RunConfig.__post_init__(self)
         for beta in (self.sampling.beta, *self.evaluation.grid_beta):
             check_beta(self.energy, beta)
+        if self.energy.target == "analytic_second_order" and self.critic.activation == "relu":
+            raise ConfigError(
+                "energy.target analytic_second_order needs critic.activation silu: Q of relu layers has no second "
+                "derivative"
+            )
         if self.sampling.guidance_scale == 0:
             raise ConfigError("sampling.guidance_scale must be > 0: every run is evaluated at 0 (diffusion-bc) as well")
 

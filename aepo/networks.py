@@ -1,9 +1,10 @@
 """The networks: one block of hidden layers, used six ways.
 
-Plain multilayer perceptrons with SiLU (smooth, so that grad_a Q and grad E are) and layer normalisation in
-the critics. They know nothing of schedules or losses.
+Plain multilayer perceptrons, with SiLU (smooth, so that grad_a Q and grad E are) and layer normalisation in the critics
+unless the config says otherwise. They know nothing of schedules or losses.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -14,6 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from aepo.config import Activation
+
+Pull = Callable[[Tensor], list[Tensor]]
+aten = torch.ops.aten
 
 MIN_ROWS, MIN_PRODUCTS = 16, 2**20
 """Fewer rows, or fewer multiplications in all, do not repay a call of oneDNN."""
@@ -40,8 +46,23 @@ def _onednn(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activation: 
 def _takes_onednn(x_BI: Tensor, weight_OI: Tensor) -> bool:
     if not (PREFERS_ONEDNN and x_BI.ndim == 2 and x_BI.device.type == "cpu"):
         return False
-    rows = x_BI.shape[0]
-    return rows >= MIN_ROWS and rows * weight_OI.numel() >= MIN_PRODUCTS
+    return x_BI.shape[0] >= MIN_ROWS and not _is_small(x_BI, weight_OI)
+
+
+def _is_small(x_BI: Tensor, weight_OI: Tensor) -> bool:
+    return x_BI.shape[0] * weight_OI.numel() < MIN_PRODUCTS
+
+
+def _exactly(multiply: Callable[..., Tensor], *factors: Tensor | None) -> Tensor:
+    """Multiply in float32, whatever the precision set: bfloat16 costs small products more than it saves."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        return multiply(*factors)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return multiply(*factors)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -80,6 +101,8 @@ class Linear(nn.Linear):
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return [B, O] of [B, I]."""
+        if _is_small(x_BI, self.weight):
+            return _exactly(F.linear, x_BI, self.weight, self.bias)
         if not _takes_onednn(x_BI, self.weight):
             return F.linear(x_BI, self.weight, self.bias)
         x_BI = x_BI.contiguous()  # columns of a wider tensor would take oneDNN's slow path
@@ -89,79 +112,101 @@ class Linear(nn.Linear):
 
 def _multiply(x_BI: Tensor, weight_OI: Tensor) -> Tensor:
     """Return x W', [B, O], without gradients."""
+    if _is_small(x_BI, weight_OI):
+        return _exactly(torch.mm, x_BI, weight_OI.t())
     return _onednn(x_BI, weight_OI, None) if _takes_onednn(x_BI, weight_OI) else x_BI @ weight_OI.t()
 
 
 class Mlp(nn.Sequential):
-    """Linear layers with SiLU (after LayerNorm, if `norm`) between them, called without the modules' overhead."""
+    """Linear layers, activations (after LayerNorm, if `norm`) between them, called without the modules' overhead."""
 
-    def __init__(self, sizes: list[int], *, norm: bool = False):
+    def __init__(self, sizes: list[int], *, norm: bool = False, activation: Activation = "silu"):
         """`sizes` are those of the input, the hidden layers and the output."""
         *inner, last = itertools.pairwise(sizes)
         hidden = [(Linear(*size), nn.LayerNorm(size[1]) if norm else None) for size in inner]
-        output = Linear(*last)
-        layers = [[linear, nn.SiLU()] if norm is None else [linear, norm, nn.SiLU()] for linear, norm in hidden]
+        output, module = Linear(*last), {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
+        layers = [[linear, module()] if norm is None else [linear, norm, module()] for linear, norm in hidden]
         super().__init__(*itertools.chain(*layers), output)
         self._hidden, self._output = hidden, [output]  # lists, so that no module stands in the state twice
         self._weights = list(self.parameters())
+        self._activation: Activation = activation
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return [B, O] of [B, I]."""
         learns = torch.is_grad_enabled()
         if learns and not x_BI.requires_grad:
             return _learn(x_BI, self, *self._weights)
+        act, name = (F.silu, "swish") if self._activation == "silu" else (F.relu, "relu")
         for linear, norm in self._hidden:
             if norm is None and not learns and _takes_onednn(x_BI, linear.weight):
-                x_BI = _onednn(x_BI.contiguous(), linear.weight, linear.bias, "swish")
+                x_BI = _onednn(x_BI.contiguous(), linear.weight, linear.bias, name)
                 continue
             x_BI = linear.forward(x_BI)
             if norm is not None:
                 x_BI = F.layer_norm(x_BI, norm.normalized_shape, norm.weight, norm.bias)
-            x_BI = F.silu(x_BI, inplace=not learns)
+            x_BI = act(x_BI, inplace=not learns)
         return self._output[0].forward(x_BI)
 
+    @torch.no_grad()
+    def vjp(self, x_BI: Tensor) -> tuple[Tensor, Pull]:
+        """Return [B, O] of [B, I], and what turns a loss's gradient by it, [B, O], into those by the `parameters()`.
 
-class _Learning(torch.autograd.Function):
-    """An Mlp whose weights alone learn, as one step of autograd, which costs as much as small layers' arithmetic."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BI: Tensor, mlp: Mlp, *_: Tensor) -> Tensor:
+        Without autograd, which costs as much as small layers' arithmetic, and in as little memory as will do, since at
+        these sizes it is either in the cache or costs more than arithmetic, too: the second call finds all given away.
+        """
         kept: list[tuple[Tensor, ...]] = []
-        for linear, norm in mlp._hidden:
-            product_BH = linear.forward(x_BI)
-            if norm is None:
-                kept.append((x_BI, product_BH))
-                x_BI = F.silu(product_BH)
-            else:
-                normed_BH, *moments_B1 = torch.native_layer_norm(
+        for linear, norm in self._hidden:
+            before_BH = linear.forward(x_BI)
+            of_norm: tuple[Tensor, ...] = ()
+            if norm is not None:
+                product_BH = before_BH
+                before_BH, *moments_B1 = torch.native_layer_norm(
                     product_BH, norm.normalized_shape, norm.weight, norm.bias, norm.eps
                 )
-                kept.append((x_BI, normed_BH, product_BH, *moments_B1))
-                x_BI = F.silu(normed_BH)
-        ctx.mlp = mlp
-        ctx.save_for_backward(*itertools.chain(*kept), x_BI)
-        return mlp._output[0].forward(x_BI)
+                of_norm = (product_BH, *moments_B1)
+            after_BH = F.silu(before_BH) if self._activation == "silu" else before_BH.relu_()
+            kept.append((x_BI, before_BH, *of_norm))
+            x_BI = after_BH
+        output_BO = self._output[0].forward(x_BI)
+        kept.append((x_BI,))
+        return output_BO, functools.partial(self._pull, kept)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, x_BH = ctx.saved_tensors
-        num_kept = len(kept) // len(ctx.mlp._hidden)
-        gradients = [grad_BO.sum(dim=0), grad_BO.t() @ x_BH]  # the last parameter first
-        grad_BH = grad_BO @ ctx.mlp._output[0].weight
-        for place, (linear, norm) in reversed([*enumerate(ctx.mlp._hidden)]):
-            x_BI, before_BH, *of_norm = kept[place * num_kept : (place + 1) * num_kept]
-            grad_BH = torch.ops.aten.silu_backward.default(grad_BH, before_BH)
+    @torch.no_grad()
+    def _pull(self, kept: list[tuple[Tensor, ...]], grad_BO: Tensor) -> list[Tensor]:
+        (x_BI,) = kept.pop()
+        gradients = [grad_BO.sum(dim=0), _multiply(grad_BO.t(), x_BI.t())]  # the last parameter first
+        grad_BH = _multiply(grad_BO, self._output[0].weight.t())
+        for linear, norm in reversed(self._hidden):
+            x_BI, before_BH, *of_norm = kept.pop()
+            if self._activation == "silu":
+                aten.silu_backward.grad_input(grad_BH, before_BH, grad_input=grad_BH)
+            else:
+                aten.threshold_backward.grad_input(grad_BH, before_BH, 0, grad_input=grad_BH)
+            del before_BH
             if norm is not None:
                 product_BH, mean_B1, rstd_B1 = of_norm
-                grad_BH, *of_weights = torch.ops.aten.native_layer_norm_backward.default(
+                grad_BH, *of_weights = aten.native_layer_norm_backward.default(
                     grad_BH, product_BH, norm.normalized_shape, mean_B1, rstd_B1, norm.weight, norm.bias, [True] * 3
                 )
                 gradients += reversed(of_weights)
             gradients += [grad_BH.sum(dim=0), _multiply(grad_BH.t(), x_BI.t())]
-            if place:
+            if kept:
                 grad_BH = _multiply(grad_BH, linear.weight.t())
-        return None, None, *reversed(gradients)
+        return gradients[::-1]
+
+
+class _Learning(torch.autograd.Function):
+    """An Mlp whose weights alone learn, as one step of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BI: Tensor, mlp: Mlp, *_: Tensor) -> Tensor:
+        output_BO, ctx.pull = mlp.vjp(x_BI)
+        return output_BO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.pull(grad_BO)
 
 
 _learn: Callable[..., Tensor] = _Learning.apply
@@ -236,11 +281,20 @@ class Prepared:
 class TwinQ(nn.Module):
     """Two independent critics Q_1, Q_2 of (s, a)."""
 
-    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int):
-        """Both have layer normalisation, which bounds what they say of actions the data do not have."""
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        *,
+        hidden_size: int,
+        num_layers: int,
+        activation: Activation,
+        layer_norm: bool,
+    ):
+        """Layer normalisation bounds what both say of actions the data do not have."""
         super().__init__()
         sizes = [state_dim + action_dim] + [hidden_size] * num_layers + [1]
-        self.q_1, self.q_2 = Mlp(sizes, norm=True), Mlp(sizes, norm=True)
+        self.q_1, self.q_2 = (Mlp(sizes, norm=layer_norm, activation=activation) for _ in range(2))
 
     def forward(self, states_BS: Tensor, actions_BA: Tensor) -> Tensor:
         """Return both values, [2, B]."""
@@ -251,10 +305,10 @@ class TwinQ(nn.Module):
 class ValueNet(nn.Module):
     """V of s."""
 
-    def __init__(self, state_dim: int, *, hidden_size: int, num_layers: int):
-        """Layer normalisation as in the critics."""
+    def __init__(self, state_dim: int, *, hidden_size: int, num_layers: int, activation: Activation, layer_norm: bool):
+        """As the critics."""
         super().__init__()
-        self.body = Mlp([state_dim] + [hidden_size] * num_layers + [1], norm=True)
+        self.body = Mlp([state_dim] + [hidden_size] * num_layers + [1], norm=layer_norm, activation=activation)
 
     def forward(self, states_BS: Tensor) -> Tensor:
         """Return [B]."""
@@ -264,10 +318,10 @@ class ValueNet(nn.Module):
 class Actor(nn.Module):
     """A deterministic policy, pi(s) in (-1, 1)^A."""
 
-    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int):
+    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int, activation: Activation):
         """One output per action dimension."""
         super().__init__()
-        self.body = Mlp([state_dim] + [hidden_size] * num_layers + [action_dim])
+        self.body = Mlp([state_dim] + [hidden_size] * num_layers + [action_dim], activation=activation)
 
     def forward(self, states_BS: Tensor) -> Tensor:
         """Return actions, [B, A]."""
@@ -277,14 +331,26 @@ class Actor(nn.Module):
 class GaussianActor(Actor):
     """A Gaussian policy: mean in (-1, 1)^A, one standard deviation per dimension, the same in all states (IQL)."""
 
-    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int):
+    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int, activation: Activation):
         """The deviations start at 1 and stay in [e^-5, e^2]."""
-        super().__init__(state_dim, action_dim, hidden_size=hidden_size, num_layers=num_layers)
+        super().__init__(state_dim, action_dim, hidden_size=hidden_size, num_layers=num_layers, activation=activation)
         self.log_std_A = nn.Parameter(torch.zeros(action_dim))
 
-    def log_prob(self, states_BS: Tensor, actions_BA: Tensor) -> Tensor:
-        """Return log pi(a|s), [B]; `forward` returns the mean."""
-        log_std_A = self.log_std_A.clamp(-5.0, 2.0)
-        squared_BA = ((actions_BA - self(states_BS)) / log_std_A.exp()).square()
-        log_prob_BA: Tensor = -0.5 * (squared_BA + math.log(2 * math.pi)) - log_std_A
-        return log_prob_BA.sum(dim=1)
+    @torch.no_grad()
+    def log_prob(self, states_BS: Tensor, actions_BA: Tensor) -> tuple[Tensor, Pull]:
+        """Return log pi(a|s), [B], and what turns a loss's gradient by it, [B], into those by the `parameters()`.
+
+        `forward` returns the mean.
+        """
+        output_BA, pull = self.body.vjp(states_BS)
+        mean_BA, log_std_A = output_BA.tanh(), self.log_std_A.clamp(-5.0, 2.0)
+        std_A = log_std_A.exp()
+        distance_BA = (actions_BA - mean_BA) / std_A  # in standard deviations
+        squared_BA = distance_BA.square()
+        log_prob_BA = -0.5 * (squared_BA + math.log(2 * math.pi)) - log_std_A
+
+        def pull_both(grad_B: Tensor) -> list[Tensor]:
+            of_log_std_A = (grad_B @ (squared_BA - 1.0)) * (log_std_A == self.log_std_A)
+            return [of_log_std_A, *pull(grad_B[:, None] * distance_BA / std_A * (1.0 - mean_BA.square()))]
+
+        return log_prob_BA.sum(dim=1), pull_both

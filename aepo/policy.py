@@ -18,14 +18,14 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from aepo import config as configs
-from aepo.config import GuidedConfig, IQLConfig, RunConfig, SamplingConfig, StageConfig, TD3BCConfig
+from aepo.config import GuidedConfig, IQLConfig, RunConfig, SamplingConfig, TD3BCConfig
 from aepo.data.transitions import Spaces
 from aepo.diffusion import sampler
 from aepo.errors import CheckpointError, ConfigError
-from aepo.networks import Actor, GaussianActor, TwinQ
+from aepo.networks import Actor
 from aepo.pipeline import GuidedState, IQLState, PipelineState, TD3BCState
 from aepo.rundir import write_atomically
-from aepo.stages import behavior, energy
+from aepo.stages import actor, actor_critic, behavior, critic, energy
 
 FORMAT = "aepo-policy-1"
 
@@ -127,9 +127,11 @@ class GuidedPolicy(Policy):
         super().__init__(config, spaces)
         self.sampling = sampling or config.sampling
         dims = len(spaces.state_mean_S), len(spaces.action_low_A)
-        self.noise = behavior.NoiseNet(*dims, **_size(config.behavior))
+        self.noise = behavior.NoiseNet(
+            *dims, hidden_size=config.behavior.hidden_size, num_layers=config.behavior.num_layers
+        )
         self.energy = energy.make_net(config.energy, *dims)
-        self.q = TwinQ(*dims, **_size(config.critic))
+        self.q = critic.make_q(config.critic, *dims)
         self.requires_grad_(False)
         self._grid: sampler.Grid | None = None
 
@@ -188,10 +190,10 @@ class ActorPolicy(Policy):
         dims = len(spaces.state_mean_S), len(spaces.action_low_A)
         self.actor: Actor
         if isinstance(config, IQLConfig):
-            self.actor = GaussianActor(*dims, **_size(config.actor))
+            self.actor = actor.make_net(config.actor, *dims)
         else:
             assert isinstance(config, TD3BCConfig)
-            self.actor = Actor(*dims, **_size(config.actor_critic))
+            self.actor = actor_critic.make_actor(config.actor_critic, *dims)
         self.requires_grad_(False)
 
     def copy_weights(self, state: PipelineState) -> None:
@@ -203,10 +205,6 @@ class ActorPolicy(Policy):
     def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG002  # nothing is drawn
         """Return the actor's action per normalised state, [B, A]."""
         return self.actor(states_BS)  # type: ignore[no-any-return]
-
-
-def _size(stage: StageConfig) -> dict[str, int]:
-    return {"hidden_size": stage.hidden_size, "num_layers": stage.num_layers}
 
 
 def _fields(spaces: Spaces) -> dict[str, Tensor]:

@@ -70,8 +70,8 @@ def test_iqls_loss_is_the_weighted_likelihood(tiny_config, transitions):
         total -= weight * float(normal.log_prob(one.actions_BA).sum())
     assert 0 < num_clamped < len(singles)
     advantage_B = critic.advantages(state.critic.target, state.critic, transitions)[: len(singles)]
-    value, metrics = actor.loss(state.actor, config.actor, batch, advantage_B)
-    assert float(value) == pytest.approx(total / len(singles), rel=1e-4)
+    _, metrics = actor.gradients(state.actor, config.actor, batch, advantage_B)
+    assert float(metrics["loss"]) == pytest.approx(total / len(singles), rel=1e-4)
     assert float(metrics["clamped_share"]) == pytest.approx(num_clamped / len(singles))
 
 
@@ -88,8 +88,8 @@ def test_td3bcs_losses_are_the_papers_sums(tiny_config, transitions):
         action = state.actor(one.states_BS)
         values.append(float(state.q(one.states_BS, action)[0]))
         distances.append(float((action - one.actions_BA).square().mean()))
-    value, _ = actor_critic.q_loss(state, config, batch, torch.randn(batch.actions_BA.shape))
-    assert float(value) == pytest.approx(q_total / len(singles), rel=1e-4)
+    _, metrics = actor_critic.q_gradients(state, config, batch, torch.randn(batch.actions_BA.shape))
+    assert float(metrics["loss"]) == pytest.approx(q_total / len(singles), rel=1e-4)
     scale = 2.0 / np.mean(np.abs(values))
     value, _ = actor_critic.actor_loss(state, config, batch)
     assert value.item() == pytest.approx(np.mean(distances) - scale * np.mean(values), rel=1e-4)
@@ -106,7 +106,7 @@ def test_td3bcs_target_noise_is_clipped(tiny_config, transitions):
     q_target.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     state.actor.body[-1].weight.mul_(0.1)  # no action near its bounds, where the noise is cut again
     state.actor_target.net.load_state_dict(state.actor.state_dict())
-    actor_critic.q_loss(state, config, batch, torch.randn(batch.actions_BA.shape))
+    actor_critic.q_gradients(state, config, batch, torch.randn(batch.actions_BA.shape))
     noise = seen[0] - state.actor(batch.next_states_BS)
     assert noise.abs().max() <= 0.3 + 1e-6
     assert noise.abs().median() == pytest.approx(0.3, abs=1e-6)

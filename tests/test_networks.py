@@ -61,12 +61,13 @@ def test_linear_and_its_gradients_are_those_of_double_precision(rows, inputs, ou
     assert all((one.double() - other).abs().max() < rounding for one, other in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("activation", ["silu", "relu"])
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("rows", [1, 70])
-def test_an_mlp_whose_weights_alone_learn_has_autograds_gradients(norm, num_layers, rows, monkeypatch):
+def test_an_mlp_whose_weights_alone_learn_has_autograds_gradients(activation, norm, num_layers, rows, monkeypatch):
     torch.manual_seed(0)
-    mlp = Mlp([7] + [33] * num_layers + [2], norm=norm)
+    mlp = Mlp([7] + [33] * num_layers + [2], norm=norm, activation=activation)
     exact = nn.Sequential(*copy.deepcopy(list(mlp))).double()
     x = torch.randn(rows, 7)
     weights = torch.randn(rows, 2)

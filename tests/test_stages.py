@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from aepo import checkpoint, pipeline, tasks
+from aepo import checkpoint, networks, pipeline, tasks
 from aepo import config as configs
 from aepo.errors import CheckpointError, ConfigError, TrainingError
 from aepo.pipeline import multiplying
@@ -151,6 +151,7 @@ OTHER = {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
         "expectile": 0.95, "discount": 0.5, "target_rate": 0.5, "learner": "softmax_in_support",
         "num_samples": 5, "num_support_states": 33, "backup_beta": 3.0, "backup_steps": 5,
+        "activation": "relu", "layer_norm": False,
     },
     "energy": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
@@ -159,12 +160,12 @@ OTHER = {
     },
     "actor": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
-        "inverse_temperature": 0.5,
+        "inverse_temperature": 0.5, "activation": "relu",
     },
     "actor_critic": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
         "discount": 0.5, "target_rate": 0.5, "q_weight": 1.0, "policy_noise": 0.1, "noise_clip": 0.05,
-        "actor_interval": 1,
+        "actor_interval": 1, "activation": "relu", "layer_norm": False,
     },
 }  # fmt: skip
 
@@ -195,7 +196,16 @@ def test_every_setting_of_a_stage_is_heeded(method, stage, tiny_config, transiti
 
 
 @pytest.mark.parametrize("method", ["best", "iql", "td3bc"])  # all stages there are
-def test_a_steps_matrix_products_have_the_precision_of_its_stage_and_no_others(method, tiny_config, transitions):
+def test_a_steps_matrix_products_have_the_precision_of_its_stage_and_no_others(
+    method, tiny_config, transitions, monkeypatch
+):
+    before = finish(tiny_config(method=method), transitions)
+    in_bfloat16 = {f"{stage}__precision": "bfloat16" for stage in STAGES_OF[method]}
+    small = finish(tiny_config(method=method, **in_bfloat16), transitions)
+    layers = [key for key in before if "body" in key or "q_1" in key or "q_2" in key]
+    assert layers
+    assert same(*({key: state[key] for key in layers} for state in (before, small)))  # small products stay float32
+    monkeypatch.setattr(networks, "MIN_PRODUCTS", 0)
     sizes = {f"{stage}__{key}": 64 for stage in STAGES_OF[method] for key in ("hidden_size", "batch_size")}
     base = tiny_config(method=method, **sizes)
     with multiplying("bfloat16"):
@@ -270,6 +280,18 @@ def test_every_combination_of_choices_trains_or_is_refused(
     else:
         with pytest.raises(ConfigError, match=f"{target} has no expansion"):
             tiny_config(**choices, **few)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_takes_a_critic_of_relu_layers_or_is_refused(target, tiny_config, transitions):
+    few = {f"{stage}__steps": 2 for stage in STAGES_OF["best"]}
+    choices = {"energy__target": target, "critic__activation": "relu", "critic__layer_norm": False}
+    if target == "analytic_second_order":
+        with pytest.raises(ConfigError, match="needs critic.activation silu"):
+            tiny_config(**choices, **few)
+        return
+    *_, last = pipeline.train(tiny_config(**choices, **few), transitions, device=CPU)
+    assert all(np.isfinite(value) for value in last.metrics.values())
 
 
 def test_every_setting_of_sampling_changes_the_actions(tiny_config, transitions):

@@ -26,7 +26,7 @@ def seconds_per_run(plan: Sequence[RunConfig], *, cpus: float, gpus: float) -> d
 
     One run of each kind is measured: same settings, same dimensions of states and actions.
     """
-    run.set_threads(max(1, int(cpus)))
+    run.set_up_torch(max(1, int(cpus)))
     device = run.select_device("auto" if gpus else "cpu")
     kinds: dict[Any, list[RunConfig]] = {}
     datasets: dict[Any, Transitions] = {}

@@ -145,7 +145,7 @@ def _follow(values: dict[str, Any]) -> None:
 
     sweep = Path(values["sweep"])
     config = read_planned(sweep, values["run"])
-    run.set_threads(max(1, int(values["cpus"])))
+    run.set_up_torch(max(1, int(values["cpus"])))
     _claim_share(values["gpus"])
     store = run.FolderStore(sweep / RUN_FOLDERS / config.name)
     with contextlib.suppress(AEPOError, Interrupted):  # the leader says it
@@ -198,7 +198,7 @@ def _perform(values: dict[str, Any], how: Callable[..., dict[str, Any]]) -> dict
     config = read_planned(sweep, values["run"])
     folder = sweep / RUN_FOLDERS / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    run.set_threads(max(1, int(values["cpus"])))
+    run.set_up_torch(max(1, int(values["cpus"])))
     _claim_share(values["gpus"])
     looked = time.monotonic()
 

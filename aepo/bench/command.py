@@ -52,9 +52,9 @@ class Bench:
 
         from aepo import rundir
         from aepo.bench import measure
-        from aepo.run import set_threads
+        from aepo.run import set_up_torch
 
-        set_threads(1)
+        set_up_torch(1)
         cores = len(os.sched_getaffinity(0))
         if os.getloadavg()[0] > 0.5 * cores:
             err.print(f"[yellow]warning:[/] load {os.getloadavg()[0]:.1f} on {cores} cores: other work disturbs this")

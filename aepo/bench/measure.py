@@ -215,7 +215,7 @@ _barrier: Barrier
 def _join(barrier: Barrier) -> None:
     global _barrier
     _barrier = barrier
-    run.set_threads(1)
+    run.set_up_torch(1)
 
 
 def _rate(budget: str, num_data: int, seconds: float) -> float:

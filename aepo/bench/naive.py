@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from aepo.config import BehaviorConfig, CriticConfig, EnergyConfig, IQLConfig
 from aepo.data.transitions import Transitions, flatten
@@ -80,8 +81,8 @@ def critic_step(config: CriticConfig, data: Transitions) -> Step:
         with torch.no_grad():
             target_q_B = target(batch.states_BS, batch.actions_BA).amin(dim=0)
             next_v_B = v(batch.next_states_BS)
-        v_loss = critic.expectile_loss(target_q_B - v(batch.states_BS), config.expectile)
-        step_on(v_optimizer, v_loss)
+        advantage_B = target_q_B - v(batch.states_BS)
+        step_on(v_optimizer, ((config.expectile - (advantage_B < 0).float()).abs() * advantage_B**2).mean())
         backup_B = batch.rewards_B + config.discount * (1 - batch.terminals_B) * next_v_B
         q_loss = (q(batch.states_BS, batch.actions_BA) - backup_B).square().mean(dim=1).sum()
         value = step_on(q_optimizer, q_loss)
@@ -126,7 +127,10 @@ def actor_step(config: IQLConfig, state: IQLState, data: Transitions) -> Step:
     def step() -> float:
         index_B = data.draw_rows(config.actor.batch_size, own.generator)
         advantage_B = critic.advantages(target, judge, data, index_B)
-        return step_on(optimizer, actor.loss(own, config.actor, data.take(index_B), advantage_B)[0])
+        batch, weight_B = data.take(index_B), (config.actor.inverse_temperature * advantage_B).exp().clamp(max=100.0)
+        policy = Normal(own.net(batch.states_BS), own.net.log_std_A.clamp(-5.0, 2.0).exp())
+        log_prob_B = policy.log_prob(batch.actions_BA).sum(dim=1)  # type: ignore[no-untyped-call]
+        return step_on(optimizer, -(weight_B * log_prob_B).mean())
 
     return step
 

@@ -28,25 +28,42 @@ class ActorState:
     step: int = 0
 
 
+def make_net(config: ActorConfig, state_dim: int, action_dim: int) -> GaussianActor:
+    """Return an untrained policy of this config."""
+    return GaussianActor(
+        state_dim,
+        action_dim,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        activation=config.activation,
+    )
+
+
 def start(config: ActorConfig, data: Transitions, generator: torch.Generator) -> ActorState:
     """Return the stage before its first step; weights are drawn from torch's global generator."""
-    net = GaussianActor(
-        data.state_dim, data.action_dim, hidden_size=config.hidden_size, num_layers=config.num_layers
-    ).to(generator.device)
+    net = make_net(config, data.state_dim, data.action_dim).to(generator.device)
     return ActorState(net, Adam(net.parameters(), lr=config.learning_rate, num_steps=config.steps), generator)
 
 
-def loss(state: ActorState, config: ActorConfig, batch: Batch, advantage_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted negative log-likelihood of the data's actions, a scalar, and metrics."""
+@torch.no_grad()
+def gradients(
+    state: ActorState, config: ActorConfig, batch: Batch, advantage_B: Tensor
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return those of the weighted negative log-likelihood of the data's actions, and metrics."""
     weight_B = (config.inverse_temperature * advantage_B).exp().clamp(max=MAX_WEIGHT)
-    value = -(weight_B * state.net.log_prob(batch.states_BS, batch.actions_BA)).mean()
-    return value, {"weight": weight_B.mean(), "clamped_share": (weight_B == MAX_WEIGHT).float().mean()}
+    log_prob_B, pull = state.net.log_prob(batch.states_BS, batch.actions_BA)
+    metrics = {
+        "loss": -(weight_B * log_prob_B).mean(),
+        "weight": weight_B.mean(),
+        "clamped_share": (weight_B == MAX_WEIGHT).float().mean(),
+    }
+    return pull(-weight_B / len(weight_B)), metrics
 
 
 def train_step(state: ActorState, config: ActorConfig, data: Transitions, of_rows: OfRows) -> dict[str, Tensor]:
     """Take one gradient step and return its metrics, still on the device; `of_rows` gives min_i Q'_i - V."""
     index_B = share(data.draw_rows(config.batch_size, state.generator))
-    value, metrics = loss(state, config, data.take(index_B), of_rows(index_B))
-    state.optimizer.step_on(value)
+    found, metrics = gradients(state, config, data.take(index_B), of_rows(index_B))
+    state.optimizer.step_along(found)
     state.step += 1
-    return {"loss": value.detach(), **metrics}
+    return metrics

@@ -13,6 +13,7 @@ from aepo.config import ActorCriticConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.networks import Actor, TwinQ
 from aepo.parallel import mean, share
+from aepo.stages.critic import squared_errors
 from aepo.stages.optim import Adam, Ema
 
 
@@ -30,11 +31,28 @@ class ActorCriticState:
     step: int = 0
 
 
+def make_actor(config: ActorCriticConfig, state_dim: int, action_dim: int) -> Actor:
+    """Return an untrained actor of this config."""
+    return Actor(
+        state_dim,
+        action_dim,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        activation=config.activation,
+    )
+
+
 def start(config: ActorCriticConfig, data: Transitions, generator: torch.Generator) -> ActorCriticState:
     """Return the stage before its first step; weights are drawn from torch's global generator."""
-    size = {"hidden_size": config.hidden_size, "num_layers": config.num_layers}
-    actor = Actor(data.state_dim, data.action_dim, **size).to(generator.device)
-    q = TwinQ(data.state_dim, data.action_dim, **size).to(generator.device)
+    actor = make_actor(config, data.state_dim, data.action_dim).to(generator.device)
+    q = TwinQ(
+        data.state_dim,
+        data.action_dim,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        activation=config.activation,
+        layer_norm=config.layer_norm,
+    ).to(generator.device)
     num_actor_steps = max(1, config.steps // config.actor_interval)
     return ActorCriticState(
         actor=actor,
@@ -47,17 +65,17 @@ def start(config: ActorCriticConfig, data: Transitions, generator: torch.Generat
     )
 
 
-def q_loss(
+@torch.no_grad()
+def q_gradients(
     state: ActorCriticState, config: ActorCriticConfig, batch: Batch, normal_BA: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the critics' summed squared error to the smoothed backup, a scalar, and metrics; draws are N(0, 1)."""
-    with torch.no_grad():
-        noise_BA = (config.policy_noise * normal_BA).clamp(-config.noise_clip, config.noise_clip)
-        next_actions_BA = (state.actor_target(batch.next_states_BS) + noise_BA).clamp(-1.0, 1.0)
-        next_q_B = state.q_target(batch.next_states_BS, next_actions_BA).amin(dim=0)
-        backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_q_B
-    value = (state.q(batch.states_BS, batch.actions_BA) - backup_B).square().mean(dim=1).sum()
-    return value, {"q": backup_B.mean()}
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return those of the critics' summed squared error to the smoothed backup, and metrics; draws are N(0, 1)."""
+    noise_BA = (config.policy_noise * normal_BA).clamp(-config.noise_clip, config.noise_clip)
+    next_actions_BA = (state.actor_target(batch.next_states_BS) + noise_BA).clamp(-1.0, 1.0)
+    next_q_B = state.q_target(batch.next_states_BS, next_actions_BA).amin(dim=0)
+    backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_q_B
+    loss, gradients = squared_errors(state.q, batch, backup_B)
+    return gradients, {"loss": loss, "q": backup_B.mean()}
 
 
 def actor_loss(state: ActorCriticState, config: ActorCriticConfig, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,8 +93,8 @@ def train_step(state: ActorCriticState, config: ActorCriticConfig, data: Transit
     shape, device = batch.actions_BA.shape, batch.actions_BA.device
     normal_BA = torch.randn(shape, generator=state.generator, device=device)
     batch, normal_BA = share(batch), share(normal_BA)
-    value, metrics = q_loss(state, config, batch, normal_BA)
-    state.q_optimizer.step_on(value)
+    gradients, metrics = q_gradients(state, config, batch, normal_BA)
+    state.q_optimizer.step_along(gradients)
     state.step += 1
     if state.step % config.actor_interval == 0:
         value_of_actor, metrics_of_actor = actor_loss(state, config, batch)
@@ -84,4 +102,4 @@ def train_step(state: ActorCriticState, config: ActorCriticConfig, data: Transit
         state.actor_optimizer.step_on(value_of_actor)
         state.actor_target.update()
         state.q_target.update()
-    return {"loss": value.detach(), **metrics}
+    return metrics

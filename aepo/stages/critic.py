@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from aepo.config import CriticConfig
 from aepo.data.transitions import Batch, Transitions
-from aepo.networks import TwinQ, ValueNet
+from aepo.networks import Mlp, TwinQ, ValueNet
 from aepo.parallel import share
 from aepo.stages.behavior import BehaviorState, sample_support
 from aepo.stages.optim import Adam, Ema
@@ -43,11 +43,28 @@ class CriticState:
     step: int = 0
 
 
+def make_q(config: CriticConfig, state_dim: int, action_dim: int) -> TwinQ:
+    """Return untrained critics of this config."""
+    return TwinQ(
+        state_dim,
+        action_dim,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        activation=config.activation,
+        layer_norm=config.layer_norm,
+    )
+
+
 def start(config: CriticConfig, data: Transitions, generator: torch.Generator) -> CriticState:
     """Return stage 2 before its first step; weights are drawn from torch's global generator."""
-    size = {"hidden_size": config.hidden_size, "num_layers": config.num_layers}
-    q = TwinQ(data.state_dim, data.action_dim, **size).to(generator.device)
-    v = ValueNet(data.state_dim, **size).to(generator.device)
+    q = make_q(config, data.state_dim, data.action_dim).to(generator.device)
+    v = ValueNet(
+        data.state_dim,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        activation=config.activation,
+        layer_norm=config.layer_norm,
+    ).to(generator.device)
     optimizer = Adam([*q.parameters(), *v.parameters()], lr=config.learning_rate, num_steps=config.steps)
     num_support = min(len(data), config.num_support_states) if config.learner == "softmax_in_support" else 0
     return CriticState(
@@ -70,9 +87,24 @@ def measure(state: CriticState, config: CriticConfig, data: Transitions, behavio
         state.support_MKA = sample_support(behavior, next_states_MS, config.num_samples, state.generator)
 
 
-def expectile_loss(u_B: Tensor, expectile: float) -> Tensor:
-    """Return the mean of |tau - 1(u < 0)| u^2, a scalar  [M6]."""
-    return (torch.where(u_B < 0, 1.0 - expectile, expectile) * u_B.square()).mean()
+def expectile_loss(u_B: Tensor, expectile: float) -> tuple[Tensor, Tensor]:
+    """Return the mean of |tau - 1(u < 0)| u^2, a scalar, and its gradient by u, [B]  [M6]."""
+    weighted_B = torch.where(u_B < 0, (1.0 - expectile) * u_B, expectile * u_B)
+    return (weighted_B * u_B).mean(), 2.0 / len(u_B) * weighted_B
+
+
+def squared_error(net: Mlp, x_BI: Tensor, target_B: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the mean squared error of a network's only output, a scalar, and its gradients by the parameters."""
+    output_B1, pull = net.vjp(x_BI)
+    error_B1 = output_B1 - target_B[:, None]
+    return error_B1.square().mean(), pull(2.0 / len(target_B) * error_B1)
+
+
+def squared_errors(q: TwinQ, batch: Batch, target_B: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the sum of both critics' mean squared errors, a scalar, and its gradients by their parameters  [M7]."""
+    pair_BP = torch.cat([batch.states_BS, batch.actions_BA], dim=1)
+    (loss_1, of_q_1), (loss_2, of_q_2) = (squared_error(net, pair_BP, target_B) for net in (q.q_1, q.q_2))
+    return loss_1 + loss_2, [*of_q_1, *of_q_2]
 
 
 class Ahead(NamedTuple):
@@ -118,40 +150,37 @@ def look_ahead(data: Transitions, num_steps: int, discount: float) -> Steps:
     return Steps(sum_N, discounts_N * (1.0 - terminals_N[last_N]), last_N)
 
 
-def loss(state: CriticState, config: CriticConfig, batch: Batch, ahead: Ahead) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the sum of both losses, whose parameters are disjoint, and metrics  [M6, M7]."""
-    with torch.no_grad():
-        target_q_B = state.target(batch.states_BS, batch.actions_BA).amin(dim=0)
-        backup_B = ahead.rewards_B + ahead.discounts_B * state.v(ahead.states_BS)
-    v_B = state.v(batch.states_BS)
-    v_loss = expectile_loss(target_q_B - v_B, config.expectile)
-    q_loss = (state.q(batch.states_BS, batch.actions_BA) - backup_B).square().mean(dim=1).sum()
-    metrics = {
-        "loss": (q_loss + v_loss).detach(),
-        "v": v_B.detach().mean(),
-        "advantage_std": (target_q_B - v_B.detach()).std(),
-    }
-    return q_loss + v_loss, metrics
+@torch.no_grad()
+def gradients(
+    state: CriticState, config: CriticConfig, batch: Batch, ahead: Ahead
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return those of the sum of the losses, whose parameters are disjoint, Q's before V's, and metrics  [M6, M7]."""
+    backup_B = ahead.rewards_B + ahead.discounts_B * state.v(ahead.states_BS)
+    q_loss, of_q = squared_errors(state.q, batch, backup_B)
+    v_B1, pull = state.v.body.vjp(batch.states_BS)
+    u_B = state.target(batch.states_BS, batch.actions_BA).amin(dim=0) - v_B1[:, 0]
+    v_loss, slope_B = expectile_loss(u_B, config.expectile)
+    metrics = {"loss": q_loss + v_loss, "v": v_B1.mean(), "advantage_std": u_B.std()}
+    return [*of_q, *pull(-slope_B[:, None])], metrics
 
 
-def softmax_loss(
+@torch.no_grad()
+def softmax_gradients(
     state: CriticState, config: CriticConfig, batch: Batch, support_BKA: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the sum of both losses with the in-support backup, and metrics  [M7, M8].
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return those of the sum of the losses with the in-support backup, Q's before V's, and metrics  [M7, M8].
 
     V, which the energy's scale needs, follows the backup by squared error in the next states.
     """
     num_support = support_BKA.shape[1]
-    with torch.no_grad():
-        repeated = batch.next_states_BS.repeat_interleave(num_support, dim=0)
-        q_BK = state.target(repeated, support_BKA.flatten(0, 1)).amin(dim=0).view(-1, num_support)
-        next_v_B = soft_maximum(q_BK, config.backup_beta)
-        backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_v_B
-    v_B = state.v(batch.next_states_BS)
-    v_loss = (v_B - next_v_B).square().mean()
-    q_loss = (state.q(batch.states_BS, batch.actions_BA) - backup_B).square().mean(dim=1).sum()
-    metrics = {"loss": (q_loss + v_loss).detach(), "v": next_v_B.mean(), "support_std": q_BK.std(dim=1).mean()}
-    return q_loss + v_loss, metrics
+    repeated = batch.next_states_BS.repeat_interleave(num_support, dim=0)
+    q_BK = state.target(repeated, support_BKA.flatten(0, 1)).amin(dim=0).view(-1, num_support)
+    next_v_B = soft_maximum(q_BK, config.backup_beta)
+    backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_v_B
+    q_loss, of_q = squared_errors(state.q, batch, backup_B)
+    v_loss, of_v = squared_error(state.v.body, batch.next_states_BS, next_v_B)
+    metrics = {"loss": q_loss + v_loss, "v": next_v_B.mean(), "support_std": q_BK.std(dim=1).mean()}
+    return [*of_q, *of_v], metrics
 
 
 def soft_maximum(q_BK: Tensor, beta: float) -> Tensor:
@@ -181,11 +210,11 @@ def train_step(
         else:
             next_states_BS = data.take(steps.last_N[index_B]).next_states_BS
             ahead = Ahead(steps.rewards_N[index_B], steps.discounts_N[index_B], next_states_BS)
-        value, metrics = loss(state, config, batch, ahead)
+        found, metrics = gradients(state, config, batch, ahead)
     else:
         batch = data.take(state.support_index_M[index_B])
-        value, metrics = softmax_loss(state, config, batch, state.support_MKA[index_B])
-    state.optimizer.step_on(value)
+        found, metrics = softmax_gradients(state, config, batch, state.support_MKA[index_B])
+    state.optimizer.step_along(found)
     state.target.update()
     state.step += 1
     return metrics

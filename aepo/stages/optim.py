@@ -42,11 +42,14 @@ class Adam(torch.optim.Adam):
             state["step"] = self._step
 
     def step_on(self, loss: Tensor) -> None:
-        """Back-propagate a scalar and take one step; `torch.optim.Adam.step` costs as much again in Python."""
+        """Back-propagate a scalar and take one step."""
+        found = torch.autograd.grad(loss, self.param_groups[0]["params"], materialize_grads=True)
+        self.step_along([gradient.contiguous() for gradient in found])  # the fused kernel looks at no strides
+
+    def step_along(self, gradients: list[Tensor]) -> None:
+        """Take one step, given a gradient for each parameter; `torch.optim.Adam.step` costs as much again in Python."""
         group: dict[str, Any] = self.param_groups[0]
         group["lr"] = group["first_lr"] * 0.5 * (1 + math.cos(math.pi * group["position"] / group["num_steps"]))
-        found = torch.autograd.grad(loss, group["params"], materialize_grads=True)
-        gradients = [gradient.contiguous() for gradient in found]  # the fused kernel looks at no strides
         parallel.average(gradients)
         beta1, beta2 = group["betas"]
         with torch.no_grad():
