@@ -173,6 +173,7 @@ class Mlp(nn.Sequential):
 
     @torch.no_grad()
     def _pull(self, kept: list[tuple[Tensor, ...]], grad_BO: Tensor) -> list[Tensor]:
+        assert kept, "the first call has given the activations away; call vjp again"
         (x_BI,) = kept.pop()
         gradients = [grad_BO.sum(dim=0), _multiply(grad_BO.t(), x_BI.t())]  # the last parameter first
         grad_BH = _multiply(grad_BO, self._output[0].weight.t())

@@ -91,6 +91,31 @@ def test_every_part_gives_its_rows(capsys):
     assert {"processor", "torch", "commit", "kernels"} <= set(found["machine"])
 
 
+def test_settings_reach_the_methods_that_have_them(capsys):
+    aepo, iql = measure.configs_of(
+        "smoke", "bfloat16", {"critic.activation": "relu", "actor.activation": "relu", "behavior.batch_size": "7"}
+    )
+    assert (aepo.critic.activation, iql.critic.activation, iql.actor.activation) == ("relu",) * 3
+    assert (aepo.behavior.batch_size, iql.critic.layer_norm, iql.actor.precision) == (7, True, "bfloat16")
+    argv = ["bench", "--preset", "smoke", "--transitions", "2000", "--seconds", "0.02", "--only", "steps", "--json"]
+    assert cli.run([*argv, "--set", "critic.layer_norm=false"]) == 0
+    assert json.loads(capsys.readouterr().out)["machine"]["set"] == ["critic.layer_norm=false"]
+    assert cli.run([*argv, "--set", "critic.layernorm=false"]) == 2
+    assert "critic.layer_norm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("activation", "layer_norm"), [("relu", False), ("silu", True)])
+def test_the_baselines_networks_are_ours(activation, layer_norm, parts):
+    """`plain` copies say what ours say, without any of our code."""
+    settings = {"critic.activation": activation, "critic.layer_norm": str(layer_norm)}
+    config, data = measure.configs_of("smoke", overrides=settings)[0].critic, parts[-1]
+    state, batch = critic.start(config, data, torch.Generator()), data.take(torch.arange(50))
+    twin = naive.plain(state.q)
+    assert {type(module).__module__.split(".")[0] for module in twin.q_1.modules()} == {"torch"}
+    found, wanted = (net(batch.states_BS, batch.actions_BA) for net in (state.q, twin))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_numbers_that_measure_nothing_are_refused(capsys):
     assert cli.run(["bench", "--seconds", "0"]) == 2
     assert "--seconds above 0" in capsys.readouterr().err

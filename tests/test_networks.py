@@ -86,6 +86,22 @@ def test_an_mlp_whose_weights_alone_learn_has_autograds_gradients(activation, no
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_a_vjp_changes_nothing_it_was_given_and_answers_once(activation):
+    torch.manual_seed(0)
+    mlp = Mlp([7, 33, 33, 2], norm=activation == "silu", activation=activation)
+    x, weights = torch.randn(20, 7), torch.randn(20, 2)
+    before = [tensor.clone() for tensor in (x, weights, *mlp.parameters())]
+    output, pull = mlp.vjp(x)
+    kept = output.clone()
+    pull(weights)
+    assert not output.requires_grad
+    assert torch.equal(output, kept)
+    assert all(map(torch.equal, before, (x, weights, *mlp.parameters())))
+    with pytest.raises(AssertionError, match="call vjp again"):
+        pull(weights)
+
+
 def test_weights_that_a_state_replaces_are_those_that_learn():
     one, other = Mlp([3, 8, 1], norm=True), Mlp([3, 8, 1], norm=True)
     one.load_state_dict(other.state_dict())

@@ -287,7 +287,7 @@ def test_every_target_takes_a_critic_of_relu_layers_or_is_refused(target, tiny_c
     few = {f"{stage}__steps": 2 for stage in STAGES_OF["best"]}
     choices = {"energy__target": target, "critic__activation": "relu", "critic__layer_norm": False}
     if target == "analytic_second_order":
-        with pytest.raises(ConfigError, match="needs critic.activation silu"):
+        with pytest.raises(ConfigError, match=r"needs critic\.activation silu"):
             tiny_config(**choices, **few)
         return
     *_, last = pipeline.train(tiny_config(**choices, **few), transitions, device=CPU)

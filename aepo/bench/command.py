@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from aepo.config import Precision
+from aepo.config import Precision, parse_overrides
 from aepo.console import emit_json, emit_table, err
 from aepo.errors import ConfigError
 
@@ -23,6 +23,7 @@ class Bench:
       aepo bench
       aepo bench --preset paper --seconds 20 --json
       aepo bench --only steps --precision bfloat16
+      aepo bench --only steps --set critic.activation=relu critic.layer_norm=false actor.activation=relu
       aepo bench --only processes --processes 1 2 6
     """
 
@@ -32,6 +33,9 @@ class Bench:
     """Parts to measure; none given = all."""
     precision: Precision = "float32"
     """Of our training steps' matrix products; the baseline's stay float32."""
+    set: tuple[str, ...] = ()
+    """Settings of training steps, KEY=VALUE: critic.activation=relu critic.layer_norm=false actor.activation=relu are
+    published IQL's networks."""
     transitions: int = 1_000_000
     """Of the data set, random numbers with Hopper's dimensions."""
     processes: tuple[int, ...] = (1, 2, 6)
@@ -65,9 +69,10 @@ class Bench:
             rows.append(row)
             err.print(f"{row['work']}: {row['cpu_ms']:.3g} ms, {row['ratio']:.2f} times the baseline's speed")
 
+        configs = measure.configs_of(self.preset, self.precision, parse_overrides(self.set))
         data = measure.random_data(self.transitions)
         if "steps" in parts:
-            for row in measure.steps(self.preset, self.precision, data, seconds=self.seconds):
+            for row in measure.steps(*configs, data, seconds=self.seconds):
                 show(row)
         if "sampling" in parts:
             for row in measure.sampling(self.preset, data, seconds=self.seconds):
@@ -91,6 +96,7 @@ class Bench:
             "commit": rundir.commit(),
             "preset": self.preset,
             "precision": self.precision,
+            "set": list(self.set),
         }
         if self.json:
             emit_json({"machine": machine, "rows": rows, "processes": rates})

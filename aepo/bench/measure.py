@@ -4,7 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from aepo import pipeline, run, tasks
 from aepo.bench import naive
-from aepo.config import GuidedConfig, IQLConfig, Precision, with_overrides
+from aepo.config import GuidedConfig, IQLConfig, Precision, settings, with_overrides
 from aepo.data import pointmaze
 from aepo.data.transitions import Spaces, Transitions
 from aepo.evaluate import Evaluator
@@ -86,19 +86,29 @@ def _block(call: Callable[[], Any], seconds: float) -> Cost:
     return Cost((time.perf_counter() - wall) * 1e3 / num, (time.process_time() - cpu) * 1e3 / num)
 
 
-def configs_of(budget: str, precision: Precision = "float32") -> tuple[GuidedConfig, IQLConfig]:
-    """Return the two methods whose stages are measured, at a preset's sizes."""
-    task = tasks.for_dataset("bench")
+def configs_of(
+    budget: str, precision: Precision = "float32", overrides: Mapping[str, str] | None = None
+) -> tuple[GuidedConfig, IQLConfig]:
+    """Return the two methods whose stages are measured, at a preset's sizes; `overrides` go to those that have them.
+
+    Raises:
+        ConfigError: for a setting that neither has, or a bad value.
+    """
+    task, overrides = tasks.for_dataset("bench"), overrides or {}
     aepo, iql = preset(f"best-{budget}", task, 0), preset(f"iql-{budget}", task, 0)
     assert isinstance(aepo, GuidedConfig)
     assert isinstance(iql, IQLConfig)
-    aepo = with_overrides(aepo, {"critic.backup_steps": 1, **{f"{name}.precision": precision for name in aepo.stages}})
-    return aepo, with_overrides(iql, {f"{name}.precision": precision for name in iql.stages})
+    of_actor = {key: value for key, value in overrides.items() if key in set(settings(iql)) - set(settings(aepo))}
+    of_aepo = {key: value for key, value in overrides.items() if key not in of_actor}
+    of_iql = {key: value for key, value in overrides.items() if key in settings(iql)}
+    aepo = with_overrides(
+        aepo, {"critic.backup_steps": 1, **{f"{name}.precision": precision for name in aepo.stages}, **of_aepo}
+    )
+    return aepo, with_overrides(iql, {**{f"{name}.precision": precision for name in iql.stages}, **of_iql})
 
 
-def steps(budget: str, precision: Precision, data: Transitions, *, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield a row per stage: milliseconds per step, ours at this precision and the baseline's in float32."""
-    aepo, iql = configs_of(budget, precision)
+def steps(aepo: GuidedConfig, iql: IQLConfig, data: Transitions, *, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield a row per stage: milliseconds per step, ours at the stage's precision and the baseline's in float32."""
     state, ours = pipeline.prepare(aepo, data, CPU)
     iql_state, iql_ours = pipeline.prepare(iql, data, CPU)
     assert isinstance(state, GuidedState)

@@ -81,7 +81,7 @@ def q_gradients(
 def actor_loss(state: ActorCriticState, config: ActorCriticConfig, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the actor's loss, a scalar, and metrics."""
     actions_BA = state.actor(batch.states_BS)
-    q_B = state.q(batch.states_BS, actions_BA)[0]
+    q_B = state.q.q_1(torch.cat([batch.states_BS, actions_BA], dim=1)).squeeze(-1)
     scale = config.q_weight / mean(q_B.detach().abs().mean()).clamp(min=1e-6)
     distance = (actions_BA - batch.actions_BA).square().mean()
     return distance - scale * q_B.mean(), {"distance": distance.detach()}
