@@ -160,7 +160,7 @@ def gradients(
     v_B1, pull = state.v.body.vjp(batch.states_BS)
     u_B = state.target(batch.states_BS, batch.actions_BA).amin(dim=0) - v_B1[:, 0]
     v_loss, slope_B = expectile_loss(u_B, config.expectile)
-    metrics = {"loss": q_loss + v_loss, "v": v_B1.mean(), "advantage_std": u_B.std()}
+    metrics = {"loss": q_loss + v_loss, "v": v_B1.mean(), "advantage_std": u_B.std(correction=0)}
     return [*of_q, *pull(-slope_B[:, None])], metrics
 
 
