@@ -282,6 +282,13 @@ def test_every_combination_of_choices_trains_or_is_refused(
             tiny_config(**choices, **few)
 
 
+@pytest.mark.parametrize("method", STAGES_OF)
+def test_a_batch_of_one_trains(method, tiny_config, transitions):
+    few = {f"{stage}__{key}": value for stage in STAGES_OF[method] for key, value in (("steps", 2), ("batch_size", 1))}
+    for last in pipeline.train(tiny_config(method=method, **few), transitions, device=CPU):
+        assert all(np.isfinite(value) for value in last.metrics.values())
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_takes_a_critic_of_relu_layers_or_is_refused(target, tiny_config, transitions):
     few = {f"{stage}__steps": 2 for stage in STAGES_OF["best"]}
