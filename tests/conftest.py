@@ -26,6 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _subnormal_numbers():
+    """A command run in this process takes them for 0; Hypothesis, which draws them, refuses to."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the user's data, cache or tracking server."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
