@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from aepo.config import Activation
+from aepo.config import Activation, ActorConfig, ActorCriticConfig, CriticConfig
 
 Pull = Callable[[Tensor], list[Tensor]]
 aten = torch.ops.aten
@@ -282,20 +282,11 @@ class Prepared:
 class TwinQ(nn.Module):
     """Two independent critics Q_1, Q_2 of (s, a)."""
 
-    def __init__(
-        self,
-        state_dim: int,
-        action_dim: int,
-        *,
-        hidden_size: int,
-        num_layers: int,
-        activation: Activation,
-        layer_norm: bool,
-    ):
-        """Layer normalisation bounds what both say of actions the data do not have."""
+    def __init__(self, state_dim: int, action_dim: int, config: CriticConfig | ActorCriticConfig):
+        """Layer normalisation bounds what both say of actions that the data do not have."""
         super().__init__()
-        sizes = [state_dim + action_dim] + [hidden_size] * num_layers + [1]
-        self.q_1, self.q_2 = (Mlp(sizes, norm=layer_norm, activation=activation) for _ in range(2))
+        sizes = [state_dim + action_dim] + [config.hidden_size] * config.num_layers + [1]
+        self.q_1, self.q_2 = (Mlp(sizes, norm=config.layer_norm, activation=config.activation) for _ in range(2))
 
     def forward(self, states_BS: Tensor, actions_BA: Tensor) -> Tensor:
         """Return both values, [2, B]."""
@@ -306,10 +297,11 @@ class TwinQ(nn.Module):
 class ValueNet(nn.Module):
     """V of s."""
 
-    def __init__(self, state_dim: int, *, hidden_size: int, num_layers: int, activation: Activation, layer_norm: bool):
-        """As the critics."""
+    def __init__(self, state_dim: int, config: CriticConfig):
+        """Layers as those of the critics."""
         super().__init__()
-        self.body = Mlp([state_dim] + [hidden_size] * num_layers + [1], norm=layer_norm, activation=activation)
+        sizes = [state_dim] + [config.hidden_size] * config.num_layers + [1]
+        self.body = Mlp(sizes, norm=config.layer_norm, activation=config.activation)
 
     def forward(self, states_BS: Tensor) -> Tensor:
         """Return [B]."""
@@ -319,10 +311,11 @@ class ValueNet(nn.Module):
 class Actor(nn.Module):
     """A deterministic policy, pi(s) in (-1, 1)^A."""
 
-    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int, activation: Activation):
-        """One output per action dimension."""
+    def __init__(self, state_dim: int, action_dim: int, config: ActorConfig | ActorCriticConfig):
+        """One output per action dimension; no layer normalisation."""
         super().__init__()
-        self.body = Mlp([state_dim] + [hidden_size] * num_layers + [action_dim], activation=activation)
+        sizes = [state_dim] + [config.hidden_size] * config.num_layers + [action_dim]
+        self.body = Mlp(sizes, activation=config.activation)
 
     def forward(self, states_BS: Tensor) -> Tensor:
         """Return actions, [B, A]."""
@@ -332,9 +325,9 @@ class Actor(nn.Module):
 class GaussianActor(Actor):
     """A Gaussian policy: mean in (-1, 1)^A, one standard deviation per dimension, the same in all states (IQL)."""
 
-    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int, activation: Activation):
+    def __init__(self, state_dim: int, action_dim: int, config: ActorConfig):
         """The deviations start at 1 and stay in [e^-5, e^2]."""
-        super().__init__(state_dim, action_dim, hidden_size=hidden_size, num_layers=num_layers, activation=activation)
+        super().__init__(state_dim, action_dim, config)
         self.log_std_A = nn.Parameter(torch.zeros(action_dim))
 
     @torch.no_grad()

@@ -22,10 +22,10 @@ from aepo.config import GuidedConfig, IQLConfig, RunConfig, SamplingConfig, TD3B
 from aepo.data.transitions import Spaces
 from aepo.diffusion import sampler
 from aepo.errors import CheckpointError, ConfigError
-from aepo.networks import Actor
+from aepo.networks import Actor, GaussianActor, TwinQ
 from aepo.pipeline import GuidedState, IQLState, PipelineState, TD3BCState
 from aepo.rundir import write_atomically
-from aepo.stages import actor, actor_critic, behavior, critic, energy
+from aepo.stages import behavior, energy
 
 FORMAT = "aepo-policy-1"
 
@@ -131,7 +131,7 @@ class GuidedPolicy(Policy):
             *dims, hidden_size=config.behavior.hidden_size, num_layers=config.behavior.num_layers
         )
         self.energy = energy.make_net(config.energy, *dims)
-        self.q = critic.make_q(config.critic, *dims)
+        self.q = TwinQ(*dims, config.critic)
         self.requires_grad_(False)
         self._grid: sampler.Grid | None = None
 
@@ -190,10 +190,10 @@ class ActorPolicy(Policy):
         dims = len(spaces.state_mean_S), len(spaces.action_low_A)
         self.actor: Actor
         if isinstance(config, IQLConfig):
-            self.actor = actor.make_net(config.actor, *dims)
+            self.actor = GaussianActor(*dims, config.actor)
         else:
             assert isinstance(config, TD3BCConfig)
-            self.actor = actor_critic.make_actor(config.actor_critic, *dims)
+            self.actor = Actor(*dims, config.actor_critic)
         self.requires_grad_(False)
 
     def copy_weights(self, state: PipelineState) -> None:

@@ -100,8 +100,13 @@ def test_settings_reach_the_methods_that_have_them(capsys):
     argv = ["bench", "--preset", "smoke", "--transitions", "2000", "--seconds", "0.02", "--only", "steps", "--json"]
     assert cli.run([*argv, "--set", "critic.layer_norm=false"]) == 0
     assert json.loads(capsys.readouterr().out)["machine"]["set"] == ["critic.layer_norm=false"]
-    assert cli.run([*argv, "--set", "critic.layernorm=false"]) == 2
-    assert "critic.layer_norm" in capsys.readouterr().err
+    for words, named in (
+        ("critic.layernorm=false", "critic.layer_norm"),
+        ("critic.activation=gelu", "'silu' or 'relu'"),
+        ("evaluation.num_episodes=3", "measures nothing of"),  # and would change nothing
+    ):
+        assert cli.run([*argv, "--set", words]) == 2
+        assert named in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("activation", "layer_norm"), [("relu", False), ("silu", True)])

@@ -34,8 +34,8 @@ class Bench:
     precision: Precision = "float32"
     """Of our training steps' matrix products; the baseline's stay float32."""
     set: tuple[str, ...] = ()
-    """Settings of training steps, KEY=VALUE: critic.activation=relu critic.layer_norm=false actor.activation=relu are
-    published IQL's networks."""
+    """Settings of steps and sampling, KEY=VALUE: critic.activation=relu critic.layer_norm=false actor.activation=relu
+    are published IQL's networks."""
     transitions: int = 1_000_000
     """Of the data set, random numbers with Hopper's dimensions."""
     processes: tuple[int, ...] = (1, 2, 6)
@@ -75,7 +75,7 @@ class Bench:
             for row in measure.steps(*configs, data, seconds=self.seconds):
                 show(row)
         if "sampling" in parts:
-            for row in measure.sampling(self.preset, data, seconds=self.seconds):
+            for row in measure.sampling(configs[0], data, seconds=self.seconds):
                 show(row)
         if "data" in parts:
             with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +84,7 @@ class Bench:
         rates = []
         if "processes" in parts:
             for num in self.processes:
-                total = measure.together(num, self.preset, min(self.transitions, 100_000), seconds=self.seconds)
+                total = measure.together(num, configs[0], min(self.transitions, 100_000), seconds=self.seconds)
                 rates.append({"processes": num, "critic_steps_per_s": total})
                 err.print(f"{num} processes at once: {total:.0f} critic steps/s in all")
         machine = {

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 
 from aepo import pipeline, run, tasks
 from aepo.bench import naive
-from aepo.config import GuidedConfig, IQLConfig, Precision, settings, with_overrides
+from aepo.config import Config, GuidedConfig, IQLConfig, Precision, settings, with_overrides
 from aepo.data import pointmaze
 from aepo.data.transitions import Spaces, Transitions
+from aepo.errors import ConfigError
 from aepo.evaluate import Evaluator
 from aepo.networks import Linear
 from aepo.pipeline import GuidedState, IQLState
@@ -89,22 +91,27 @@ def _block(call: Callable[[], Any], seconds: float) -> Cost:
 def configs_of(
     budget: str, precision: Precision = "float32", overrides: Mapping[str, str] | None = None
 ) -> tuple[GuidedConfig, IQLConfig]:
-    """Return the two methods whose stages are measured, at a preset's sizes; `overrides` go to those that have them.
+    """Return the two methods that are measured, at a preset's sizes; `overrides` go to those that have them.
 
     Raises:
-        ConfigError: for a setting that neither has, or a bad value.
+        ConfigError: for a setting of which nothing here depends, or a bad value.
     """
     task, overrides = tasks.for_dataset("bench"), overrides or {}
     aepo, iql = preset(f"best-{budget}", task, 0), preset(f"iql-{budget}", task, 0)
     assert isinstance(aepo, GuidedConfig)
     assert isinstance(iql, IQLConfig)
-    of_actor = {key: value for key, value in overrides.items() if key in set(settings(iql)) - set(settings(aepo))}
-    of_aepo = {key: value for key, value in overrides.items() if key not in of_actor}
-    of_iql = {key: value for key, value in overrides.items() if key in settings(iql)}
-    aepo = with_overrides(
-        aepo, {"critic.backup_steps": 1, **{f"{name}.precision": precision for name in aepo.stages}, **of_aepo}
-    )
-    return aepo, with_overrides(iql, {**{f"{name}.precision": precision for name in iql.stages}, **of_iql})
+    measured = {*aepo.stages, *iql.stages, "sampling"}
+    known = {key for key in (*settings(aepo), *settings(iql)) if key.partition(".")[0] in measured}
+    if unknown := sorted(overrides.keys() - known):
+        near = get_close_matches(unknown[0], known, n=3) or sorted(measured)
+        raise ConfigError(f"aepo bench measures nothing of {unknown[0]!r}; did you mean {' or '.join(near)}?")
+    aepo = with_overrides(aepo, {"critic.backup_steps": 1})
+    return _changed(aepo, precision, overrides), _changed(iql, precision, overrides)
+
+
+def _changed(config: Config, precision: Precision, overrides: Mapping[str, str]) -> Config:
+    own = {key: value for key, value in overrides.items() if key in settings(config)}
+    return with_overrides(config, {f"{stage}.precision": precision for stage in config.stages} | own)
 
 
 def steps(aepo: GuidedConfig, iql: IQLConfig, data: Transitions, *, seconds: float) -> Iterator[dict[str, Any]]:
@@ -130,9 +137,8 @@ def steps(aepo: GuidedConfig, iql: IQLConfig, data: Transitions, *, seconds: flo
         yield {"work": f"{name} ({size})", **_row(*compare(call, baseline, seconds=seconds))}
 
 
-def sampling(budget: str, data: Transitions, *, seconds: float) -> Iterator[dict[str, Any]]:
+def sampling(aepo: GuidedConfig, data: Transitions, *, seconds: float) -> Iterator[dict[str, Any]]:
     """Yield a row per number of states: milliseconds per call that returns one guided action for each."""
-    aepo, _ = configs_of(budget)
     policy = Policy.from_state(aepo, pipeline.start(aepo, data, CPU), data.spaces)
     assert isinstance(policy, GuidedPolicy)
     generator = torch.Generator().manual_seed(0)
@@ -210,12 +216,12 @@ def linear_rates(*, seconds: float = 0.2) -> dict[str, float]:
     return rates
 
 
-def together(num_processes: int, budget: str, num_data: int, *, seconds: float) -> float:
+def together(num_processes: int, aepo: GuidedConfig, num_data: int, *, seconds: float) -> float:
     """Return the critic steps per second of so many processes at once, in all, each on one thread as trials are."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(num_processes)
     with context.Pool(num_processes, initializer=_join, initargs=(barrier,)) as pool:
-        rates = pool.starmap(_rate, [(budget, num_data, seconds)] * num_processes, chunksize=1)
+        rates = pool.starmap(_rate, [(aepo, num_data, seconds)] * num_processes, chunksize=1)
     return float(np.sum(rates))
 
 
@@ -228,8 +234,7 @@ def _join(barrier: Barrier) -> None:
     run.set_up_torch(1)
 
 
-def _rate(budget: str, num_data: int, seconds: float) -> float:
-    aepo, _ = configs_of(budget)
+def _rate(aepo: GuidedConfig, num_data: int, seconds: float) -> float:
     _, ours = pipeline.prepare(aepo, random_data(num_data), CPU)
     ours["critic"]()
     _barrier.wait()

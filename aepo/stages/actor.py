@@ -28,20 +28,9 @@ class ActorState:
     step: int = 0
 
 
-def make_net(config: ActorConfig, state_dim: int, action_dim: int) -> GaussianActor:
-    """Return an untrained policy of this config."""
-    return GaussianActor(
-        state_dim,
-        action_dim,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        activation=config.activation,
-    )
-
-
 def start(config: ActorConfig, data: Transitions, generator: torch.Generator) -> ActorState:
     """Return the stage before its first step; weights are drawn from torch's global generator."""
-    net = make_net(config, data.state_dim, data.action_dim).to(generator.device)
+    net = GaussianActor(data.state_dim, data.action_dim, config).to(generator.device)
     return ActorState(net, Adam(net.parameters(), lr=config.learning_rate, num_steps=config.steps), generator)
 
 

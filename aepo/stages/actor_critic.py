@@ -31,28 +31,10 @@ class ActorCriticState:
     step: int = 0
 
 
-def make_actor(config: ActorCriticConfig, state_dim: int, action_dim: int) -> Actor:
-    """Return an untrained actor of this config."""
-    return Actor(
-        state_dim,
-        action_dim,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        activation=config.activation,
-    )
-
-
 def start(config: ActorCriticConfig, data: Transitions, generator: torch.Generator) -> ActorCriticState:
     """Return the stage before its first step; weights are drawn from torch's global generator."""
-    actor = make_actor(config, data.state_dim, data.action_dim).to(generator.device)
-    q = TwinQ(
-        data.state_dim,
-        data.action_dim,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        activation=config.activation,
-        layer_norm=config.layer_norm,
-    ).to(generator.device)
+    actor = Actor(data.state_dim, data.action_dim, config).to(generator.device)
+    q = TwinQ(data.state_dim, data.action_dim, config).to(generator.device)
     num_actor_steps = max(1, config.steps // config.actor_interval)
     return ActorCriticState(
         actor=actor,

@@ -43,28 +43,10 @@ class CriticState:
     step: int = 0
 
 
-def make_q(config: CriticConfig, state_dim: int, action_dim: int) -> TwinQ:
-    """Return untrained critics of this config."""
-    return TwinQ(
-        state_dim,
-        action_dim,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        activation=config.activation,
-        layer_norm=config.layer_norm,
-    )
-
-
 def start(config: CriticConfig, data: Transitions, generator: torch.Generator) -> CriticState:
     """Return stage 2 before its first step; weights are drawn from torch's global generator."""
-    q = make_q(config, data.state_dim, data.action_dim).to(generator.device)
-    v = ValueNet(
-        data.state_dim,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        activation=config.activation,
-        layer_norm=config.layer_norm,
-    ).to(generator.device)
+    q = TwinQ(data.state_dim, data.action_dim, config).to(generator.device)
+    v = ValueNet(data.state_dim, config).to(generator.device)
     optimizer = Adam([*q.parameters(), *v.parameters()], lr=config.learning_rate, num_steps=config.steps)
     num_support = min(len(data), config.num_support_states) if config.learner == "softmax_in_support" else 0
     return CriticState(
