@@ -176,6 +176,7 @@ def draw_aggregates(found: Sequence[Aggregate], profiles: Mapping[str, Profile],
         FigureCanvasAgg(figure)
         names = [label(row.method) for row in found]
         for axes, (title, name) in zip(figure.subplots(1, 4, sharey=True), STATISTICS.items(), strict=True):
+            axes.use_sticky_edges = False  # of bars, which leave no room for a value at the frame
             for place, row in enumerate(found):
                 value = getattr(row, name)
                 color = palette[row.method]

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 import aepo.cli
 from aepo.errors import ConfigError, DataError, IncompleteError
 from analysis import figures
+from analysis.aggregate import Aggregate, Interval
 from analysis.figures import file_stem, learning_curves
 from analysis.load import SCHEMA, curves, evaluations, load_runs
 from analysis.report import write_report
@@ -570,3 +571,19 @@ def test_the_legend_of_a_single_panel_is_not_cut_off(tmp_path):
     assert ink.any()
     assert not ink[:, [0, -1]].any(), "nothing touches the sides"
     assert not ink[[0, -1]].any()
+
+
+def test_an_interval_at_the_end_of_its_axis_is_seen_whole(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, *_: drawn.append(figure))
+    low, high = Interval(value=10.0, low=10.0, high=14.0), Interval(value=92.0, low=91.0, high=92.0)
+    names = ("iqm", "median", "mean", "optimality_gap")
+    found = [
+        Aggregate(method=name, num_tasks=2, improvement=None, **dict.fromkeys(names, interval))
+        for name, interval in (("aepo", high), ("iql", low))
+    ]
+    figures.draw_aggregates(found, {}, tmp_path)
+    for axes in drawn[0].axes:
+        left, right = axes.get_xlim()
+        assert left < 9.5
+        assert right > 92.5
