@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 import aepo.cli
 from aepo.errors import ConfigError, DataError, IncompleteError
 from analysis import figures
-from analysis.aggregate import Aggregate, Interval
+from analysis.aggregate import Aggregate, Interval, Profile
 from analysis.figures import file_stem, learning_curves
 from analysis.load import SCHEMA, curves, evaluations, load_runs
 from analysis.report import write_report
@@ -582,7 +582,8 @@ def test_an_interval_at_the_end_of_its_axis_is_seen_whole(tmp_path, monkeypatch)
         Aggregate(method=name, num_tasks=2, improvement=None, **dict.fromkeys(names, interval))
         for name, interval in (("aepo", high), ("iql", low))
     ]
-    figures.draw_aggregates(found, {}, tmp_path)
+    flat = np.array([0.0, 1.0])
+    figures.draw_aggregates(found, {"aepo": Profile(levels=flat, value=flat, low=flat, high=flat)}, tmp_path)
     for axes in drawn[0].axes:
         left, right = axes.get_xlim()
         assert left < 9.5
