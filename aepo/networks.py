@@ -4,10 +4,11 @@ Plain multilayer perceptrons, with SiLU (smooth, so that grad_a Q and grad E are
 unless the config says otherwise. They know nothing of schedules or losses.
 """
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from aepo.config import Activation, ActorConfig, ActorCriticConfig, CriticConfig
+from aepo.config import Activation, ActorConfig, ActorCriticConfig, CriticConfig, Precision
 
 Pull = Callable[[Tensor], list[Tensor]]
 aten = torch.ops.aten
 
 MIN_ROWS, MIN_PRODUCTS = 16, 2**20
 """Fewer rows, or fewer multiplications in all, do not repay a call of oneDNN."""
+MATMUL_PRECISION: dict[Precision, str] = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}
+"""Torch's names."""
+_small_differ = False
+"""Whether small products are to be more precise than `multiplying` has the others."""
 
 
 def _prefers_onednn() -> bool:
@@ -44,7 +49,7 @@ def _onednn(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activation: 
 
 
 def _takes_onednn(x_BI: Tensor, weight_OI: Tensor) -> bool:
-    if not (PREFERS_ONEDNN and x_BI.ndim == 2 and x_BI.device.type == "cpu"):
+    if x_BI.ndim != 2 or x_BI.device.type != "cpu":
         return False
     return x_BI.shape[0] >= MIN_ROWS and not _is_small(x_BI, weight_OI)
 
@@ -53,16 +58,21 @@ def _is_small(x_BI: Tensor, weight_OI: Tensor) -> bool:
     return x_BI.shape[0] * weight_OI.numel() < MIN_PRODUCTS
 
 
-def _exactly(multiply: Callable[..., Tensor], *factors: Tensor | None) -> Tensor:
-    """Multiply in float32, whatever the precision set: bfloat16 costs small products more than it saves."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        return multiply(*factors)
-    torch.set_float32_matmul_precision("highest")
+@contextlib.contextmanager
+def multiplying(precision: Precision) -> Iterator[None]:
+    """Multiply matrices at this precision, on the CPU and on GPUs, for as long as it lasts.
+
+    Small ones stay float32: bfloat16 costs them more than it saves.
+    """
+    global _small_differ  # as torch's precision is; to ask for that costs as much as a small product
+    before, differed = torch.get_float32_matmul_precision(), _small_differ
+    torch.set_float32_matmul_precision(MATMUL_PRECISION[precision])
+    _small_differ = precision != "float32"
     try:
-        return multiply(*factors)
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
+        _small_differ = differed
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -92,29 +102,30 @@ class _OneDNNLinear(torch.autograd.Function):
 _apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _OneDNNLinear.apply
 
 
-class Linear(nn.Linear):
-    """A linear layer that takes oneDNN's AVX-512 kernels where MKL does not have its own.
+def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Return x W' + b, [B, O], by oneDNN's AVX-512 kernels where MKL does not have its own.
 
     PyTorch's own linear layers call MKL, which on AMD's processors runs AVX2 kernels at less than half the speed
     (docs/results/speed.md).
     """
-
-    def forward(self, x_BI: Tensor) -> Tensor:
-        """Return [B, O] of [B, I]."""
-        if _is_small(x_BI, self.weight):
-            return _exactly(F.linear, x_BI, self.weight, self.bias)
-        if not _takes_onednn(x_BI, self.weight):
-            return F.linear(x_BI, self.weight, self.bias)
+    if PREFERS_ONEDNN and _takes_onednn(x_BI, weight_OI):
         x_BI = x_BI.contiguous()  # columns of a wider tensor would take oneDNN's slow path
         multiply = _apply if torch.is_grad_enabled() else _onednn
-        return multiply(x_BI, self.weight, self.bias)
+        return multiply(x_BI, weight_OI, bias_O)
+    if _small_differ and _is_small(x_BI, weight_OI):
+        with multiplying("float32"):
+            return F.linear(x_BI, weight_OI, bias_O)
+    return F.linear(x_BI, weight_OI, bias_O)
 
 
-def _multiply(x_BI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Return x W', [B, O], without gradients."""
-    if _is_small(x_BI, weight_OI):
-        return _exactly(torch.mm, x_BI, weight_OI.t())
-    return _onednn(x_BI, weight_OI, None) if _takes_onednn(x_BI, weight_OI) else x_BI @ weight_OI.t()
+def _product(x_BI: Tensor, y_IO: Tensor) -> Tensor:
+    """Return x y, [B, O], without gradients."""
+    if PREFERS_ONEDNN and _takes_onednn(x_BI, y_IO):
+        return _onednn(x_BI, y_IO.t(), None)
+    if _small_differ and _is_small(x_BI, y_IO):
+        with multiplying("float32"):
+            return torch.mm(x_BI, y_IO)
+    return torch.mm(x_BI, y_IO)
 
 
 class Mlp(nn.Sequential):
@@ -123,12 +134,20 @@ class Mlp(nn.Sequential):
     def __init__(self, sizes: list[int], *, norm: bool = False, activation: Activation = "silu"):
         """`sizes` are those of the input, the hidden layers and the output."""
         *inner, last = itertools.pairwise(sizes)
-        hidden = [(Linear(*size), nn.LayerNorm(size[1]) if norm else None) for size in inner]
-        output, module = Linear(*last), {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
-        layers = [[linear, module()] if norm is None else [linear, norm, module()] for linear, norm in hidden]
+        hidden = [(nn.Linear(*size), nn.LayerNorm(size[1]) if norm else None) for size in inner]
+        output, module = nn.Linear(*last), {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
+        layers = [[layer, module()] if norm is None else [layer, norm, module()] for layer, norm in hidden]
         super().__init__(*itertools.chain(*layers), output)
-        self._hidden, self._output = hidden, [output]  # lists, so that no module stands in the state twice
         self._weights = list(self.parameters())
+        self._hidden = [
+            (
+                layer.weight,
+                layer.bias,
+                None if norm is None else (norm.normalized_shape, norm.weight, norm.bias, norm.eps),
+            )
+            for layer, norm in hidden
+        ]
+        self._output = (output.weight, output.bias)
         self._activation: Activation = activation
 
     def forward(self, x_BI: Tensor) -> Tensor:
@@ -137,47 +156,45 @@ class Mlp(nn.Sequential):
         if learns and not x_BI.requires_grad:
             return _learn(x_BI, self, *self._weights)
         act, name = (F.silu, "swish") if self._activation == "silu" else (F.relu, "relu")
-        for linear, norm in self._hidden:
-            if norm is None and not learns and _takes_onednn(x_BI, linear.weight):
-                x_BI = _onednn(x_BI.contiguous(), linear.weight, linear.bias, name)
+        for weight, bias, norm in self._hidden:
+            if PREFERS_ONEDNN and norm is None and not learns and _takes_onednn(x_BI, weight):
+                x_BI = _onednn(x_BI.contiguous(), weight, bias, name)
                 continue
-            x_BI = linear.forward(x_BI)
+            x_BI = linear(x_BI, weight, bias)
             if norm is not None:
-                x_BI = F.layer_norm(x_BI, norm.normalized_shape, norm.weight, norm.bias)
+                x_BI = torch.layer_norm(x_BI, *norm)
             x_BI = act(x_BI, inplace=not learns)
-        return self._output[0].forward(x_BI)
+        return linear(x_BI, *self._output)
 
-    @torch.no_grad()
     def vjp(self, x_BI: Tensor) -> tuple[Tensor, Pull]:
         """Return [B, O] of [B, I], and what turns a loss's gradient by it, [B, O], into those by the `parameters()`.
 
-        Without autograd, which costs as much as small layers' arithmetic, and in as little memory as will do, since at
-        these sizes it is either in the cache or costs more than arithmetic, too: the second call finds all given away.
+        Under `torch.no_grad` only. Without autograd, which costs as much as small layers' arithmetic, and in as little
+        memory as will do, since at these sizes it is either in the cache or costs more than arithmetic, too: the second
+        call finds all given away.
         """
+        assert not torch.is_grad_enabled()
         kept: list[tuple[Tensor, ...]] = []
-        for linear, norm in self._hidden:
-            before_BH = linear.forward(x_BI)
+        for weight, bias, norm in self._hidden:
+            before_BH = linear(x_BI, weight, bias)
             of_norm: tuple[Tensor, ...] = ()
             if norm is not None:
                 product_BH = before_BH
-                before_BH, *moments_B1 = torch.native_layer_norm(
-                    product_BH, norm.normalized_shape, norm.weight, norm.bias, norm.eps
-                )
+                before_BH, *moments_B1 = torch.native_layer_norm(product_BH, *norm)
                 of_norm = (product_BH, *moments_B1)
             after_BH = F.silu(before_BH) if self._activation == "silu" else before_BH.relu_()
             kept.append((x_BI, before_BH, *of_norm))
             x_BI = after_BH
-        output_BO = self._output[0].forward(x_BI)
+        output_BO = linear(x_BI, *self._output)
         kept.append((x_BI,))
         return output_BO, functools.partial(self._pull, kept)
 
-    @torch.no_grad()
     def _pull(self, kept: list[tuple[Tensor, ...]], grad_BO: Tensor) -> list[Tensor]:
         assert kept, "the first call has given the activations away; call vjp again"
         (x_BI,) = kept.pop()
-        gradients = [grad_BO.sum(dim=0), _multiply(grad_BO.t(), x_BI.t())]  # the last parameter first
-        grad_BH = _multiply(grad_BO, self._output[0].weight.t())
-        for linear, norm in reversed(self._hidden):
+        gradients = [grad_BO.sum(dim=0), _product(grad_BO.t(), x_BI)]  # the last parameter first
+        grad_BH = _product(grad_BO, self._output[0])
+        for weight, _, norm in reversed(self._hidden):
             x_BI, before_BH, *of_norm = kept.pop()
             if self._activation == "silu":
                 aten.silu_backward.grad_input(grad_BH, before_BH, grad_input=grad_BH)
@@ -185,14 +202,15 @@ class Mlp(nn.Sequential):
                 aten.threshold_backward.grad_input(grad_BH, before_BH, 0, grad_input=grad_BH)
             del before_BH
             if norm is not None:
+                shape, gain_H, shift_H, _ = norm
                 product_BH, mean_B1, rstd_B1 = of_norm
                 grad_BH, *of_weights = aten.native_layer_norm_backward.default(
-                    grad_BH, product_BH, norm.normalized_shape, mean_B1, rstd_B1, norm.weight, norm.bias, [True] * 3
+                    grad_BH, product_BH, shape, mean_B1, rstd_B1, gain_H, shift_H, [True] * 3
                 )
                 gradients += reversed(of_weights)
-            gradients += [grad_BH.sum(dim=0), _multiply(grad_BH.t(), x_BI.t())]
+            gradients += [grad_BH.sum(dim=0), _product(grad_BH.t(), x_BI)]
             if kept:
-                grad_BH = _multiply(grad_BH, linear.weight.t())
+                grad_BH = _product(grad_BH, weight)
         return gradients[::-1]
 
 
@@ -260,7 +278,7 @@ class Prepared:
         """Return the network's output, [B, O]."""
         x_BH = F.silu(self._first(a_BA, step), inplace=True)
         for layer in self._inner:
-            if _takes_onednn(x_BH, layer.weight):
+            if PREFERS_ONEDNN and _takes_onednn(x_BH, layer.weight):
                 x_BH = _onednn(x_BH, layer.weight, layer.bias, "swish")
             else:
                 x_BH = F.silu(F.linear(x_BH, layer.weight, layer.bias), inplace=True)
@@ -270,11 +288,11 @@ class Prepared:
         """Return the gradient of sum_o weight_o output_o by the actions, [B, A]."""
         before = [self._first(a_BA, step)]  # what each SiLU is given
         for layer in self._inner:
-            before.append(layer(F.silu(before[-1])))
+            before.append(linear(F.silu(before[-1]), layer.weight, layer.bias))
         grad_BH = (weight_O @ self._last.weight).expand_as(before[-1])
         for layer, x_BH in zip(reversed(self._inner), reversed(before[1:]), strict=True):
             grad_BH = torch.ops.aten.silu_backward.default(grad_BH, x_BH)
-            grad_BH = _multiply(grad_BH, layer.weight.t())
+            grad_BH = _product(grad_BH, layer.weight)
         slope_BA: Tensor = torch.ops.aten.silu_backward.default(grad_BH, before[0]) @ self._action_AH.t()
         return slope_BA
 
@@ -292,6 +310,11 @@ class TwinQ(nn.Module):
         """Return both values, [2, B]."""
         pair = torch.cat([states_BS, actions_BA], dim=-1)
         return torch.stack([self.q_1(pair).squeeze(-1), self.q_2(pair).squeeze(-1)])
+
+    def lowest(self, states_BS: Tensor, actions_BA: Tensor) -> Tensor:
+        """Return min_i Q_i, [B]."""
+        pair_BP = torch.cat([states_BS, actions_BA], dim=-1)
+        return torch.minimum(self.q_1.forward(pair_BP), self.q_2.forward(pair_BP)).squeeze(-1)
 
 
 class ValueNet(nn.Module):

@@ -4,7 +4,6 @@ It knows neither files nor schedulers. A driver iterates, stores `state` when it
 likes; `train(..., resume=saved)` continues bit for bit on the same kind of CPU.
 """
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -12,13 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from aepo import checkpoint, parallel
 from aepo.config import CriticConfig, GuidedConfig, IQLConfig, Precision, RunConfig, TD3BCConfig
 from aepo.data.transitions import Transitions
 from aepo.errors import TrainingError
+from aepo.networks import multiplying
 from aepo.stages import actor, actor_critic, behavior, critic, energy
+from aepo.stages.optim import Metrics
 
 STAGES = ("behavior", "critic", "energy", "actor", "actor_critic")
 """Of all methods. A stage's random numbers depend on the seed and its place here alone."""
@@ -26,8 +26,6 @@ HEARTBEAT = 50
 """Steps between two Progress at most; a driver can store the state at each."""
 NUM_LOGS = 200
 """Progress with metrics per stage."""
-MATMUL_PRECISION: dict[Precision, str] = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}
-"""Torch's names."""
 
 
 @dataclasses.dataclass
@@ -55,7 +53,6 @@ class TD3BCState:
 
 
 PipelineState = GuidedState | IQLState | TD3BCState
-Metrics = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,12 +111,12 @@ def measure_rates(config: RunConfig, data: Transitions, *, device: torch.device,
     rates = {}
     for name, train_step in train_steps.items():
         for _ in range(2):
-            tensors = train_step()
+            metrics = train_step()
         begin, steps = time.perf_counter(), 0
         while time.perf_counter() - begin < seconds:
-            tensors = train_step()
+            metrics = train_step()
             steps += 1
-        float(next(iter(tensors.values())))  # what a GPU still has to do
+        float(next(iter(metrics().values())))  # what a GPU still has to do
         rates[name] = steps / (time.perf_counter() - begin)
     return rates
 
@@ -144,17 +141,6 @@ def _at_precision(precision: Precision, step: Callable[[], Metrics]) -> Callable
             return step()
 
     return train_step
-
-
-@contextlib.contextmanager
-def multiplying(precision: Precision) -> Iterator[None]:
-    """Multiply matrices at this precision, on the CPU and on GPUs, for as long as it lasts."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(MATMUL_PRECISION[precision])
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _method(
@@ -208,7 +194,7 @@ def _iql(
     )
     steps = _look_ahead(config.critic, data)
     num_draws = config.actor.steps * config.actor.batch_size
-    of_rows = critic.advantage_of_rows(state.critic.target, state.critic, data, num_draws=num_draws)
+    of_rows = critic.advantage_of_rows(state.critic.target.net, state.critic, data, num_draws=num_draws)
 
     def critic_step() -> Metrics:
         return critic.train_step(state.critic, config.critic, data, steps)
@@ -230,11 +216,11 @@ def _stage(
     stage, num_steps, end = getattr(state, name), config.stages[name].steps, config.round_ends(name)[number]
     log_interval = max(1, num_steps // NUM_LOGS)
     while stage.step < end:
-        tensors = train_step()
+        said = train_step()
         log = stage.step % log_interval == 0 or stage.step == end
         if not log and stage.step % HEARTBEAT:
             continue
-        metrics = {f"{name}/{key}": float(parallel.mean(tensor)) for key, tensor in tensors.items()} if log else {}
+        metrics = {f"{name}/{key}": float(parallel.mean(tensor)) for key, tensor in said().items()} if log else {}
         if bad := [key for key, value in metrics.items() if not math.isfinite(value)]:
             raise TrainingError(
                 f"{bad[0]} is {metrics[bad[0]]} at step {stage.step} of {num_steps}; "

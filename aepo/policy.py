@@ -162,7 +162,7 @@ class GuidedPolicy(Policy):
         actions = sampler.solve(self._predict(repeated, grid), start, grid)
         if num_candidates == 1:
             return actions
-        q = self.q(repeated, actions).amin(dim=0).view(-1, num_candidates)
+        q = self.q.lowest(repeated, actions).view(-1, num_candidates)
         best = q.argmax(dim=1, keepdim=True)[..., None].expand(-1, 1, actions.shape[1])
         return actions.view(len(states_BS), num_candidates, -1).gather(1, best).squeeze(1)
 

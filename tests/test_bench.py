@@ -32,7 +32,7 @@ def test_the_baselines_first_loss_is_ours(stage, parts):
     def ours():
         generator = torch.Generator()
         if stage == "behavior":
-            return behavior.train_step(behavior.start(aepo.behavior, data, generator), aepo.behavior, data)["loss"]
+            return behavior.train_step(behavior.start(aepo.behavior, data, generator), aepo.behavior, data)()["loss"]
         if stage == "critic":
             fresh = critic.start(aepo.critic, data, generator)
             batch = data.draw(aepo.critic.batch_size, torch.Generator())
@@ -41,10 +41,10 @@ def test_the_baselines_first_loss_is_ours(stage, parts):
         if stage == "energy":
             fresh = energy.start(aepo.energy, data, generator)
             source = energy.q_source(state.critic, fresh, aepo.energy, data)
-            return energy.train_step(fresh, aepo.energy, data, state.behavior, source)["loss"]
+            return energy.train_step(fresh, aepo.energy, data, state.behavior, source)()["loss"]
         fresh = actor.start(iql.actor, data, generator)
-        of_rows = critic.advantage_of_rows(iql_state.critic.target, iql_state.critic, data, num_draws=0)
-        return actor.train_step(fresh, iql.actor, data, of_rows)["loss"]
+        of_rows = critic.advantage_of_rows(iql_state.critic.target.net, iql_state.critic, data, num_draws=0)
+        return actor.train_step(fresh, iql.actor, data, of_rows)()["loss"]
 
     step = {
         "behavior": lambda: naive.behavior_step(aepo.behavior, data),

@@ -64,7 +64,7 @@ def test_expectile_regression(activation, layer_norm, expectile, data, tiny_conf
     v_loss = ((expectile - (u < 0).double()).abs() * u**2).mean()
     q_1, q_2 = q(batch.states_BS, batch.actions_BA)
     q_loss = F.mse_loss(q_1, backup) + F.mse_loss(q_2, backup)
-    assert metrics["loss"].item() == pytest.approx((v_loss + q_loss).item())
+    assert metrics()["loss"].item() == pytest.approx((v_loss + q_loss).item())
     assert_same(found, of_autograd(v_loss + q_loss, q, v))
 
 
@@ -85,7 +85,7 @@ def test_the_softmax_backup(activation, layer_norm, data, tiny_config):
         backup = batch.rewards_B + config.discount * (1 - batch.terminals_B) * next_v
     q_1, q_2 = q(batch.states_BS, batch.actions_BA)
     loss = F.mse_loss(q_1, backup) + F.mse_loss(q_2, backup) + F.mse_loss(v(batch.next_states_BS), next_v)
-    assert metrics["loss"].item() == pytest.approx(loss.item())
+    assert metrics()["loss"].item() == pytest.approx(loss.item())
     assert_same(found, of_autograd(loss, q, v))
 
 
@@ -106,7 +106,7 @@ def test_the_weighted_likelihood(activation, log_std, data, tiny_config):
     policy = torch.distributions.Normal(net(batch.states_BS), net.log_std_A.clamp(-5.0, 2.0).exp())
     weight = (config.inverse_temperature * advantage).exp().clamp(max=100.0)
     loss = -(weight * policy.log_prob(batch.actions_BA).sum(dim=1)).mean()
-    assert metrics["loss"].item() == pytest.approx(loss.item())
+    assert metrics()["loss"].item() == pytest.approx(loss.item())
     assert_same(found, of_autograd(loss, net))
     assert (found[0][0] == 0) == (not -5.0 <= log_std <= 2.0)
 
@@ -131,12 +131,12 @@ def test_td3bcs_critics(activation, layer_norm, data, tiny_config):
         backup = batch.rewards_B + config.discount * (1 - batch.terminals_B) * next_q
     q_1, q_2 = q(batch.states_BS, batch.actions_BA)
     loss = F.mse_loss(q_1, backup) + F.mse_loss(q_2, backup)
-    assert metrics["loss"].item() == pytest.approx(loss.item())
+    assert metrics()["loss"].item() == pytest.approx(loss.item())
     assert_same(found, of_autograd(loss, q))
 
 
 @pytest.mark.parametrize("expectile", [0.1, 0.5, 0.9])
 def test_the_slope_of_the_expectile_loss(expectile):
     u = torch.tensor([-2.0, -1e-9, 1e-9, 0.3, math.pi], dtype=torch.float64, requires_grad=True)
-    loss, slope = critic.expectile_loss(u, expectile)
+    loss, slope = critic.expectile_loss(u, expectile), critic.expectile_slope(u, expectile)
     assert_same([slope.detach()], torch.autograd.grad(loss, [u]))

@@ -14,7 +14,7 @@ import torch
 from aepo import checkpoint, networks, pipeline, tasks
 from aepo import config as configs
 from aepo.errors import CheckpointError, ConfigError, TrainingError
-from aepo.pipeline import multiplying
+from aepo.networks import multiplying
 from aepo.policy import GuidedPolicy, Policy
 from aepo.presets import METHODS, preset
 from tests.conftest import random_transitions

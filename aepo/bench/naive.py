@@ -6,6 +6,7 @@ averages parameter by parameter, a loss read out at every step, autograd for the
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import minari
 import numpy as np
@@ -17,21 +18,20 @@ from torch.distributions import Normal
 from aepo.config import BehaviorConfig, CriticConfig, EnergyConfig, IQLConfig
 from aepo.data.transitions import Transitions, flatten
 from aepo.diffusion import sampler
-from aepo.networks import Linear, Mlp
+from aepo.networks import Mlp
 from aepo.pipeline import GuidedState, IQLState
 from aepo.policy import GuidedPolicy
 from aepo.stages import actor, behavior, critic, energy
 
 Step = Callable[[], float]
+Net = TypeVar("Net", bound=nn.Module)
 
 
-def plain(net: nn.Module) -> nn.Module:
+def plain(net: Net) -> Net:
     """Return a copy whose layers are PyTorch's."""
     twin = copy.deepcopy(net).requires_grad_(True)  # of averages, too
     for module in twin.modules():
-        if isinstance(module, Linear):
-            module.__class__ = nn.Linear  # type: ignore[assignment]
-        elif isinstance(module, Mlp):
+        if isinstance(module, Mlp):
             module.__class__ = nn.Sequential  # type: ignore[assignment]
     return twin
 
@@ -58,13 +58,13 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
 def behavior_step(config: BehaviorConfig, data: Transitions) -> Step:
     """Return stage 1's step."""
     state = behavior.start(config, data, torch.Generator())
-    state.net, state.ema = plain(state.net), plain(state.ema.net)  # type: ignore[assignment]
+    state.net, average = plain(state.net), plain(state.ema.net)
     optimizer = adam(state.net.parameters())
 
     def step() -> float:
         loss, _ = behavior.loss(state, data.draw(config.batch_size, state.generator))
         value = step_on(optimizer, loss)
-        follow(state.ema, state.net, 1 - config.ema_decay)
+        follow(average, state.net, 1 - config.ema_decay)
         return value
 
     return step
@@ -95,9 +95,9 @@ def critic_step(config: CriticConfig, data: Transitions) -> Step:
 def energy_step(config: EnergyConfig, state: GuidedState, data: Transitions) -> Step:
     """Return stage 3's step; Q is asked for every batch."""
     own = energy.start(config, data, torch.Generator())
-    own.net, own.ema = plain(own.net), plain(own.ema.net)  # type: ignore[assignment]
+    own.net, average = plain(own.net), plain(own.ema.net)
     model, judge = copy.copy(state.behavior), copy.copy(state.critic)
-    model.ema, judge.q, judge.v = plain(model.ema), plain(judge.q), plain(judge.v)  # type: ignore[assignment]
+    model.ema, judge.q, judge.v = plain(model.ema), plain(judge.q), plain(judge.v)
     value = energy.q_source(judge, own, config, data).value
 
     def of_rows(index_B: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def energy_step(config: EnergyConfig, state: GuidedState, data: Transitions) -> 
     def step() -> float:
         loss, _ = energy.loss(own, config, data, model, energy.QSource(value, of_rows))
         read = step_on(optimizer, loss)
-        follow(own.ema, own.net, 1 - config.ema_decay)
+        follow(average, own.net, 1 - config.ema_decay)
         return read
 
     return step
@@ -119,9 +119,9 @@ def energy_step(config: EnergyConfig, state: GuidedState, data: Transitions) -> 
 def actor_step(config: IQLConfig, state: IQLState, data: Transitions) -> Step:
     """Return the step of IQL's actor; its advantages are asked for every batch."""
     own = actor.start(config.actor, data, torch.Generator())
-    own.net = plain(own.net)  # type: ignore[assignment]
-    target, judge = plain(state.critic.target), copy.copy(state.critic)
-    judge.v = plain(judge.v)  # type: ignore[assignment]
+    own.net = plain(own.net)
+    target, judge = plain(state.critic.target.net), copy.copy(state.critic)
+    judge.v = plain(judge.v)
     optimizer = adam(own.net.parameters())
 
     def step() -> float:
@@ -156,7 +156,7 @@ class Sampler:
 
     def _guide(self, a_t_BA: Tensor, t_B: Tensor) -> Tensor:
         beta_B = torch.full_like(t_B, self._sampling.beta)
-        slope_BA = energy.slope(self._energy, a_t_BA, self._states_BS, t_B, beta_B)  # type: ignore[arg-type]
+        slope_BA = energy.slope(self._energy, a_t_BA, self._states_BS, t_B, beta_B)
         return self._sampling.guidance_scale * slope_BA
 
 

@@ -80,12 +80,12 @@ class Transitions:
     @property
     def state_dim(self) -> int:
         """S."""
-        return len(self.spaces.state_mean_S)
+        return self.spaces.state_mean_S.shape[0]
 
     @property
     def action_dim(self) -> int:
         """A."""
-        return len(self.spaces.action_low_A)
+        return self.spaces.action_low_A.shape[0]
 
     def __len__(self) -> int:
         return len(self.rows_ND)
@@ -106,8 +106,8 @@ class Transitions:
         """Return raw rows normalised and cut into their parts."""
         s, a = self.state_dim, self.action_dim
         rows_BD = (rows_BD - self.shift_D) * self.scale_D
-        states, actions, rewards, terminals, next_states = torch.split(rows_BD, [s, a, 1, 1, s], dim=1)
-        return Batch(states, actions.clamp(-1.0, 1.0), rewards[:, 0], terminals[:, 0], next_states)
+        states, actions, rewards, terminals, next_states = rows_BD.split_with_sizes([s, a, 1, 1, s], dim=1)
+        return Batch(states, actions.clamp(-1.0, 1.0), rewards.squeeze(1), terminals.squeeze(1), next_states)
 
     def to(self, device: torch.device) -> "Transitions":
         """Return the same transitions on a device."""

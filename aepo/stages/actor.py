@@ -13,7 +13,7 @@ from aepo.data.transitions import Batch, Transitions
 from aepo.networks import GaussianActor
 from aepo.parallel import share
 from aepo.stages.critic import OfRows
-from aepo.stages.optim import Adam
+from aepo.stages.optim import Adam, Metrics
 
 MAX_WEIGHT = 100.0
 
@@ -37,20 +37,19 @@ def start(config: ActorConfig, data: Transitions, generator: torch.Generator) ->
 @torch.no_grad()
 def gradients(
     state: ActorState, config: ActorConfig, batch: Batch, advantage_B: Tensor
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+) -> tuple[list[Tensor], Metrics]:
     """Return those of the weighted negative log-likelihood of the data's actions, and metrics."""
     weight_B = (config.inverse_temperature * advantage_B).exp().clamp(max=MAX_WEIGHT)
     log_prob_B, pull = state.net.log_prob(batch.states_BS, batch.actions_BA)
-    metrics = {
+    return pull(-weight_B / len(weight_B)), lambda: {
         "loss": -(weight_B * log_prob_B).mean(),
         "weight": weight_B.mean(),
         "clamped_share": (weight_B == MAX_WEIGHT).float().mean(),
     }
-    return pull(-weight_B / len(weight_B)), metrics
 
 
-def train_step(state: ActorState, config: ActorConfig, data: Transitions, of_rows: OfRows) -> dict[str, Tensor]:
-    """Take one gradient step and return its metrics, still on the device; `of_rows` gives min_i Q'_i - V."""
+def train_step(state: ActorState, config: ActorConfig, data: Transitions, of_rows: OfRows) -> Metrics:
+    """Take one gradient step and return its metrics; `of_rows` gives min_i Q'_i - V."""
     index_B = share(data.draw_rows(config.batch_size, state.generator))
     found, metrics = gradients(state, config, data.take(index_B), of_rows(index_B))
     state.optimizer.step_along(found)

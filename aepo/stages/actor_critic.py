@@ -14,7 +14,7 @@ from aepo.data.transitions import Batch, Transitions
 from aepo.networks import Actor, TwinQ
 from aepo.parallel import mean, share
 from aepo.stages.critic import squared_errors
-from aepo.stages.optim import Adam, Ema
+from aepo.stages.optim import Adam, Ema, Metrics
 
 
 @dataclasses.dataclass
@@ -50,38 +50,39 @@ def start(config: ActorCriticConfig, data: Transitions, generator: torch.Generat
 @torch.no_grad()
 def q_gradients(
     state: ActorCriticState, config: ActorCriticConfig, batch: Batch, normal_BA: Tensor
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+) -> tuple[list[Tensor], Metrics]:
     """Return those of the critics' summed squared error to the smoothed backup, and metrics; draws are N(0, 1)."""
     noise_BA = (config.policy_noise * normal_BA).clamp(-config.noise_clip, config.noise_clip)
     next_actions_BA = (state.actor_target(batch.next_states_BS) + noise_BA).clamp(-1.0, 1.0)
-    next_q_B = state.q_target(batch.next_states_BS, next_actions_BA).amin(dim=0)
+    next_q_B = state.q_target.net.lowest(batch.next_states_BS, next_actions_BA)
     backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_q_B
     loss, gradients = squared_errors(state.q, batch, backup_B)
-    return gradients, {"loss": loss, "q": backup_B.mean()}
+    return gradients, lambda: {"loss": loss(), "q": backup_B.mean()}
 
 
-def actor_loss(state: ActorCriticState, config: ActorCriticConfig, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def actor_loss(state: ActorCriticState, config: ActorCriticConfig, batch: Batch) -> tuple[Tensor, Metrics]:
     """Return the actor's loss, a scalar, and metrics."""
     actions_BA = state.actor(batch.states_BS)
     q_B = state.q.q_1(torch.cat([batch.states_BS, actions_BA], dim=1)).squeeze(-1)
     scale = config.q_weight / mean(q_B.detach().abs().mean()).clamp(min=1e-6)
     distance = (actions_BA - batch.actions_BA).square().mean()
-    return distance - scale * q_B.mean(), {"distance": distance.detach()}
+    loss = distance - scale * q_B.mean()
+    return loss, lambda: {"actor_loss": loss.detach(), "distance": distance.detach()}
 
 
-def train_step(state: ActorCriticState, config: ActorCriticConfig, data: Transitions) -> dict[str, Tensor]:
+def train_step(state: ActorCriticState, config: ActorCriticConfig, data: Transitions) -> Metrics:
     """Take one gradient step on the critics and, in every `actor_interval`-th step, on the actor; return metrics."""
     batch = data.draw(config.batch_size, state.generator)
     shape, device = batch.actions_BA.shape, batch.actions_BA.device
     normal_BA = torch.randn(shape, generator=state.generator, device=device)
     batch, normal_BA = share(batch), share(normal_BA)
-    gradients, metrics = q_gradients(state, config, batch, normal_BA)
+    gradients, of_q = q_gradients(state, config, batch, normal_BA)
     state.q_optimizer.step_along(gradients)
     state.step += 1
-    if state.step % config.actor_interval == 0:
-        value_of_actor, metrics_of_actor = actor_loss(state, config, batch)
-        metrics |= {"actor_loss": value_of_actor.detach(), **metrics_of_actor}
-        state.actor_optimizer.step_on(value_of_actor)
-        state.actor_target.update()
-        state.q_target.update()
-    return metrics
+    if state.step % config.actor_interval:
+        return of_q
+    loss, of_actor = actor_loss(state, config, batch)
+    state.actor_optimizer.step_on(loss)
+    state.actor_target.update()
+    state.q_target.update()
+    return lambda: of_q() | of_actor()

@@ -15,7 +15,7 @@ from aepo.diffusion.sampler import Grid, Predict
 from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
 from aepo.networks import Prepared, TimeNet
 from aepo.parallel import share
-from aepo.stages.optim import Adam, Ema
+from aepo.stages.optim import Adam, Ema, Metrics
 
 SUPPORT_SOLVER_STEPS = 15
 SUPPORT_CHUNK = 65_536
@@ -80,7 +80,7 @@ def start(config: BehaviorConfig, data: Transitions, generator: torch.Generator)
     return BehaviorState(net, Ema(net, config.ema_decay), variance, optimizer, generator)
 
 
-def loss(state: BehaviorState, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(state: BehaviorState, batch: Batch) -> tuple[Tensor, Metrics]:
     """Return the squared error of the predicted noise over alpha_t^2, per action dimension, and metrics  [M5].
 
     The weight makes it the squared error of NoiseNet's F, the same at all t for an ignorant network. A learned
@@ -97,19 +97,19 @@ def loss(state: BehaviorState, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]
     alpha_B, _ = alpha_sigma(t_B)
     noise_loss = ((predicted_BA - eps_BA) / alpha_B[:, None]).square().mean()
     if not state.has_variance:
-        return noise_loss, {}
+        return noise_loss, dict
     residual_BA = actions_BA - posterior.posterior_mean(a_t_BA, predicted_BA.detach(), t_B)
     variance_loss = (state.variance(a_t_BA, batch.states_BS, t_B) - residual_BA.square()).square().mean()
-    return noise_loss + variance_loss, {"variance_loss": variance_loss.detach()}
+    return noise_loss + variance_loss, lambda: {"variance_loss": variance_loss.detach()}
 
 
-def train_step(state: BehaviorState, config: BehaviorConfig, data: Transitions) -> dict[str, Tensor]:
-    """Take one gradient step and return its metrics, still on the device."""
+def train_step(state: BehaviorState, config: BehaviorConfig, data: Transitions) -> Metrics:
+    """Take one gradient step and return its metrics."""
     value, metrics = loss(state, data.draw(config.batch_size, state.generator))
     state.optimizer.step_on(value)
     state.ema.update()
     state.step += 1
-    return {"loss": value.detach(), **metrics}
+    return lambda: {"loss": value.detach(), **metrics()}
 
 
 def sample_support(state: BehaviorState, states_MS: Tensor, num_actions: int, generator: torch.Generator) -> Tensor:

@@ -14,17 +14,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aepo.config import CriticConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.networks import Mlp, TwinQ, ValueNet
 from aepo.parallel import share
 from aepo.stages.behavior import BehaviorState, sample_support
-from aepo.stages.optim import Adam, Ema
+from aepo.stages.optim import Adam, Ema, Metrics
 
 OfRows = Callable[[Tensor], Tensor]
 """Rows of the data [B] -> a number for each [B]."""
+Loss = Callable[[], Tensor]
+"""A scalar, computed when it is asked for."""
 
 
 @dataclasses.dataclass
@@ -69,24 +71,33 @@ def measure(state: CriticState, config: CriticConfig, data: Transitions, behavio
         state.support_MKA = sample_support(behavior, next_states_MS, config.num_samples, state.generator)
 
 
-def expectile_loss(u_B: Tensor, expectile: float) -> tuple[Tensor, Tensor]:
-    """Return the mean of |tau - 1(u < 0)| u^2, a scalar, and its gradient by u, [B]  [M6]."""
-    weighted_B = torch.where(u_B < 0, (1.0 - expectile) * u_B, expectile * u_B)
-    return (weighted_B * u_B).mean(), 2.0 / len(u_B) * weighted_B
+def expectile_loss(u_B: Tensor, expectile: float) -> Tensor:
+    """Return the mean of |tau - 1(u < 0)| u^2, a scalar  [M6]."""
+    return (_weighted(u_B, expectile) * u_B).mean()
 
 
-def squared_error(net: Mlp, x_BI: Tensor, target_B: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return the mean squared error of a network's only output, a scalar, and its gradients by the parameters."""
+def expectile_slope(u_B: Tensor, expectile: float) -> Tensor:
+    """Return the gradient of `expectile_loss` by u, [B]."""
+    return 2.0 / u_B.shape[0] * _weighted(u_B, expectile)
+
+
+def _weighted(u_B: Tensor, expectile: float) -> Tensor:
+    """Return |tau - 1(u < 0)| u."""
+    return torch.where(u_B < 0, (1.0 - expectile) * u_B, expectile * u_B)
+
+
+def squared_error(net: Mlp, x_BI: Tensor, target_B: Tensor) -> tuple[Loss, list[Tensor]]:
+    """Return the mean squared error of a network's only output and its gradients by the parameters."""
     output_B1, pull = net.vjp(x_BI)
-    error_B1 = output_B1 - target_B[:, None]
-    return error_B1.square().mean(), pull(2.0 / len(target_B) * error_B1)
+    error_B1 = output_B1 - target_B.unsqueeze(1)
+    return lambda: error_B1.square().mean(), pull(2.0 / target_B.shape[0] * error_B1)
 
 
-def squared_errors(q: TwinQ, batch: Batch, target_B: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return the sum of both critics' mean squared errors, a scalar, and its gradients by their parameters  [M7]."""
+def squared_errors(q: TwinQ, batch: Batch, target_B: Tensor) -> tuple[Loss, list[Tensor]]:
+    """Return the sum of both critics' mean squared errors and its gradients by their parameters  [M7]."""
     pair_BP = torch.cat([batch.states_BS, batch.actions_BA], dim=1)
     (loss_1, of_q_1), (loss_2, of_q_2) = (squared_error(net, pair_BP, target_B) for net in (q.q_1, q.q_2))
-    return loss_1 + loss_2, [*of_q_1, *of_q_2]
+    return lambda: loss_1() + loss_2(), [*of_q_1, *of_q_2]
 
 
 class Ahead(NamedTuple):
@@ -133,36 +144,40 @@ def look_ahead(data: Transitions, num_steps: int, discount: float) -> Steps:
 
 
 @torch.no_grad()
-def gradients(
-    state: CriticState, config: CriticConfig, batch: Batch, ahead: Ahead
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+def gradients(state: CriticState, config: CriticConfig, batch: Batch, ahead: Ahead) -> tuple[list[Tensor], Metrics]:
     """Return those of the sum of the losses, whose parameters are disjoint, Q's before V's, and metrics  [M6, M7]."""
-    backup_B = ahead.rewards_B + ahead.discounts_B * state.v(ahead.states_BS)
-    q_loss, of_q = squared_errors(state.q, batch, backup_B)
+    backup_B = ahead.rewards_B + ahead.discounts_B * state.v.forward(ahead.states_BS)
     v_B1, pull = state.v.body.vjp(batch.states_BS)
-    u_B = state.target(batch.states_BS, batch.actions_BA).amin(dim=0) - v_B1[:, 0]
-    v_loss, slope_B = expectile_loss(u_B, config.expectile)
-    metrics = {"loss": q_loss + v_loss, "v": v_B1.mean(), "advantage_std": u_B.std(correction=0)}
-    return [*of_q, *pull(-slope_B[:, None])], metrics
+    u_B = state.target.net.lowest(batch.states_BS, batch.actions_BA) - v_B1.squeeze(1)
+    of_v = pull(-expectile_slope(u_B, config.expectile).unsqueeze(1))
+    q_loss, of_q = squared_errors(state.q, batch, backup_B)
+    return [*of_q, *of_v], lambda: {
+        "loss": q_loss() + expectile_loss(u_B, config.expectile),
+        "v": v_B1.mean(),
+        "advantage_std": u_B.std(correction=0),
+    }
 
 
 @torch.no_grad()
 def softmax_gradients(
     state: CriticState, config: CriticConfig, batch: Batch, support_BKA: Tensor
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+) -> tuple[list[Tensor], Metrics]:
     """Return those of the sum of the losses with the in-support backup, Q's before V's, and metrics  [M7, M8].
 
     V, which the energy's scale needs, follows the backup by squared error in the next states.
     """
     num_support = support_BKA.shape[1]
     repeated = batch.next_states_BS.repeat_interleave(num_support, dim=0)
-    q_BK = state.target(repeated, support_BKA.flatten(0, 1)).amin(dim=0).view(-1, num_support)
+    q_BK = state.target.net.lowest(repeated, support_BKA.flatten(0, 1)).view(-1, num_support)
     next_v_B = soft_maximum(q_BK, config.backup_beta)
     backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_v_B
     q_loss, of_q = squared_errors(state.q, batch, backup_B)
     v_loss, of_v = squared_error(state.v.body, batch.next_states_BS, next_v_B)
-    metrics = {"loss": q_loss + v_loss, "v": next_v_B.mean(), "support_std": q_BK.std(dim=1).mean()}
-    return [*of_q, *of_v], metrics
+    return [*of_q, *of_v], lambda: {
+        "loss": q_loss() + v_loss(),
+        "v": next_v_B.mean(),
+        "support_std": q_BK.std(dim=1).mean(),
+    }
 
 
 def soft_maximum(q_BK: Tensor, beta: float) -> Tensor:
@@ -170,10 +185,8 @@ def soft_maximum(q_BK: Tensor, beta: float) -> Tensor:
     return ((beta * q_BK).softmax(dim=1) * q_BK).sum(dim=1)
 
 
-def train_step(
-    state: CriticState, config: CriticConfig, data: Transitions, steps: Steps | None = None
-) -> dict[str, Tensor]:
-    """Take one gradient step on Q and V together and return its metrics, still on the device.
+def train_step(state: CriticState, config: CriticConfig, data: Transitions, steps: Steps | None = None) -> Metrics:
+    """Take one gradient step on Q and V together and return its metrics.
 
     Args:
         state: the stage.
@@ -203,17 +216,17 @@ def train_step(
 
 
 @torch.no_grad()
-def advantages(q: nn.Module, state: CriticState, data: Transitions, index_M: Tensor | None = None) -> Tensor:
+def advantages(q: TwinQ, state: CriticState, data: Transitions, index_M: Tensor | None = None) -> Tensor:
     """Return min_i Q_i(s, a) - V(s) of every transition, or of those of these rows, [N] or [M]; `q` is Q or Q'."""
     index_M = torch.arange(len(data), device=data.rows_ND.device) if index_M is None else index_M
     parts = []
     for part_B in torch.split(index_M, 8192):
         batch = data.take(part_B)
-        parts.append(q(batch.states_BS, batch.actions_BA).amin(dim=0) - state.v(batch.states_BS))
+        parts.append(q.lowest(batch.states_BS, batch.actions_BA) - state.v(batch.states_BS))
     return torch.cat(parts)
 
 
-def advantage_of_rows(q: nn.Module, state: CriticState, data: Transitions, *, num_draws: int) -> OfRows:
+def advantage_of_rows(q: TwinQ, state: CriticState, data: Transitions, *, num_draws: int) -> OfRows:
     """Return `advantages` as a function of rows, for a stage that draws `num_draws` of them while the critic rests.
 
     If that is as many as there are, each is computed once, as soon as one is asked for.

@@ -24,7 +24,7 @@ from aepo.parallel import share
 from aepo.stages import critic, targets
 from aepo.stages.behavior import BehaviorState, sample_support
 from aepo.stages.critic import CriticState, OfRows
-from aepo.stages.optim import Adam, Ema
+from aepo.stages.optim import Adam, Ema, Metrics
 from aepo.stages.targets import Noised, Posterior, Value
 
 NUM_VARIANCE_TIMES = 64
@@ -171,7 +171,7 @@ def q_source(critic_state: CriticState, state: EnergyState, config: EnergyConfig
     def value(states_BS: Tensor, actions_BA: Tensor) -> Tensor:
         with torch.no_grad():
             v_B = critic_state.v(states_BS)
-        scaled_B: Tensor = (critic_state.q(states_BS, actions_BA).amin(dim=0) - v_B) / state.q_scale
+        scaled_B: Tensor = (critic_state.q.lowest(states_BS, actions_BA) - v_B) / state.q_scale
         return scaled_B
 
     return QSource(value, lambda index_B: of_rows(index_B) / state.q_scale)
@@ -201,13 +201,13 @@ def loss(
 
 def train_step(
     state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, source: QSource
-) -> dict[str, Tensor]:
-    """Take one gradient step and return its metrics, still on the device."""
+) -> Metrics:
+    """Take one gradient step and return its metrics."""
     value_of_loss, metrics = loss(state, config, data, behavior, source)
     state.optimizer.step_on(value_of_loss)
     state.ema.update()
     state.step += 1
-    return {"loss": value_of_loss.detach(), **metrics}
+    return lambda: {"loss": value_of_loss.detach(), **metrics()}
 
 
 def _noised(state: EnergyState, config: EnergyConfig, data: Transitions, source: QSource) -> Noised:

@@ -1,8 +1,8 @@
-"""What the three stages share: fused Adam with a cosine to zero, and averages of weights."""
+"""What the stages share: metrics, fused Adam with a cosine to zero, and averages of weights."""
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from aepo import parallel
 
+Metrics = Callable[[], dict[str, Tensor]]
+"""What a step has to say, on the device, computed when it is asked for: of most steps no one asks."""
 Net = TypeVar("Net", bound=nn.Module)
 
 

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from aepo import parallel
 from aepo.diffusion.schedule import alpha_sigma
+from aepo.stages.optim import Metrics
 
 if TYPE_CHECKING:
     from aepo.stages.energy import EnergyNet
 
 Value = Callable[[Tensor, Tensor], Tensor]
 """(states [B, S], actions [B, A]) -> scaled Q [B], differentiable in the actions."""
-Outcome = tuple[Tensor, dict[str, Tensor]]
+Outcome = tuple[Tensor, Metrics]
 """A scalar loss and metrics."""
 
 MAX_EXPONENT = 5.0
@@ -78,7 +79,7 @@ def analytic_second_order(net: "EnergyNet", value: Value, x: Noised, origin: Pos
     """Return the squared error of E / beta to the second-order closed form, and how often it was refused."""
     target_B, used_B = second_order(value, x.states_BS, origin.point_BA, origin.mean_BA, origin.variance_BA, x.beta_B)
     loss, metrics = _fit_energy(net, x, target_B)
-    return loss, metrics | {"first_order_share": 1.0 - used_B.float().mean()}
+    return loss, lambda: metrics() | {"first_order_share": 1.0 - used_B.float().mean()}
 
 
 def monte_carlo(net: "EnergyNet", value: Value, x: Noised, origin: Posterior, draws_KBA: Tensor) -> Outcome:
@@ -110,7 +111,8 @@ def log_expectation(net: "EnergyNet", x: Noised) -> Outcome:
     tangent_B = math.exp(MAX_EXPONENT) * (1.0 + gap_B - MAX_EXPONENT)
     exp_B = torch.where(gap_B < MAX_EXPONENT, gap_B.clamp(max=MAX_EXPONENT).exp(), tangent_B)
     loss = ((exp_B + energy_B) / x.beta_B.square()).mean()
-    return loss, {"energy": energy_B.detach().mean(), "clamped_share": (gap_B.detach() > MAX_EXPONENT).float().mean()}
+    energy_B, gap_B = energy_B.detach(), gap_B.detach()
+    return loss, lambda: {"energy": energy_B.mean(), "clamped_share": (gap_B > MAX_EXPONENT).float().mean()}
 
 
 def weighted_denoising(net: "EnergyNet", x: Noised, origin: Posterior) -> Outcome:
@@ -128,9 +130,8 @@ def weighted_denoising(net: "EnergyNet", x: Noised, origin: Posterior) -> Outcom
     guided_BA = origin.mean_BA + (sigma_B.square() / alpha_B)[:, None] * slope_BA
     error_B = (x.actions_BA - guided_BA).square().mean(dim=1)
     loss = (weight_B * error_B).sum() / parallel.mean(weight_B.sum())
-    effective = weight_B.sum().square() / weight_B.square().sum()
-    return loss, {
-        "effective_share": effective / len(weight_B),
+    return loss, lambda: {
+        "effective_share": weight_B.mean().square() / weight_B.square().mean(),
         "clamped_share": (weight_B == MAX_WEIGHT).float().mean(),
     }
 
@@ -156,8 +157,7 @@ def contrastive(
     energy = net(a_t_BKA.flatten(0, 1), repeat(states_BS), repeat(t_B), repeat(beta_B)).view_as(q_BK)
     weight_BK = (beta_B[:, None] * q_BK).softmax(dim=1)
     loss = -(weight_BK * energy.log_softmax(dim=1)).sum(dim=1).mean()
-    effective = 1.0 / weight_BK.square().sum(dim=1)
-    return loss, {"effective_support": effective.mean()}
+    return loss, lambda: {"effective_support": (1.0 / weight_BK.square().sum(dim=1)).mean()}
 
 
 def first_order(
@@ -247,10 +247,10 @@ def _expand(value: Value, states_BS: Tensor, point_BA: Tensor, *, hessian: bool)
 def _fit_heads(net: "EnergyNet", x: Noised, first_B: Tensor, second_B: Tensor) -> Outcome:
     heads_B2 = net.heads(x.a_t_BA, x.states_BS, x.t_B)
     loss = (heads_B2[:, 0] - first_B).square().mean() + (heads_B2[:, 1] - second_B).square().mean()
-    return loss, {"f_1": first_B.mean(), "f_2": second_B.mean()}
+    return loss, lambda: {"f_1": first_B.mean(), "f_2": second_B.mean()}
 
 
 def _fit_energy(net: "EnergyNet", x: Noised, target_B: Tensor) -> Outcome:
     """Errors of E / beta, so that no beta of the range owns the loss."""
     energy_B = net(x.a_t_BA, x.states_BS, x.t_B, x.beta_B)
-    return ((energy_B - target_B) / x.beta_B).square().mean(), {"energy": target_B.mean()}
+    return ((energy_B - target_B) / x.beta_B).square().mean(), lambda: {"energy": target_B.mean()}
