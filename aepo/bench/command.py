@@ -86,7 +86,7 @@ class Bench:
             for num in self.processes:
                 total = measure.together(num, configs[0], min(self.transitions, 100_000), seconds=self.seconds)
                 rates.append({"processes": num, "critic_steps_per_s": total})
-                err.print(f"{num} processes at once: {total:.0f} critic steps/s in all")
+                err.print(f"{num} process{'es' if num > 1 else ''} at once: {total:.0f} critic steps/s in all")
         machine = {
             "processor": _processor(),
             "cores": cores,

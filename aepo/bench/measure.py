@@ -152,7 +152,7 @@ def sampling(aepo: GuidedConfig, data: Transitions, *, seconds: float) -> Iterat
             naive.Sampler(policy, states_BS),
             seconds=seconds,
         )
-        name = f"guided actions of {num} states ({aepo.sampling.num_steps} solver steps)"
+        name = f"guided actions of {num} state{'s' if num > 1 else ''} ({aepo.sampling.num_steps} solver steps)"
         yield {"work": name, **_row(ours, baseline)}
 
 
