@@ -102,7 +102,7 @@ class _OneDNNLinear(torch.autograd.Function):
 _apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _OneDNNLinear.apply
 
 
-def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     """Return x W' + b, [B, O], by oneDNN's AVX-512 kernels where MKL does not have its own.
 
     PyTorch's own linear layers call MKL, which on AMD's processors runs AVX2 kernels at less than half the speed

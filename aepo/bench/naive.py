@@ -127,10 +127,8 @@ def actor_step(config: IQLConfig, state: IQLState, data: Transitions) -> Step:
     def step() -> float:
         index_B = data.draw_rows(config.actor.batch_size, own.generator)
         advantage_B = critic.advantages(target, judge, data, index_B)
-        batch, weight_B = (
-            data.take(index_B),
-            (config.actor.inverse_temperature * advantage_B).exp().clamp(max=actor.MAX_WEIGHT),
-        )
+        batch = data.take(index_B)
+        weight_B = (config.actor.inverse_temperature * advantage_B).exp().clamp(max=actor.MAX_WEIGHT)
         policy = Normal(own.net(batch.states_BS), own.net.log_std_A.clamp(-5.0, 2.0).exp())
         log_prob_B = policy.log_prob(batch.actions_BA).sum(dim=1)  # type: ignore[no-untyped-call]
         return step_on(optimizer, -(weight_B * log_prob_B).mean())
