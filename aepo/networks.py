@@ -4,12 +4,10 @@ Plain multilayer perceptrons, with SiLU (smooth, so that grad_a Q and grad E are
 unless the config says otherwise. They know nothing of schedules or losses.
 """
 
-import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,115 +15,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from aepo.config import Activation, ActorConfig, ActorCriticConfig, CriticConfig, Precision
+from aepo import kernels
+from aepo.config import Activation, ActorConfig, ActorCriticConfig, CriticConfig
 
 Pull = Callable[[Tensor], list[Tensor]]
+Norm = tuple[tuple[int, ...], Tensor, Tensor, float]
+"""Shape, gain, shift and epsilon of a layer normalisation."""
 aten = torch.ops.aten
-
-MIN_ROWS, MIN_PRODUCTS = 16, 2**20
-"""Fewer rows, or fewer multiplications in all, do not repay a call of oneDNN."""
-MATMUL_PRECISION: dict[Precision, str] = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}
-"""Torch's names."""
-_small_differ = False
-"""Whether small products are to be more precise than `multiplying` has the others."""
-
-
-def _prefers_onednn() -> bool:
-    """Return whether MKL, which PyTorch calls, leaves AVX-512 unused here: on all processors but Intel's."""
-    if not (torch._C._has_mkldnn and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
-        return False
-    try:
-        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True
-
-
-PREFERS_ONEDNN = _prefers_onednn()
-
-
-def _onednn(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activation: str = "none") -> Tensor:
-    product_BO: Tensor = torch.ops.mkldnn._linear_pointwise.default(x_BI, weight_OI, bias_O, activation, [], "")
-    return product_BO
-
-
-def _takes_onednn(x_BI: Tensor, weight_OI: Tensor) -> bool:
-    if x_BI.ndim != 2 or x_BI.device.type != "cpu":
-        return False
-    return x_BI.shape[0] >= MIN_ROWS and not _is_small(x_BI, weight_OI)
-
-
-def _is_small(x_BI: Tensor, weight_OI: Tensor) -> bool:
-    return x_BI.shape[0] * weight_OI.numel() < MIN_PRODUCTS
-
-
-@contextlib.contextmanager
-def multiplying(precision: Precision) -> Iterator[None]:
-    """Multiply matrices at this precision, on the CPU and on GPUs, for as long as it lasts.
-
-    Small ones stay float32: bfloat16 costs them more than it saves.
-    """
-    global _small_differ  # as torch's precision is; to ask for that costs as much as a small product
-    before, differed = torch.get_float32_matmul_precision(), _small_differ
-    torch.set_float32_matmul_precision(MATMUL_PRECISION[precision])
-    _small_differ = precision != "float32"
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        _small_differ = differed
-
-
-class _OneDNNLinear(torch.autograd.Function):
-    """x W' + b by oneDNN, as often differentiable as one likes."""
-
-    @staticmethod
-    def forward(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return _onednn(x_BI, weight_OI, bias_O)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004  # torch's signature
-        ctx.save_for_backward(*inputs[:2])
-
-    @staticmethod
-    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
-        x_BI, weight_OI = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        grad_BO = grad_BO.contiguous()
-        multiply = _apply if torch.is_grad_enabled() else _onednn  # it is where gradients are differentiated again
-        return (
-            multiply(grad_BO, weight_OI.t(), None) if wants_x else None,
-            multiply(grad_BO.t(), x_BI.t(), None) if wants_weight else None,
-            grad_BO.sum(dim=0) if wants_bias else None,
-        )
-
-
-_apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _OneDNNLinear.apply
-
-
-def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    """Return x W' + b, [B, O], by oneDNN's AVX-512 kernels where MKL does not have its own.
-
-    PyTorch's own linear layers call MKL, which on AMD's processors runs AVX2 kernels at less than half the speed
-    (docs/results/speed.md).
-    """
-    if PREFERS_ONEDNN and _takes_onednn(x_BI, weight_OI):
-        x_BI = x_BI.contiguous()  # columns of a wider tensor would take oneDNN's slow path
-        multiply = _apply if torch.is_grad_enabled() else _onednn
-        return multiply(x_BI, weight_OI, bias_O)
-    if _small_differ and _is_small(x_BI, weight_OI):
-        with multiplying("float32"):
-            return F.linear(x_BI, weight_OI, bias_O)
-    return F.linear(x_BI, weight_OI, bias_O)
-
-
-def _product(x_BI: Tensor, y_IO: Tensor) -> Tensor:
-    """Return x y, [B, O], without gradients."""
-    if PREFERS_ONEDNN and _takes_onednn(x_BI, y_IO):
-        return _onednn(x_BI, y_IO.t(), None)
-    if _small_differ and _is_small(x_BI, y_IO):
-        with multiplying("float32"):
-            return torch.mm(x_BI, y_IO)
-    return torch.mm(x_BI, y_IO)
 
 
 class Mlp(nn.Sequential):
@@ -155,16 +51,13 @@ class Mlp(nn.Sequential):
         learns = torch.is_grad_enabled()
         if learns and not x_BI.requires_grad:
             return _learn(x_BI, self, *self._weights)
-        act, name = (F.silu, "swish") if self._activation == "silu" else (F.relu, "relu")
         for weight, bias, norm in self._hidden:
-            if PREFERS_ONEDNN and norm is None and not learns and _takes_onednn(x_BI, weight):
-                x_BI = _onednn(x_BI.contiguous(), weight, bias, name)
+            if norm is None:
+                x_BI = kernels.linear(x_BI, weight, bias, self._activation)
                 continue
-            x_BI = linear(x_BI, weight, bias)
-            if norm is not None:
-                x_BI = torch.layer_norm(x_BI, *norm)
-            x_BI = act(x_BI, inplace=not learns)
-        return linear(x_BI, *self._output)
+            x_BI = torch.layer_norm(kernels.linear(x_BI, weight, bias), *norm)
+            x_BI = kernels.activate(x_BI, self._activation, inplace=not learns)
+        return kernels.linear(x_BI, *self._output)
 
     def vjp(self, x_BI: Tensor) -> tuple[Tensor, Pull]:
         """Return [B, O] of [B, I], and what turns a loss's gradient by it, [B, O], into those by the `parameters()`.
@@ -173,10 +66,30 @@ class Mlp(nn.Sequential):
         memory as will do, since at these sizes it is either in the cache or costs more than arithmetic, too: the second
         call finds all given away.
         """
+        output_BO, kept = self._forward(x_BI)
+        return output_BO, functools.partial(self._pull, kept)
+
+    def with_slope(self, x_BI: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        """Return the only output, [B, 1], and its gradient by these columns of the input, [B, J].
+
+        Under `torch.no_grad` only.
+        """
+        output_B1, kept = self._forward(x_BI)
+        (x_BI,) = kept.pop()
+        grad_BH = self._output[0].expand_as(x_BI).contiguous()
+        first = self._hidden[0][0][:, columns]
+        for weight, _, norm in reversed(self._hidden):
+            grad_BH, _ = self._before(grad_BH, kept.pop(), norm, learns=False)
+            grad_BH = kernels.product(grad_BH, weight if kept else first)
+        return output_B1, grad_BH
+
+    def _forward(self, x_BI: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Return the output, and of each layer what its chain rule needs."""
         assert not torch.is_grad_enabled()
+        x_BI = kernels.dense(x_BI)  # it is a factor here and in the pullback
         kept: list[tuple[Tensor, ...]] = []
         for weight, bias, norm in self._hidden:
-            before_BH = linear(x_BI, weight, bias)
+            before_BH = kernels.linear(x_BI, weight, bias)
             of_norm: tuple[Tensor, ...] = ()
             if norm is not None:
                 product_BH = before_BH
@@ -185,32 +98,44 @@ class Mlp(nn.Sequential):
             after_BH = F.silu(before_BH) if self._activation == "silu" else before_BH.relu_()
             kept.append((x_BI, before_BH, *of_norm))
             x_BI = after_BH
-        output_BO = linear(x_BI, *self._output)
+        output_BO = kernels.linear(x_BI, *self._output)
         kept.append((x_BI,))
-        return output_BO, functools.partial(self._pull, kept)
+        return output_BO, kept
+
+    def _before(
+        self, grad_BH: Tensor, layer: tuple[Tensor, ...], norm: Norm | None, *, learns: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return a gradient by a layer's linear output and, if it learns, those by its normalisation's parameters.
+
+        The gradient behind the layer is overwritten.
+        """
+        _, before_BH, *of_norm = layer
+        if self._activation == "silu":
+            aten.silu_backward.grad_input(grad_BH, before_BH, grad_input=grad_BH)
+        else:
+            aten.threshold_backward.grad_input(grad_BH, before_BH, 0, grad_input=grad_BH)
+        if norm is None:
+            return grad_BH, []
+        shape, gain_H, shift_H, _ = norm
+        product_BH, mean_B1, rstd_B1 = of_norm
+        grad_BH, *of_weights = aten.native_layer_norm_backward.default(
+            grad_BH, product_BH, shape, mean_B1, rstd_B1, gain_H, shift_H, [True, learns, learns]
+        )
+        return grad_BH, of_weights if learns else []
 
     def _pull(self, kept: list[tuple[Tensor, ...]], grad_BO: Tensor) -> list[Tensor]:
         assert kept, "the first call has given the activations away; call vjp again"
         (x_BI,) = kept.pop()
-        gradients = [grad_BO.sum(dim=0), _product(grad_BO.t(), x_BI)]  # the last parameter first
-        grad_BH = _product(grad_BO, self._output[0])
+        gradients = [grad_BO.sum(dim=0), kernels.product(grad_BO.t(), x_BI)]  # the last parameter first
+        grad_BH = kernels.product(grad_BO, self._output[0])
         for weight, _, norm in reversed(self._hidden):
-            x_BI, before_BH, *of_norm = kept.pop()
-            if self._activation == "silu":
-                aten.silu_backward.grad_input(grad_BH, before_BH, grad_input=grad_BH)
-            else:
-                aten.threshold_backward.grad_input(grad_BH, before_BH, 0, grad_input=grad_BH)
-            del before_BH
-            if norm is not None:
-                shape, gain_H, shift_H, _ = norm
-                product_BH, mean_B1, rstd_B1 = of_norm
-                grad_BH, *of_weights = aten.native_layer_norm_backward.default(
-                    grad_BH, product_BH, shape, mean_B1, rstd_B1, gain_H, shift_H, [True] * 3
-                )
-                gradients += reversed(of_weights)
-            gradients += [grad_BH.sum(dim=0), _product(grad_BH.t(), x_BI)]
+            layer = kept.pop()
+            grad_BH, of_norm = self._before(grad_BH, layer, norm, learns=True)
+            gradients += reversed(of_norm)
+            x_BI = layer[0]
+            gradients += [grad_BH.sum(dim=0), kernels.product(grad_BH.t(), x_BI)]
             if kept:
-                grad_BH = _product(grad_BH, weight)
+                grad_BH = kernels.product(grad_BH, weight)
         return gradients[::-1]
 
 
@@ -243,14 +168,18 @@ class TimeNet(nn.Module):
         self.register_buffer("frequencies_F", torch.logspace(-1, 4, 16, base=2.0) * math.pi, persistent=False)
         self.body = Mlp([state_dim + action_dim + 32] + [hidden_size] * num_layers + [out_dim])
 
+    def inputs(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor) -> Tensor:
+        """Return what the layers see, [B, I]."""
+        return torch.cat([a_t_BA, states_BS, *self.features(t_B)], dim=-1)
+
     def forward(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor) -> Tensor:
         """Return [B, out_dim]."""
-        return self.body(torch.cat([a_t_BA, states_BS, self.features(t_B)], dim=-1))  # type: ignore[no-any-return]
+        return self.body(self.inputs(a_t_BA, states_BS, t_B))  # type: ignore[no-any-return]
 
-    def features(self, t_B: Tensor) -> Tensor:
-        """Return the sines and cosines of times, [B, 32]."""
+    def features(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sines and cosines of times, [B, 16] each."""
         phase_BF = t_B[:, None] * self.frequencies_F
-        return torch.cat([phase_BF.sin(), phase_BF.cos()], dim=-1)
+        return phase_BF.sin(), phase_BF.cos()
 
 
 class Prepared:
@@ -268,7 +197,7 @@ class Prepared:
         of_action_HA, of_state_HS, of_time_HF = (part.contiguous() for part in parts)
         self._action_AH = of_action_HA.t()
         self._states_BH = F.linear(states_BS, of_state_HS, first.bias)
-        self._times_NH = F.linear(net.features(t_N), of_time_HF)
+        self._times_NH = F.linear(torch.cat(net.features(t_N), dim=1), of_time_HF)
         self._inner, self._last = inner, last
 
     def _first(self, a_BA: Tensor, step: int) -> Tensor:
@@ -278,21 +207,18 @@ class Prepared:
         """Return the network's output, [B, O]."""
         x_BH = F.silu(self._first(a_BA, step), inplace=True)
         for layer in self._inner:
-            if PREFERS_ONEDNN and _takes_onednn(x_BH, layer.weight):
-                x_BH = _onednn(x_BH, layer.weight, layer.bias, "swish")
-            else:
-                x_BH = F.silu(F.linear(x_BH, layer.weight, layer.bias), inplace=True)
+            x_BH = kernels.linear(x_BH, layer.weight, layer.bias, "silu")
         return F.linear(x_BH, self._last.weight, self._last.bias)
 
     def slope(self, a_BA: Tensor, step: int, weight_O: Tensor) -> Tensor:
         """Return the gradient of sum_o weight_o output_o by the actions, [B, A]."""
         before = [self._first(a_BA, step)]  # what each SiLU is given
         for layer in self._inner:
-            before.append(linear(F.silu(before[-1]), layer.weight, layer.bias))
+            before.append(kernels.linear(F.silu(before[-1]), layer.weight, layer.bias))
         grad_BH = (weight_O @ self._last.weight).expand_as(before[-1])
         for layer, x_BH in zip(reversed(self._inner), reversed(before[1:]), strict=True):
             grad_BH = torch.ops.aten.silu_backward.default(grad_BH, x_BH)
-            grad_BH = _product(grad_BH, layer.weight)
+            grad_BH = kernels.product(grad_BH, layer.weight)
         slope_BA: Tensor = torch.ops.aten.silu_backward.default(grad_BH, before[0]) @ self._action_AH.t()
         return slope_BA
 
@@ -313,8 +239,17 @@ class TwinQ(nn.Module):
 
     def lowest(self, states_BS: Tensor, actions_BA: Tensor) -> Tensor:
         """Return min_i Q_i, [B]."""
-        pair_BP = torch.cat([states_BS, actions_BA], dim=-1)
-        return torch.minimum(self.q_1.forward(pair_BP), self.q_2.forward(pair_BP)).squeeze(-1)
+        return self.lowest_of(torch.cat([states_BS, actions_BA], dim=-1))
+
+    def lowest_with_slope(self, states_BS: Tensor, actions_BA: Tensor) -> tuple[Tensor, Tensor]:
+        """Return min_i Q_i, [B], and its gradient by the actions, [B, A]; under `torch.no_grad` only."""
+        pairs_BP, actions = torch.cat([states_BS, actions_BA], dim=-1), slice(states_BS.shape[-1], None)
+        (q_1_B1, slope_1_BA), (q_2_B1, slope_2_BA) = (net.with_slope(pairs_BP, actions) for net in (self.q_1, self.q_2))
+        return torch.minimum(q_1_B1, q_2_B1).squeeze(-1), torch.where(q_1_B1 <= q_2_B1, slope_1_BA, slope_2_BA)
+
+    def lowest_of(self, pairs_BP: Tensor) -> Tensor:
+        """Return min_i Q_i of states and actions side by side, [B]."""
+        return torch.minimum(self.q_1.forward(pairs_BP), self.q_2.forward(pairs_BP)).squeeze(-1)
 
 
 class ValueNet(nn.Module):
@@ -354,20 +289,22 @@ class GaussianActor(Actor):
         self.log_std_A = nn.Parameter(torch.zeros(action_dim))
 
     @torch.no_grad()
-    def log_prob(self, states_BS: Tensor, actions_BA: Tensor) -> tuple[Tensor, Pull]:
-        """Return log pi(a|s), [B], and what turns a loss's gradient by it, [B], into those by the `parameters()`.
+    def log_prob(self, states_BS: Tensor, actions_BA: Tensor) -> tuple[Callable[[], Tensor], Pull]:
+        """Return what gives log pi(a|s), [B], and what turns a loss's gradient by it, [B], into those by the
+        `parameters()`.
 
         `forward` returns the mean.
         """
         output_BA, pull = self.body.vjp(states_BS)
         mean_BA, log_std_A = output_BA.tanh(), self.log_std_A.clamp(-5.0, 2.0)
-        std_A = log_std_A.exp()
-        distance_BA = (actions_BA - mean_BA) / std_A  # in standard deviations
+        precision_A = (-log_std_A).exp()
+        distance_BA = (actions_BA - mean_BA) * precision_A  # in standard deviations
         squared_BA = distance_BA.square()
-        log_prob_BA = -0.5 * (squared_BA + math.log(2 * math.pi)) - log_std_A
 
         def pull_both(grad_B: Tensor) -> list[Tensor]:
-            of_log_std_A = (grad_B @ (squared_BA - 1.0)) * (log_std_A == self.log_std_A)
-            return [of_log_std_A, *pull(grad_B[:, None] * distance_BA / std_A * (1.0 - mean_BA.square()))]
+            grad_B1 = grad_B.unsqueeze(1)
+            of_log_std_A = (grad_B1 * (squared_BA - 1.0)).sum(dim=0) * (log_std_A == self.log_std_A)
+            of_mean_BA = grad_B1 * (distance_BA * precision_A)
+            return [of_log_std_A, *pull(aten.tanh_backward.default(of_mean_BA, mean_BA))]
 
-        return log_prob_BA.sum(dim=1), pull_both
+        return lambda: (-0.5 * (squared_BA + math.log(2 * math.pi)) - log_std_A).sum(dim=1), pull_both

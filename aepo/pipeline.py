@@ -16,7 +16,7 @@ from aepo import checkpoint, parallel
 from aepo.config import CriticConfig, GuidedConfig, IQLConfig, Precision, RunConfig, TD3BCConfig
 from aepo.data.transitions import Transitions
 from aepo.errors import TrainingError
-from aepo.networks import multiplying
+from aepo.kernels import multiplying
 from aepo.stages import actor, actor_critic, behavior, critic, energy
 from aepo.stages.optim import Metrics
 

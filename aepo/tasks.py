@@ -43,6 +43,10 @@ class Task:
     """Minari id."""
     env_id: str = ""
     """Gymnasium id of the environment; empty = whatever the data set names."""
+    state_dim: int | None = None
+    """Entries of an observation, joined as `observation_keys` say; none = what the data have."""
+    action_dim: int | None = None
+    """Entries of an action."""
     horizon: int = 0
     """Steps of an evaluation episode; 0 = the limit of the data set's environment."""
     ref_min: float | None = None
@@ -64,6 +68,8 @@ class Task:
         for name, kind in (("source", Source), ("reward_rule", RewardRule), ("return_rule", ReturnRule)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"task {self.task}: {name} {getattr(self, name)!r}, wanted one of {get_args(kind)}")
+        if any(dim is not None and dim < 1 for dim in (self.state_dim, self.action_dim)):
+            raise ConfigError(f"task {self.task}: dimensions {self.state_dim} and {self.action_dim}, wanted at least 1")
         if self.horizon < 0 or not 0 < self.discount < 1 or (self.steps is not None and self.steps < 1):
             raise ConfigError(
                 f"task {self.task}: wanted horizon >= 0, discount in (0, 1) and steps >= 1; "

@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from aepo.config import BehaviorConfig, EnergyConfig, EnergyTarget
 from aepo.data.transitions import Spaces, Transitions
 from aepo.diffusion import sampler
-from aepo.stages import behavior, energy
+from aepo.stages import behavior, energy, targets
 
 NUM_SAMPLES = 4000
 """Of each draw that is compared."""
@@ -102,7 +102,11 @@ class Bench:
             state = energy.start(config, self._data, torch.Generator().manual_seed(self._seed + 2))
             energy.measure(state, config, self._data, self._behavior)
             q_N = self._value(self._data.batch(self._data.rows_ND).actions_BA)
-            source = energy.QSource(lambda _, actions_BA: self._value(actions_BA), q_N.__getitem__)
+
+            def value(_: Tensor, actions_BA: Tensor) -> Tensor:
+                return self._value(actions_BA)
+
+            source = energy.QSource(value, targets.by_autograd(value), q_N.__getitem__)
             while state.step < config.steps:
                 energy.train_step(state, config, self._data, self._behavior, source)
             net = state.net

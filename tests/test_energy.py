@@ -33,7 +33,7 @@ def test_target_is_exact_for_a_linear_q_wherever_it_is_expanded(q, g, v, beta, m
     exact = np.log(w / np.sqrt(np.pi) @ np.exp(beta * (q + g * (mean + np.sqrt(2 * v) * x))))
     where = [torch.tensor([[x]], dtype=torch.float64) for x in (0.0, point, mean, v)]
     value = linear(q, torch.tensor([g], dtype=torch.float64))
-    heads = torch.stack(targets.first_order(value, *where), dim=1)
+    heads = torch.stack(targets.first_order(targets.by_autograd(value), *where), dim=1)
     beta_B = torch.tensor([beta], dtype=torch.float64)
     assert targets.combine(heads, beta_B).item() == pytest.approx(exact, rel=1e-5, abs=1e-5)
     second, used = targets.second_order(value, *where, beta_B)
@@ -93,30 +93,21 @@ def test_where_the_integral_does_not_exist_first_order_stands_in():
     variance_BA, beta_B = torch.tensor([[1.0], [0.01]]), torch.tensor([1.0, 1.0])
     got, used = targets.second_order(value, torch.zeros(2, 1), x, x, variance_BA, beta_B)
     assert used.tolist() == [False, True]
-    heads = torch.stack(targets.first_order(value, torch.zeros(2, 1), x, x, variance_BA), dim=1)
+    heads = torch.stack(targets.first_order(targets.by_autograd(value), torch.zeros(2, 1), x, x, variance_BA), dim=1)
     assert got[0] == targets.combine(heads, beta_B)[0]
 
 
-class Table:
-    """Stands for a network: E is a free number per sample."""
+def minimise(target, *shape):
+    """Return the outputs f = E / beta at which a target's loss is least, by the gradient that it says."""
+    outputs = torch.zeros(*shape, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([outputs], line_search_fn="strong_wolfe", max_iter=200, tolerance_grad=1e-12)
 
-    def __init__(self, *shape):
-        self.energy = torch.zeros(*shape, dtype=torch.float64, requires_grad=True)
+    def closure():
+        outputs.grad, metrics = target(outputs.detach())
+        return metrics()["loss"]
 
-    def __call__(self, a_t, states, t, beta):
-        return self.energy.flatten().expand(len(a_t)) if self.energy.numel() == 1 else self.energy.flatten()
-
-    def minimise(self, loss):
-        optimizer = torch.optim.LBFGS([self.energy], line_search_fn="strong_wolfe", max_iter=200, tolerance_grad=1e-12)
-
-        def closure():
-            optimizer.zero_grad()
-            value = loss()
-            value.backward()
-            return value
-
-        optimizer.step(closure)
-        return self.energy.detach()
+    optimizer.step(closure)
+    return outputs.detach()
 
 
 def noised(actions_BA, beta, q_B):
@@ -127,18 +118,22 @@ def noised(actions_BA, beta, q_B):
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_the_minimiser_of_log_expectation_is_the_log_expectation(beta):
-    """One a_t for all samples, so that E is one number: log mean exp(beta Q) of the data actions [M14]."""
+    """One a_t for all samples, so that f is one number: log mean exp(beta Q) of the data actions over beta [M14]."""
     actions_BA = torch.rand(50, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q_B = actions_BA[:, 0].square()
-    net = Table(1)
-    got = net.minimise(lambda: targets.log_expectation(net, noised(actions_BA, beta, q_B))[0])
-    assert got.item() == pytest.approx((torch.logsumexp(beta * q_B, 0) - np.log(50)).item(), abs=1e-4)
+
+    def target(f_11):
+        slope_B1, metrics = targets.log_expectation(f_11.expand(50, 1), noised(actions_BA, beta, q_B))
+        return slope_B1.sum(dim=0, keepdim=True), metrics
+
+    exact = (torch.logsumexp(beta * q_B, 0) - np.log(50)) / beta
+    assert minimise(target, 1, 1).item() == pytest.approx(exact.item(), abs=1e-4)
 
 
 def test_an_outlier_moves_log_expectation_along_a_line():
-    net = Table(1)
+    zero = torch.zeros(1, 1).double()
     losses = [
-        targets.log_expectation(net, noised(torch.zeros(1, 1).double(), 1.0, torch.tensor([q])))[0].item()
+        targets.log_expectation(zero, noised(zero, 1.0, torch.tensor([q])))[1]()["loss"].item()
         for q in (100.0, 101.0, 102.0)
     ]
     slope = np.exp(targets.MAX_EXPONENT)
@@ -191,14 +186,11 @@ def test_the_minimiser_of_weighted_denoising_is_the_gradient_of_the_log_expectat
     torch.testing.assert_close(net.slope_A.detach(), exact_A, rtol=1e-5, atol=1e-6)
 
 
-def test_the_minimiser_of_the_contrastive_loss_is_beta_q_up_to_a_constant():
-    """Without noise the posterior is a point, so E = beta Q."""
+def test_the_minimiser_of_the_contrastive_loss_is_q_up_to_a_constant():
+    """Without noise the posterior is a point, so f = E / beta = Q."""
     q_BK = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    net, beta_B = Table(15), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    a_t_BKA = torch.zeros(3, 5, 2, dtype=torch.float64)
-    args = (net, q_BK, torch.zeros(3, 1).double(), a_t_BKA, torch.zeros(3).double(), beta_B)
-    got = net.minimise(lambda: targets.contrastive(*args)[0]).view(3, 5)
-    difference = got - beta_B[:, None] * q_BK
+    beta_B = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    difference = minimise(lambda f_BK: targets.contrastive(f_BK, q_BK, beta_B), 3, 5) - q_BK
     torch.testing.assert_close(
         difference - difference.mean(1, keepdim=True), torch.zeros_like(difference), atol=1e-3, rtol=0
     )
@@ -207,12 +199,12 @@ def test_the_minimiser_of_the_contrastive_loss_is_beta_q_up_to_a_constant():
 def test_monte_carlo_tends_to_the_gaussian_integral():
     actions_BA = torch.zeros(1, 1, dtype=torch.float64)
     draws = torch.randn(200_000, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    net, beta = Table(1), 2.0
+    beta = 2.0
     x, value = noised(actions_BA, beta, actions_BA.new_empty(0)), linear(0.3, torch.tensor([0.8]).double())
     # six deviations inside [-1, 1]: clipping does nothing
     origin = targets.Posterior(actions_BA + 0.2, actions_BA + 0.01, actions_BA)
-    got = net.minimise(lambda: targets.monte_carlo(net, value, x, origin, draws)[0])
-    assert got.item() == pytest.approx(beta * (0.3 + 0.8 * 0.2) + 0.5 * beta**2 * 0.01 * 0.8**2, abs=1e-3)
+    got = minimise(lambda f_B1: targets.monte_carlo(f_B1, value, x, origin, draws), 1, 1)
+    assert got.item() == pytest.approx(0.3 + 0.8 * 0.2 + 0.5 * beta * 0.01 * 0.8**2, abs=1e-3)
 
 
 @pytest.mark.parametrize("action_dim", [1, 3, 30])
@@ -225,7 +217,9 @@ def test_guidance_of_a_gaussian_with_linear_q_is_exact(action_dim):
     a_t = torch.randn(1, action_dim, generator=torch.Generator().manual_seed(1)).double()
 
     def combined(a_t_BA):
-        f_1, f_2 = targets.first_order(linear(0.3, slope), a_t_BA, shrink * a_t_BA, shrink * a_t_BA, variance)
+        f_1, f_2 = targets.first_order(
+            targets.by_autograd(linear(0.3, slope)), a_t_BA, shrink * a_t_BA, shrink * a_t_BA, variance
+        )
         return targets.combine(torch.stack([f_1, f_2], dim=1), torch.tensor([beta]).double())
 
     step = 1e-4
@@ -239,7 +233,7 @@ def test_guidance_of_a_gaussian_with_linear_q_is_exact(action_dim):
 def test_targets_carry_no_gradient_and_leave_the_critic_alone():
     net = torch.nn.Linear(2, 1)
     f_1, f_2 = targets.first_order(
-        lambda s, a: net(a).squeeze(-1),
+        targets.by_autograd(lambda s, a: net(a).squeeze(-1)),
         torch.zeros(4, 1),
         torch.randn(4, 2),
         torch.randn(4, 2),

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from aepo.bench.naive import plain
 from aepo.data.transitions import Batch
-from aepo.stages import actor, actor_critic, critic
-from tests.test_energy import random_transitions
+from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
+from aepo.stages import actor, actor_critic, behavior, critic, energy, targets
+from tests.conftest import random_transitions
 
 NETWORKS = [("silu", True), ("silu", False), ("relu", True), ("relu", False)]
 
@@ -133,6 +134,132 @@ def test_td3bcs_critics(activation, layer_norm, data, tiny_config):
     loss = F.mse_loss(q_1, backup) + F.mse_loss(q_2, backup)
     assert metrics()["loss"].item() == pytest.approx(loss.item())
     assert_same(found, of_autograd(loss, q))
+
+
+@pytest.mark.parametrize(("activation", "layer_norm"), NETWORKS)
+def test_td3bcs_actor(activation, layer_norm, data, tiny_config):
+    config = tiny_config(
+        method="td3bc", actor_critic__activation=activation, actor_critic__layer_norm=layer_norm
+    ).actor_critic
+    torch.manual_seed(0)
+    state = actor_critic.start(config, data, torch.Generator())
+    for net in (state.q, state.actor):
+        net.double()
+    batch = in_double(data.take(torch.arange(200)))
+    found, metrics = actor_critic.actor_gradients(state, config, batch)
+
+    q, policy = plain(state.q), plain(state.actor)
+    actions = policy(batch.states_BS)
+    value = q(batch.states_BS, actions)[0]
+    weight = config.q_weight / value.detach().abs().mean()
+    loss = F.mse_loss(actions, batch.actions_BA) - weight * value.mean()
+    assert metrics()["actor_loss"].item() == pytest.approx(loss.item())
+    assert_same(found, of_autograd(loss, policy))
+
+
+@pytest.mark.parametrize(("activation", "layer_norm"), NETWORKS)
+def test_the_lower_critic_and_its_slope(activation, layer_norm, data, tiny_config):
+    config = tiny_config(critic__activation=activation, critic__layer_norm=layer_norm).critic
+    state = start_critic(config, data)
+    batch = in_double(data.take(torch.arange(200)))
+    with torch.no_grad():
+        q_B, slope_BA = state.q.lowest_with_slope(batch.states_BS, batch.actions_BA)
+    actions = batch.actions_BA.clone().requires_grad_()
+    exact = plain(state.q)(batch.states_BS, actions).amin(dim=0)
+    assert_same([q_B, slope_BA], [exact.detach(), *torch.autograd.grad(exact.sum(), [actions])])
+
+
+@pytest.mark.parametrize("variance", ["time", "learned"])
+def test_the_noise_net(variance, data, tiny_config):
+    """Through eps_phi and its squared error over alpha_t^2, as [M5] has it."""
+    config = tiny_config(behavior__variance=variance).behavior
+    torch.manual_seed(0)
+    state = behavior.start(config, data, torch.Generator().manual_seed(5))
+    nets = [state.net, state.variance] if variance == "learned" else [state.net]
+    for net in nets:
+        net.double()
+    batch = in_double(data.take(torch.arange(200)))
+    found, metrics = behavior.gradients(state, batch)
+
+    generator = torch.Generator().manual_seed(5)
+    t_B = draw_times(200, generator)
+    eps_BA = torch.randn(200, 2, generator=generator).double()
+    t_B = t_B.double()
+    a_t_BA = add_noise(batch.actions_BA, t_B, eps_BA)
+    twins = [plain(net) for net in nets]
+    predicted_BA = twins[0](a_t_BA, batch.states_BS, t_B)
+    alpha_B, sigma_B = (part[:, None] for part in alpha_sigma(t_B))
+    loss = ((predicted_BA - eps_BA) / alpha_B).square().mean()
+    if variance == "learned":
+        mean_BA = ((a_t_BA - sigma_B * predicted_BA.detach()) / alpha_B).clamp(-1, 1)
+        squares_BA = (batch.actions_BA - mean_BA).square()
+        loss = loss + F.mse_loss(twins[1](a_t_BA, batch.states_BS, t_B), squares_BA)
+    assert metrics()["loss"].item() == pytest.approx(loss.item(), rel=1e-4)  # t was drawn in single precision
+    for one, other in zip(found, of_autograd(loss, *twins), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_targets_say_of_the_outputs():
+    """The gradient by the outputs is that of the loss among the metrics."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).double()
+
+    beta_B, q_B = normal(50).exp(), 3 * normal(50)  # some gaps above the largest exponent, some below
+    nothing_B1 = torch.zeros(50, 1).double()
+    x = targets.Noised(nothing_B1, nothing_B1, beta_B, nothing_B1, beta_B, q_B)
+    origin = targets.Posterior(normal(50, 2), normal(50, 2).square(), normal(50, 2))
+
+    def value(states_BS, actions_BA):
+        return actions_BA.sin().sum(dim=1)
+
+    with_slope = targets.by_autograd(value)
+    draws_KBA = normal(5, 50, 2)
+    cases = {
+        "analytic": (2, lambda out: targets.analytic(out, with_slope, x, origin)),
+        "mse": (2, lambda out: targets.mse(out, x)),
+        "second order": (1, lambda out: targets.analytic_second_order(out, value, x, origin)),
+        "monte carlo": (1, lambda out: targets.monte_carlo(out, value, x, origin, draws_KBA)),
+        "log expectation": (1, lambda out: targets.log_expectation(out, x)),
+        "contrastive": (4, lambda out: targets.contrastive(out, 3 * q_B[:, None].sin() * out.detach(), beta_B)),
+    }
+    for name, (num_outputs, target) in cases.items():
+        outputs = normal(50, num_outputs).requires_grad_()
+        slope, metrics = target(outputs)
+        (exact,) = torch.autograd.grad(metrics()["loss"], outputs)
+        torch.testing.assert_close(slope.detach(), exact, rtol=1e-9, atol=1e-12, msg=name)
+        assert slope.shape == outputs.shape
+    assert 0 < (beta_B * q_B > targets.MAX_EXPONENT).sum() < 50
+
+
+@pytest.mark.parametrize("target", ["log_expectation", "analytic", "contrastive", "weighted_denoising", "mse"])
+def test_the_energys_gradients_are_those_of_the_loss_by_its_parameters(target, data, tiny_config):
+    """One step of ours against autograd through the network and the loss among the metrics."""
+    method = {"contrastive": "qgpo", "analytic": "analytic"}.get(target, "best")
+    config = tiny_config(method=method, energy__target=target).energy
+    torch.manual_seed(0)
+    state = energy.start(config, data, torch.Generator().manual_seed(3))
+    model = behavior.start(tiny_config().behavior, data, torch.Generator().manual_seed(4))
+    judge = critic.start(tiny_config().critic, data, torch.Generator().manual_seed(5))
+    energy.measure(state, config, data, model)
+    source = energy.q_source(judge, state, config, data)
+    before = state.generator.get_state()
+    found, _ = energy.gradients(state, config, data, model, source)
+    assert all(one.is_contiguous() for one in found)
+    step = 3e-3
+    for index, (name, parameter) in enumerate(state.net.named_parameters()):
+        direction = found[index] / found[index].norm()
+        losses = []
+        for side in (step, -step):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=side)
+            state.generator.set_state(before)
+            losses.append(energy.gradients(state, config, data, model, source)[1]()["loss"].item())
+            with torch.no_grad():
+                parameter.add_(direction, alpha=-side)
+        numeric = (losses[0] - losses[1]) / (2 * step)
+        assert numeric == pytest.approx(found[index].norm().item(), rel=0.03, abs=2e-3), name
 
 
 @pytest.mark.parametrize("expectile", [0.1, 0.5, 0.9])

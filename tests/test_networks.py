@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from aepo import networks, pipeline
+from aepo import kernels, networks, pipeline
 from aepo.diffusion import sampler
 from aepo.networks import Mlp, Prepared, TimeNet
 from aepo.policy import Policy
@@ -25,16 +26,18 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True, scope="module")
 def _small_sizes_too():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "MIN_PRODUCTS", 0)
+        patch.setattr(kernels, "MIN_PRODUCTS", 0)
         yield
 
 
-@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
-def kernels(request, monkeypatch):
-    """Both ways, whatever this machine would take; oneDNN runs on every x86 processor."""
-    if request.param and not torch._C._has_mkldnn:
-        pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(networks, "PREFERS_ONEDNN", request.param)
+BACKENDS = [backend for backend in get_args(kernels.Backend) if backend != "onednn" or kernels.has_onednn()]
+"""All that this torch can multiply by, whatever this processor would take."""
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with kernels.using(request.param):
+        yield request.param
 
 
 @given(
@@ -43,8 +46,9 @@ def kernels(request, monkeypatch):
     outputs=st.integers(1, 40),
     wide=st.booleans(),
     seed=st.integers(0, 99),
+    backend=st.sampled_from(BACKENDS),
 )
-def test_linear_and_its_gradients_are_those_of_double_precision(rows, inputs, outputs, wide, seed):
+def test_linear_and_its_gradients_are_those_of_double_precision(rows, inputs, outputs, wide, seed, backend):
     torch.manual_seed(seed)
     layer = nn.Linear(inputs, outputs)
     whole = torch.randn(rows, inputs + 5, requires_grad=True)
@@ -53,10 +57,11 @@ def test_linear_and_its_gradients_are_those_of_double_precision(rows, inputs, ou
     exact_layer = nn.Linear(inputs, outputs).double()
     exact_layer.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
     exact_x = x.detach().double().requires_grad_()
-    y, exact = networks.linear(x, layer.weight, layer.bias), exact_layer(exact_x)
+    with kernels.using(backend):
+        y, exact = kernels.linear(x, layer.weight, layer.bias), exact_layer(exact_x)
+        found = torch.autograd.grad(y, [x, *layer.parameters()], weights)
     rounding = 1e-6 * (rows + inputs + outputs)  # of sums of so many numbers of size 1
     assert (y.double() - exact).abs().max() < rounding
-    found = torch.autograd.grad(y, [x, *layer.parameters()], weights)
     wanted = torch.autograd.grad(exact, [exact_x, *exact_layer.parameters()], weights.double())
     assert all((one.double() - other).abs().max() < rounding for one, other in zip(found, wanted, strict=True))
 
@@ -65,13 +70,12 @@ def test_linear_and_its_gradients_are_those_of_double_precision(rows, inputs, ou
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("rows", [1, 70])
-def test_an_mlp_whose_weights_alone_learn_has_autograds_gradients(activation, norm, num_layers, rows, monkeypatch):
+def test_an_mlp_whose_weights_alone_learn_has_autograds_gradients(activation, norm, num_layers, rows):
     torch.manual_seed(0)
     mlp = Mlp([7] + [33] * num_layers + [2], norm=norm, activation=activation)
     exact = nn.Sequential(*copy.deepcopy(list(mlp))).double()
     x = torch.randn(rows, 7)
     weights = torch.randn(rows, 2)
-    monkeypatch.setattr(networks, "PREFERS_ONEDNN", False)
     wanted = torch.autograd.grad(exact(x.double()), list(exact.parameters()), weights.double())
     in_double = copy.deepcopy(mlp).double()
     y = in_double(x.double())
@@ -79,9 +83,9 @@ def test_an_mlp_whose_weights_alone_learn_has_autograds_gradients(activation, no
     found = torch.autograd.grad(y, list(in_double.parameters()), weights.double())
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-    for onednn in (True, False):
-        monkeypatch.setattr(networks, "PREFERS_ONEDNN", onednn and torch._C._has_mkldnn)
-        single = torch.autograd.grad(mlp(x), list(mlp.parameters()), weights)
+    for backend in BACKENDS:
+        with kernels.using(backend):
+            single = torch.autograd.grad(mlp(x), list(mlp.parameters()), weights)
         for one, other in zip(single, wanted, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
@@ -135,7 +139,7 @@ def test_adam_goes_on_as_torchs_after_storing_and_loading():
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("rows", [1, 16, 50])
 def test_a_gradient_of_the_slope_is_that_of_double_precision(rows):
     """What weighted_denoising asks for: the slope by the input, differentiated by the weights."""
@@ -155,7 +159,7 @@ def test_a_gradient_of_the_slope_is_that_of_double_precision(rows):
         assert (found.double() - exact).abs().max() < 1e-4 * exact.abs().max()
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("rows", [1, 15, 16, 70])
 @pytest.mark.parametrize("num_layers", [1, 2, 4])
 def test_a_prepared_network_says_what_the_network_says(rows, num_layers):
@@ -174,7 +178,7 @@ def test_a_prepared_network_says_what_the_network_says(rows, num_layers):
             assert torch.allclose(prepared.slope(actions, step, weights), slope, atol=1e-5)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("target", ["analytic", "log_expectation"])
 @pytest.mark.parametrize("guidance_scale", [0.0, 2.0])
 def test_a_policy_samples_as_its_networks_put_together_by_the_equations(

@@ -10,11 +10,12 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from aepo import checkpoint, networks, pipeline, tasks
+from aepo import checkpoint, kernels, pipeline, tasks
 from aepo import config as configs
 from aepo.errors import CheckpointError, ConfigError, TrainingError
-from aepo.networks import multiplying
+from aepo.kernels import multiplying
 from aepo.policy import GuidedPolicy, Policy
 from aepo.presets import METHODS, preset
 from tests.conftest import random_transitions
@@ -195,40 +196,53 @@ def test_every_setting_of_a_stage_is_heeded(method, stage, tiny_config, transiti
         assert changed.fingerprint != reference.fingerprint
 
 
-@pytest.mark.parametrize("method", ["best", "iql", "td3bc"])  # all stages there are
+class Products(TorchDispatchMode):
+    """Notes the precision that torch has whenever a matrix product is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.precisions = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.precisions.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_steps_matrix_products_have_the_precision_of_its_stage_and_no_others(
     method, tiny_config, transitions, monkeypatch
 ):
-    before = finish(tiny_config(method=method), transitions)
-    in_bfloat16 = {f"{stage}__precision": "bfloat16" for stage in STAGES_OF[method]}
-    small = finish(tiny_config(method=method, **in_bfloat16), transitions)
-    layers = [key for key in before if "body" in key or "q_1" in key or "q_2" in key]
-    assert layers
-    assert same(*({key: state[key] for key in layers} for state in (before, small)))  # small products stay float32
-    monkeypatch.setattr(networks, "MIN_PRODUCTS", 0)
-    sizes = {f"{stage}__{key}": 64 for stage in STAGES_OF[method] for key in ("hidden_size", "batch_size")}
-    base = tiny_config(method=method, **sizes)
-    with multiplying("bfloat16"):
-        x = torch.randn(64, 64)
-        assert torch.get_float32_matmul_precision() == "medium"
-        product = x @ x.T
-    has_units = not torch.equal(product, x @ x.T)
-    # the factors lose at most 2^-8 of themselves each
-    assert ((product - x @ x.T).abs() <= 2.02 * 2**-8 * (x.abs() @ x.T.abs())).all()
-    before = finish(base, transitions)
+    """What it makes of them is the processor's affair; what the steps ask for is ours."""
+    base = tiny_config(method=method)
     for stage in base.stages:
         config = configs.with_overrides(base, {f"{stage}.precision": "bfloat16"})
-        last = None
-        for last in pipeline.train(config, transitions, device=CPU):  # noqa: B007
-            assert torch.get_float32_matmul_precision() == "highest"  # evaluation, between steps
-        after = weights(last.state)
-        mine = {key: value for key, value in after.items() if key.startswith(f".{stage}.")}
-        assert mine
-        assert same(mine, {key: before[key] for key in mine}) != has_units, stage
         assert config.fingerprint != base.fingerprint
+        for smallest, wanted in ((0, "medium"), (2**40, "highest")):  # small products stay float32
+            monkeypatch.setattr(kernels, "MIN_PRODUCTS", smallest)
+            _, steps = pipeline.prepare(config, transitions, CPU)
+            for name, step in steps.items():
+                step()  # measures what it takes from the stages before
+                with Products() as products:
+                    step()
+                assert set(products.precisions) == {wanted if name == stage else "highest"}, (name, smallest)
+                assert torch.get_float32_matmul_precision() == "highest"  # evaluation, between steps
     with pytest.raises(RuntimeError, match="no"), multiplying("bfloat16"):
         raise RuntimeError("no")
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@torch.no_grad()
+def test_bfloat16_costs_a_factor_at_most_its_last_bit(monkeypatch):
+    """Processors without units for it may compute as ever, or by other kernels of the same precision."""
+    monkeypatch.setattr(kernels, "MIN_PRODUCTS", 0)
+    x, weight, bias = torch.randn(64, 64), torch.randn(64, 64), torch.randn(64)
+    with multiplying("bfloat16"):
+        found = [kernels.linear(x, weight, bias), kernels.product(x, weight), kernels.product(x.t(), weight)]
+    exact = [torch.addmm(bias, x, weight.T), x @ weight, x.T @ weight]
+    sizes = [x.abs() @ weight.T.abs() + bias.abs(), x.abs() @ weight.abs(), x.T.abs() @ weight.abs()]
+    for one, other, size in zip(found, exact, sizes, strict=True):
+        assert ((one - other).abs() <= 2.02 * 2**-8 * size).all()
 
 
 TARGETS = get_args(configs.EnergyTarget)

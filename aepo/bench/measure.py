@@ -1,44 +1,67 @@
 """What a step, an action and a second core cost here, beside the same work as research code writes it."""
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from aepo import pipeline, run, tasks
+from aepo import kernels, pipeline, run, tasks
 from aepo.bench import naive
-from aepo.config import Config, GuidedConfig, IQLConfig, Precision, settings, with_overrides
-from aepo.data import pointmaze
-from aepo.data.transitions import Spaces, Transitions
+from aepo.config import (
+    Config,
+    GuidedConfig,
+    IQLConfig,
+    Precision,
+    RunConfig,
+    TD3BCConfig,
+    settings,
+    used_settings,
+    with_overrides,
+)
+from aepo.data import pointmaze, staging
+from aepo.data.transitions import Spaces, Transitions, action_bounds, open_dataset
 from aepo.errors import ConfigError
-from aepo.evaluate import Evaluator
-from aepo.networks import linear, multiplying
+from aepo.evaluate import Evaluator, register_robotics
+from aepo.kernels import linear, multiplying
 from aepo.pipeline import GuidedState, IQLState
 from aepo.policy import GuidedPolicy, Policy
-from aepo.presets import preset
+from aepo.presets import METHODS, preset
+from aepo.stages.optim import Metrics
+from aepo.tasks import Task
 
-STATE_DIM, ACTION_DIM = 11, 3
-"""Hopper's."""
 NUM_STATES = (1, 10, 50)
 """At once, of which actions are sampled."""
 BLOCKS = 5
 """Ours and the baseline are timed by turns, so many times; the quickest block of each counts."""
 NUM_COLLECTED = 20_000
 """Transitions of the data set that is loaded."""
-NUM_EPISODES, HORIZON = 20, 100
+NUM_EPISODES, HORIZON = 10, 20
 """Of an evaluation."""
+BENCH_DATASET = "bench/environment-v0"
+NUM_SUPPORT_STATES = 1000
+"""In which QGPO draws its actions before the first step; a step costs the same with more."""
 CPU = torch.device("cpu")
+PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.mkldnn._linear_pointwise.default if kernels.has_onednn() else None,
+)
+"""What a step's matrix products are, to torch's dispatcher."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,38 +72,68 @@ class Cost:
     cpu_ms: float
 
 
-def random_data(num: int) -> Transitions:
-    """Return `num` transitions of normal numbers with Hopper's dimensions, an episode each 1,000."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(num + 1, STATE_DIM, generator=generator)
-    actions = 2 * torch.rand(num, ACTION_DIM, generator=generator) - 1
-    rewards, terminals = torch.randn(num, 1, generator=generator), torch.zeros(num, 1)
-    rows_ND = torch.cat([states[:-1], actions, rewards, terminals, states[1:]], dim=1)
-    return Transitions(
-        rows_ND=rows_ND,
-        shift_D=torch.zeros(rows_ND.shape[1]),
-        scale_D=torch.ones(rows_ND.shape[1]),
-        spaces=Spaces(
-            state_mean_S=torch.zeros(STATE_DIM),
-            state_scale_S=torch.ones(STATE_DIM),
-            action_low_A=-torch.ones(ACTION_DIM),
-            action_high_A=torch.ones(ACTION_DIM),
-        ),
-        digest="random",
-        episode_ends_E=torch.tensor([*range(1000, num, 1000), num]),
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Dimensions that tasks have in common, and one of these tasks."""
+
+    state_dim: int
+    action_dim: int
+    task: Task
+    """Whose suite's settings are measured."""
+    num_transitions: int
+
+    def __str__(self) -> str:
+        return f"{self.state_dim} x {self.action_dim}"
+
+    def data(self) -> Transitions:
+        """Return transitions of normal numbers, an episode each 1,000."""
+        generator = torch.Generator().manual_seed(0)
+        num, dims = self.num_transitions, (self.state_dim, self.action_dim)
+        states = torch.randn(num + 1, dims[0], generator=generator)
+        actions = 2 * torch.rand(num, dims[1], generator=generator) - 1
+        rewards, terminals = torch.randn(num, 1, generator=generator), torch.zeros(num, 1)
+        rows_ND = torch.cat([states[:-1], actions, rewards, terminals, states[1:]], dim=1)
+        return Transitions(
+            rows_ND=rows_ND,
+            shift_D=torch.zeros(rows_ND.shape[1]),
+            scale_D=torch.ones(rows_ND.shape[1]),
+            spaces=Spaces(
+                state_mean_S=torch.zeros(dims[0]),
+                state_scale_S=torch.ones(dims[0]),
+                action_low_A=-torch.ones(dims[1]),
+                action_high_A=torch.ones(dims[1]),
+            ),
+            digest="random",
+            episode_ends_E=torch.tensor([*range(1000, num, 1000), num]),
+        )
 
 
-def compare(ours: Callable[[], Any], baseline: Callable[[], Any], *, seconds: float) -> tuple[Cost, Cost]:
+def shapes_of(rows: Sequence[Task], *, most: int) -> list[Shape]:
+    """Return the distinct dimensions of these tasks, the fewest first, each with at most `most` transitions.
+
+    Rows without published dimensions have none.
+    """
+    found: dict[tuple[int, int], Shape] = {}
+    for row in rows:
+        if row.state_dim is None or row.action_dim is None:
+            continue
+        dims = row.state_dim, row.action_dim
+        num = min(most, row.steps or most)
+        if dims not in found or found[dims].num_transitions < num:
+            first = found[dims].task if dims in found else row
+            found[dims] = Shape(state_dim=dims[0], action_dim=dims[1], task=first, num_transitions=num)
+    return [found[dims] for dims in sorted(found)]
+
+
+def compare(*calls: Callable[[], Any], seconds: float) -> list[Cost]:
     """Return the cost of a call of each, timed by turns for about so many seconds in all."""
-    found: list[list[Cost]] = [[], []]
-    for call in (ours, baseline):
+    found: list[list[Cost]] = [[] for _ in calls]
+    for call in calls:
         call()  # what only the first one does
     for _ in range(BLOCKS):
-        for costs, call in zip(found, (ours, baseline), strict=True):
-            costs.append(_block(call, seconds / BLOCKS / 2))
-    best = [min(costs, key=lambda cost: cost.cpu_ms) for costs in found]
-    return best[0], best[1]
+        for costs, call in zip(found, calls, strict=True):
+            costs.append(_block(call, seconds / BLOCKS / len(calls)))
+    return [min(costs, key=lambda cost: cost.cpu_ms) for costs in found]
 
 
 def _block(call: Callable[[], Any], seconds: float) -> Cost:
@@ -92,57 +145,174 @@ def _block(call: Callable[[], Any], seconds: float) -> Cost:
 
 
 def configs_of(
-    budget: str, precision: Precision = "float32", overrides: Mapping[str, str] | None = None
-) -> tuple[GuidedConfig, IQLConfig]:
-    """Return the two methods that are measured, at a preset's sizes; `overrides` go to those that have them.
+    budget: str, task: Task, precision: Precision = "float32", overrides: Mapping[str, str] | None = None
+) -> dict[str, RunConfig]:
+    """Return the config of every method at a preset's sizes; `overrides` go to those that have them.
 
     Raises:
         ConfigError: for a setting of which nothing here depends, or a bad value.
     """
-    task, overrides = tasks.for_dataset("bench"), overrides or {}
-    aepo, iql = preset(f"best-{budget}", task, 0), preset(f"iql-{budget}", task, 0)
-    assert isinstance(aepo, GuidedConfig)
-    assert isinstance(iql, IQLConfig)
-    measured = {*aepo.stages, *iql.stages, "sampling"}
-    known = {key for key in (*settings(aepo), *settings(iql)) if key.partition(".")[0] in measured}
-    if unknown := sorted(overrides.keys() - known):
+    overrides = overrides or {}
+    configs = {method: preset(f"{method}-{budget}", task, 0) for method in METHODS}
+    measured = {"sampling", *(stage for config in configs.values() for stage in config.stages)}
+    every = dict.fromkeys(key for config in configs.values() for key in settings(config))
+    known = [key for key in every if key.partition(".")[0] in measured]
+    if unknown := sorted(overrides.keys() - set(known)):
         near = get_close_matches(unknown[0], known, n=3) or sorted(measured)
         raise ConfigError(f"aepo bench measures nothing of {unknown[0]!r}; did you mean {' or '.join(near)}?")
-    aepo = with_overrides(aepo, {"critic.backup_steps": 1})
-    return _changed(aepo, precision, overrides), _changed(iql, precision, overrides)
+    # n-step returns gather a second batch, which the baseline does not have
+    alike = {"critic.backup_steps": "1", "critic.num_support_states": str(NUM_SUPPORT_STATES)}
+    alike["energy.num_support_states"] = str(NUM_SUPPORT_STATES)
+    return {method: _changed(config, precision, alike | dict(overrides)) for method, config in configs.items()}
 
 
 def _changed(config: Config, precision: Precision, overrides: Mapping[str, str]) -> Config:
-    own = {key: value for key, value in overrides.items() if key in settings(config)}
+    own = {key: value for key, value in overrides.items() if key in used_settings(config)}
     return with_overrides(config, {f"{stage}.precision": precision for stage in config.stages} | own)
 
 
-def steps(aepo: GuidedConfig, iql: IQLConfig, data: Transitions, *, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield a row per stage: milliseconds per step, ours at the stage's precision and the baseline's in float32."""
-    state, ours = pipeline.prepare(aepo, data, CPU)
-    iql_state, iql_ours = pipeline.prepare(iql, data, CPU)
+COSTLY = (
+    "hidden_size",
+    "num_layers",
+    "batch_size",
+    "activation",
+    "layer_norm",
+    "learner",
+    "target",
+    "variance",
+    "num_samples",
+    "actor_interval",
+)
+"""Settings of a stage that change what a step costs; the others change numbers alone."""
+
+
+@dataclasses.dataclass
+class Work:
+    """A stage's step, ours and the baseline's."""
+
+    stage: str
+    kind: str
+    """Learner or target, where the stage has several."""
+    methods: list[str]
+    size: str
+    ours: Callable[[], Metrics]
+    baseline: naive.Step
+
+
+def works(configs: Mapping[str, RunConfig], data: Transitions) -> Iterator[Work]:
+    """Yield every stage of these methods once, with all methods whose step costs the same."""
+    stages: dict[tuple[Any, ...], list[str]] = {}
+    for method, config in configs.items():
+        for name, stage in config.stages.items():
+            key = (name, *(getattr(stage, setting, None) for setting in COSTLY))
+            stages.setdefault(key, []).append(method)
+    prepared = {method: pipeline.prepare(configs[method], data, CPU) for method in {use[0] for use in stages.values()}}
+    for (name, *_), methods in stages.items():
+        config, (state, steps) = configs[methods[0]], prepared[methods[0]]
+        stage = config.stages[name]
+        yield Work(
+            stage=name,
+            kind=str(getattr(stage, "learner", "") or getattr(stage, "target", "")),
+            methods=methods,
+            size=f"{stage.num_layers} x {stage.hidden_size}, batch {stage.batch_size}",
+            ours=steps[name],
+            baseline=baseline_of(name, config, state, data),
+        )
+
+
+def baseline_of(name: str, config: RunConfig, state: pipeline.PipelineState, data: Transitions) -> naive.Step:
+    """Return the baseline's step of a stage; `state` is that of the stages before."""
+    if isinstance(config, TD3BCConfig):
+        return naive.actor_critic_step(config, data)
+    if isinstance(config, IQLConfig):
+        assert isinstance(state, IQLState)
+        if name == "critic":
+            return naive.critic_step(config.critic, data)
+        return naive.actor_step(config, state, data)
+    assert isinstance(config, GuidedConfig)
     assert isinstance(state, GuidedState)
-    assert isinstance(iql_state, IQLState)
-    target = aepo.energy.target
-    pairs = [
-        ("behaviour step", aepo.behavior, ours["behavior"], naive.behavior_step(aepo.behavior, data)),
-        ("critic step", aepo.critic, ours["critic"], naive.critic_step(aepo.critic, data)),
-        (
-            f"energy step, {target}",
-            aepo.energy,
-            ours["energy"],
-            naive.energy_step(aepo.energy, state, data),
-        ),
-        ("IQL's actor step", iql.actor, iql_ours["actor"], naive.actor_step(iql, iql_state, data)),
-    ]
-    for name, stage, call, baseline in pairs:
-        size = f"{stage.num_layers} x {stage.hidden_size}, batch {stage.batch_size}"
-        yield {"work": f"{name} ({size})", **_row(*compare(call, baseline, seconds=seconds))}
+    if name == "behavior":
+        return naive.behavior_step(config.behavior, data)
+    if name == "critic":
+        return naive.critic_step(config.critic, data, state.behavior)
+    return naive.energy_step(config.energy, state, data)
 
 
-def sampling(aepo: GuidedConfig, data: Transitions, *, seconds: float) -> Iterator[dict[str, Any]]:
+def products_of(step: Callable[[], Any]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Return torch's operators and operands of the matrix products that a step computes, in order."""
+    products: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in PRODUCTS:
+                products.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():  # type: ignore[no-untyped-call]
+        step()
+    return products
+
+
+def floor_of(step: Callable[[], Any]) -> Callable[[], None]:
+    """Return what computes a step's matrix products and nothing else, each by the fastest kernel of this torch.
+
+    Operands are copies of the step's own, in the layout that it has them in.
+    """
+    calls: list[Callable[[], Tensor]] = []
+    fastest: dict[Any, int] = {}
+    for operator, operands in products_of(step):
+        bias, (x, y) = None, operands[:2]
+        if operator is torch.ops.aten.addmm.default:
+            bias, x, y = operands[:3]
+        elif operator is not torch.ops.aten.mm.default:
+            bias, y = operands[2], y.t()
+        x, y = _copy(x), _copy(y)
+        ways: list[Callable[[], Tensor]] = [
+            functools.partial(torch.mm, x, y) if bias is None else functools.partial(torch.addmm, bias, x, y)
+        ]
+        if kernels.has_onednn():
+            onednn = torch.ops.mkldnn._linear_pointwise.default
+            ways.append(functools.partial(onednn, x, y.t(), bias, "none", [], ""))
+        layout = (x.shape, x.stride(), y.shape, y.stride(), bias is None)
+        if layout not in fastest:
+            costs = compare(*ways, seconds=0.03)
+            fastest[layout] = min(range(len(ways)), key=lambda i, costs=costs: costs[i].cpu_ms)  # type: ignore[misc]
+        calls.append(ways[fastest[layout]])
+
+    @torch.no_grad()
+    def multiply() -> None:
+        for call in calls:
+            call()
+
+    return multiply
+
+
+def _copy(x: Tensor) -> Tensor:
+    if x.t().is_contiguous():
+        return x.detach().t().clone().t()
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def steps(configs: Mapping[str, RunConfig], shape: Shape, *, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield a row per stage: milliseconds per step, ours at the stage's precision and the baseline's in float32."""
+    data = shape.data()
+    for work in works(configs, data):
+        work.ours()  # what comes before the first step
+        floor = floor_of(work.ours)
+        ours, baseline, least = compare(work.ours, work.baseline, floor, seconds=seconds)
+        row = _row(f"{work.stage} step" + f", {work.kind}" * bool(work.kind), shape, ours, baseline)
+        yield row | {
+            "size": work.size,
+            "methods": " ".join(work.methods),
+            "floor_cpu_ms": least.cpu_ms,
+            "of_floor": ours.cpu_ms / least.cpu_ms,
+        }
+
+
+def sampling(config: GuidedConfig, shape: Shape, *, seconds: float) -> Iterator[dict[str, Any]]:
     """Yield a row per number of states: milliseconds per call that returns one guided action for each."""
-    policy = Policy.from_state(aepo, pipeline.start(aepo, data, CPU), data.spaces)
+    data = shape.data()
+    policy = Policy.from_state(config, pipeline.start(config, data, CPU), data.spaces)
     assert isinstance(policy, GuidedPolicy)
     generator = torch.Generator().manual_seed(0)
     for num in NUM_STATES:
@@ -152,56 +322,125 @@ def sampling(aepo: GuidedConfig, data: Transitions, *, seconds: float) -> Iterat
             naive.Sampler(policy, states_BS),
             seconds=seconds,
         )
-        name = f"guided actions of {num} state{'s' if num > 1 else ''} ({aepo.sampling.num_steps} solver steps)"
-        yield {"work": name, **_row(ours, baseline)}
+        work = f"guided actions of {num} state{'s' if num > 1 else ''}"
+        yield _row(work, shape, ours, baseline) | {"size": f"{config.sampling.num_steps} solver steps"}
 
 
-def with_data(folder: Path, budget: str, *, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield a row for loading a data set and one for a step of its environment; the data lie in `folder`."""
+@contextlib.contextmanager
+def _library(folder: Path) -> Iterator[None]:
+    """Let data sets and their cache lie in a folder of their own."""
     (folder / "minari").mkdir()
     before = os.environ.copy()
     os.environ |= {"MINARI_DATASETS_PATH": str(folder / "minari"), "AEPO_CACHE": str(folder / "cache")}
     try:
-        yield from _with_maze(budget, seconds)
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
 
 
-def _with_maze(budget: str, seconds: float) -> Iterator[dict[str, Any]]:
-    task = tasks.find("maze2d-open", "collected")
-    pointmaze.collect(task, num_steps=NUM_COLLECTED, seed=0, num_reference_episodes=1)
-    config = preset(f"best-{budget}", task, 0)
-    assert isinstance(config, GuidedConfig)
-    config = with_overrides(config, {"evaluation.horizon": HORIZON})
-    ours, baseline = compare(lambda: run.load_data(config), lambda: naive.load(task.dataset), seconds=seconds)
-    yield {"work": f"loading {NUM_COLLECTED:,} transitions, once decoded", **_row(ours, baseline)}
-    data = run.load_data(config)
-    policy = Policy.from_state(config, pipeline.start(config, data, CPU), data.spaces)
-    evaluator = Evaluator.of(config)
-
-    def at_once() -> None:
-        evaluator.run(policy, num_episodes=NUM_EPISODES, seed=0)
-
-    def one_by_one() -> None:
-        for seed in range(NUM_EPISODES):
-            evaluator.run(policy, num_episodes=1, seed=seed)
-
-    costs = compare(at_once, one_by_one, seconds=seconds)
-    evaluator.close()
-    num_steps = NUM_EPISODES * HORIZON
-    each = [Cost(cost.wall_ms / num_steps, cost.cpu_ms / num_steps) for cost in costs]
-    yield {"work": f"evaluation, a step of one of {NUM_EPISODES} episodes", **_row(*each)}
+def loading(folder: Path, budget: str, *, seconds: float) -> dict[str, Any]:
+    """Return a row for loading a data set that was decoded before; it lies in `folder`, which is empty."""
+    with _library(folder):
+        task = tasks.find("maze2d-open", "collected")
+        pointmaze.collect(task, num_steps=NUM_COLLECTED, seed=0, num_reference_episodes=1)
+        config = preset(f"best-{budget}", task, 0)
+        ours, baseline = compare(lambda: run.load_data(config), lambda: naive.load(task.dataset), seconds=seconds)
+        return _row(f"loading {NUM_COLLECTED:,} transitions, once decoded", None, ours, baseline)
 
 
-def _row(ours: Cost, baseline: Cost) -> dict[str, Any]:
+def evaluation(folder: Path, budget: str, task: Task, *, seconds: float) -> dict[str, Any]:
+    """Return a row for a step of a task's environment, all entries of its observations joined.
+
+    Ours steps episodes at once, the baseline one by one.
+
+    A data set that names the environment is written into `folder`, which is empty.
+
+    Raises:
+        ResourceError: if the environment cannot be made here.
+    """
+    with _library(folder):
+        dataset_id = _name_environment(task)
+        evaluator = Evaluator(dataset_id, horizon=HORIZON)
+        dims = evaluator.observation_width(seed=0), len(action_bounds(open_dataset(dataset_id))[0])
+        shape = Shape(state_dim=dims[0], action_dim=dims[1], task=task, num_transitions=10)
+        config, data = preset(f"best-{budget}", task, 0), shape.data()
+        policy = Policy.from_state(config, pipeline.start(config, data, CPU), data.spaces)
+
+        def at_once() -> None:
+            evaluator.run(policy, num_episodes=NUM_EPISODES, seed=0)
+
+        def one_by_one() -> None:
+            for seed in range(NUM_EPISODES):
+                evaluator.run(policy, num_episodes=1, seed=seed)
+
+        costs = compare(at_once, one_by_one, seconds=seconds)
+        evaluator.close()
+        num_steps = NUM_EPISODES * HORIZON
+        each = [Cost(cost.wall_ms / num_steps, cost.cpu_ms / num_steps) for cost in costs]
+        return _row(f"evaluation, a step in {task.env_id}", shape, *each) | {"size": f"{NUM_EPISODES} episodes"}
+
+
+def _name_environment(task: Task) -> str:
+    """Write a data set of one step in a task's environment and return its id."""
+    from minari.data_collector.episode_buffer import EpisodeBuffer
+
+    register_robotics()
+    env = gymnasium.wrappers.FlattenObservation(gymnasium.make(task.env_id))
+    first, _ = env.reset(seed=0)
+    action = env.action_space.sample()
+    second, reward, *_ = env.step(action)
+    episode = EpisodeBuffer(
+        observations=np.stack([first, second]),
+        actions=action[None],
+        rewards=np.array([reward]),
+        terminations=np.array([False]),
+        truncations=np.array([True]),
+    )
+    facts = {"algorithm_name": "one action", "author": "aepo bench", "description": "names an environment"}
+    specs = {"env": env, "eval_env": env.spec}
+    staging.write_episodes([episode], advance=lambda _: None, dataset_id=BENCH_DATASET, **specs, **facts)
+    env.close()
+    return BENCH_DATASET
+
+
+def _row(work: str, shape: Shape | None, ours: Cost, baseline: Cost) -> dict[str, Any]:
     return {
+        "work": work,
+        "shape": str(shape or ""),
+        "size": "",
+        "methods": "",
         "cpu_ms": ours.cpu_ms,
         "wall_ms": ours.wall_ms,
         "baseline_cpu_ms": baseline.cpu_ms,
         "baseline_wall_ms": baseline.wall_ms,
         "ratio": baseline.cpu_ms / ours.cpu_ms,
+        "floor_cpu_ms": None,
+        "of_floor": None,
     }
+
+
+def summary_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each work of several shapes, the median and the worst of its ratios, and of those to its floor."""
+    by_work: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_work.setdefault(row["work"], []).append(row)
+    found = []
+    for work, own in by_work.items():
+        ratios, floors = [row["ratio"] for row in own], [row["of_floor"] for row in own if row["of_floor"] is not None]
+        slowest = min(own, key=lambda row: row["ratio"])
+        found.append(
+            {
+                "work": work,
+                "shapes": len(own),
+                "ratio": statistics.median(ratios),
+                "lowest_ratio": min(ratios),
+                "of_shape": slowest["shape"],
+                "of_floor": statistics.median(floors) if floors else None,
+                "highest_of_floor": max(floors, default=None),
+            }
+        )
+    return found
 
 
 def linear_rates(*, seconds: float = 0.2) -> dict[str, float]:
@@ -220,12 +459,12 @@ def linear_rates(*, seconds: float = 0.2) -> dict[str, float]:
     return rates
 
 
-def together(num_processes: int, aepo: GuidedConfig, num_data: int, *, seconds: float) -> float:
+def together(num_processes: int, config: GuidedConfig, shape: Shape, *, seconds: float) -> float:
     """Return the critic steps per second of so many processes at once, in all, each on one thread as trials are."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(num_processes)
     with context.Pool(num_processes, initializer=_join, initargs=(barrier,)) as pool:
-        rates = pool.starmap(_rate, [(aepo, num_data, seconds)] * num_processes, chunksize=1)
+        rates = pool.starmap(_rate, [(config, shape, seconds)] * num_processes, chunksize=1)
     return float(np.sum(rates))
 
 
@@ -238,8 +477,8 @@ def _join(barrier: Barrier) -> None:
     run.set_up_torch(1)
 
 
-def _rate(aepo: GuidedConfig, num_data: int, seconds: float) -> float:
-    _, ours = pipeline.prepare(aepo, random_data(num_data), CPU)
+def _rate(config: GuidedConfig, shape: Shape, seconds: float) -> float:
+    _, ours = pipeline.prepare(config, shape.data(), CPU)
     ours["critic"]()
     _barrier.wait()
     return 1e3 / _block(ours["critic"], seconds).wall_ms

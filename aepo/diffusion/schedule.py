@@ -14,13 +14,13 @@ T_MIN = 1e-3
 
 def log_alpha(t_B: Tensor) -> Tensor:
     """Return log alpha_t = -t^2 (b1 - b0) / 4 - t b0 / 2  [M2]."""
-    return -0.25 * t_B.square() * (BETA_1 - BETA_0) - 0.5 * t_B * BETA_0
+    return t_B * (-0.25 * (BETA_1 - BETA_0) * t_B - 0.5 * BETA_0)
 
 
 def alpha_sigma(t_B: Tensor) -> tuple[Tensor, Tensor]:
     """Return (alpha_t, sigma_t), both in (0, 1), with alpha_t^2 + sigma_t^2 = 1  [M2]."""
     log_alpha_B = log_alpha(t_B)
-    return log_alpha_B.exp(), (-torch.expm1(2 * log_alpha_B)).sqrt()
+    return log_alpha_B.exp(), torch.expm1(log_alpha_B + log_alpha_B).neg().sqrt()
 
 
 def log_snr_half(t_B: Tensor) -> Tensor:

@@ -40,9 +40,9 @@ def gradients(
 ) -> tuple[list[Tensor], Metrics]:
     """Return those of the weighted negative log-likelihood of the data's actions, and metrics."""
     weight_B = (config.inverse_temperature * advantage_B).exp().clamp(max=MAX_WEIGHT)
-    log_prob_B, pull = state.net.log_prob(batch.states_BS, batch.actions_BA)
+    log_prob, pull = state.net.log_prob(batch.states_BS, batch.actions_BA)
     return pull(-weight_B / len(weight_B)), lambda: {
-        "loss": -(weight_B * log_prob_B).mean(),
+        "loss": -(weight_B * log_prob()).mean(),
         "weight": weight_B.mean(),
         "clamped_share": (weight_B == MAX_WEIGHT).float().mean(),
     }

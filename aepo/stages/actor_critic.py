@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aepo.config import ActorCriticConfig
 from aepo.data.transitions import Batch, Transitions
-from aepo.networks import Actor, TwinQ
+from aepo.networks import Actor, TwinQ, aten
 from aepo.parallel import mean, share
 from aepo.stages.critic import squared_errors
 from aepo.stages.optim import Adam, Ema, Metrics
@@ -56,18 +56,27 @@ def q_gradients(
     next_actions_BA = (state.actor_target(batch.next_states_BS) + noise_BA).clamp(-1.0, 1.0)
     next_q_B = state.q_target.net.lowest(batch.next_states_BS, next_actions_BA)
     backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_q_B
-    loss, gradients = squared_errors(state.q, batch, backup_B)
+    pairs_BP = torch.cat([batch.states_BS, batch.actions_BA], dim=1)
+    loss, gradients = squared_errors(state.q, pairs_BP, backup_B)
     return gradients, lambda: {"loss": loss(), "q": backup_B.mean()}
 
 
-def actor_loss(state: ActorCriticState, config: ActorCriticConfig, batch: Batch) -> tuple[Tensor, Metrics]:
-    """Return the actor's loss, a scalar, and metrics."""
-    actions_BA = state.actor(batch.states_BS)
-    q_B = state.q.q_1(torch.cat([batch.states_BS, actions_BA], dim=1)).squeeze(-1)
-    scale = config.q_weight / mean(q_B.detach().abs().mean()).clamp(min=1e-6)
-    distance = (actions_BA - batch.actions_BA).square().mean()
-    loss = distance - scale * q_B.mean()
-    return loss, lambda: {"actor_loss": loss.detach(), "distance": distance.detach()}
+@torch.no_grad()
+def actor_gradients(state: ActorCriticState, config: ActorCriticConfig, batch: Batch) -> tuple[list[Tensor], Metrics]:
+    """Return those of the actor's loss, through Q_1 and the distance to the data's actions, and metrics."""
+    output_BA, pull = state.actor.body.vjp(batch.states_BS)
+    actions_BA = output_BA.tanh()
+    pairs_BP = torch.cat([batch.states_BS, actions_BA], dim=1)
+    q_B1, slope_BA = state.q.q_1.with_slope(pairs_BP, slice(batch.states_BS.shape[1], None))
+    scale = config.q_weight / mean(q_B1.abs().mean()).clamp(min=1e-6)
+    error_BA = actions_BA - batch.actions_BA
+    of_actions_BA = 2.0 / error_BA.numel() * error_BA - scale / len(error_BA) * slope_BA
+
+    def metrics() -> dict[str, Tensor]:
+        distance = error_BA.square().mean()
+        return {"actor_loss": distance - scale * q_B1.mean(), "distance": distance}
+
+    return pull(aten.tanh_backward.default(of_actions_BA, actions_BA)), metrics
 
 
 def train_step(state: ActorCriticState, config: ActorCriticConfig, data: Transitions) -> Metrics:
@@ -81,8 +90,8 @@ def train_step(state: ActorCriticState, config: ActorCriticConfig, data: Transit
     state.step += 1
     if state.step % config.actor_interval:
         return of_q
-    loss, of_actor = actor_loss(state, config, batch)
-    state.actor_optimizer.step_on(loss)
+    gradients, of_actor = actor_gradients(state, config, batch)
+    state.actor_optimizer.step_along(gradients)
     state.actor_target.update()
     state.q_target.update()
     return lambda: of_q() | of_actor()

@@ -1,6 +1,7 @@
 """Stage 1: a diffusion model of the behaviour policy mu(a|s).
 
-min_phi E || eps_phi(alpha_t a_0 + sigma_t eps, s, t) - eps ||^2 / alpha_t^2       [M5]
+min_phi E || eps_phi(a_t, s, t) - eps ||^2 / alpha_t^2,   a_t = alpha_t a_0 + sigma_t eps          [M5]
+      = E || F(a_t, s, t) - (alpha_t eps - sigma_t a_0) ||^2     for eps_phi = sigma_t a_t + alpha_t F
 """
 
 import dataclasses
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 
 from aepo.config import BehaviorConfig
 from aepo.data.transitions import Batch, Transitions
-from aepo.diffusion import posterior, sampler
+from aepo.diffusion import sampler
 from aepo.diffusion.sampler import Grid, Predict
-from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
+from aepo.diffusion.schedule import alpha_sigma, draw_times
 from aepo.networks import Prepared, TimeNet
 from aepo.parallel import share
 from aepo.stages.optim import Adam, Ema, Metrics
@@ -36,7 +37,7 @@ class NoiseNet(TimeNet):
     def forward(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor) -> Tensor:
         """Return the predicted noise, [B, A]."""
         alpha_B, sigma_B = alpha_sigma(t_B)
-        velocity_BA = super().forward(a_t_BA, states_BS, t_B)
+        velocity_BA: Tensor = super().forward(a_t_BA, states_BS, t_B)
         return sigma_B[:, None] * a_t_BA + alpha_B[:, None] * velocity_BA
 
 
@@ -80,11 +81,11 @@ def start(config: BehaviorConfig, data: Transitions, generator: torch.Generator)
     return BehaviorState(net, Ema(net, config.ema_decay), variance, optimizer, generator)
 
 
-def loss(state: BehaviorState, batch: Batch) -> tuple[Tensor, Metrics]:
-    """Return the squared error of the predicted noise over alpha_t^2, per action dimension, and metrics  [M5].
+@torch.no_grad()
+def gradients(state: BehaviorState, batch: Batch) -> tuple[list[Tensor], Metrics]:
+    """Return those of the squared error of F, per action dimension, by the optimizer's parameters, and metrics  [M5].
 
-    The weight makes it the squared error of NoiseNet's F, the same at all t for an ignorant network. A learned
-    variance adds its own squared error, to (a_0 - m_t)^2  [M10].
+    A learned variance adds its own squared error, to (a_0 - m_t)^2  [M10].
     """
     generator = state.generator
     actions_BA = batch.actions_BA
@@ -92,24 +93,32 @@ def loss(state: BehaviorState, batch: Batch) -> tuple[Tensor, Metrics]:
     eps_BA = torch.randn(actions_BA.shape, generator=generator, device=actions_BA.device)
     batch, t_B, eps_BA = share(batch), share(t_B), share(eps_BA)
     actions_BA = batch.actions_BA
-    a_t_BA = add_noise(actions_BA, t_B, eps_BA)
-    predicted_BA: Tensor = state.net(a_t_BA, batch.states_BS, t_B)
-    alpha_B, _ = alpha_sigma(t_B)
-    noise_loss = ((predicted_BA - eps_BA) / alpha_B[:, None]).square().mean()
-    if not state.has_variance:
-        return noise_loss, dict
-    residual_BA = actions_BA - posterior.posterior_mean(a_t_BA, predicted_BA.detach(), t_B)
-    variance_loss = (state.variance(a_t_BA, batch.states_BS, t_B) - residual_BA.square()).square().mean()
-    return noise_loss + variance_loss, lambda: {"variance_loss": variance_loss.detach()}
+    alpha_B1, sigma_B1 = (part_B.unsqueeze(1) for part_B in alpha_sigma(t_B))
+    a_t_BA = alpha_B1 * actions_BA + sigma_B1 * eps_BA
+    inputs_BI = state.net.inputs(a_t_BA, batch.states_BS, t_B)
+    velocity_BA, pull = state.net.body.vjp(inputs_BI)
+    error_BA = velocity_BA - (alpha_B1 * eps_BA - sigma_B1 * actions_BA)
+    found = pull(2.0 / error_BA.numel() * error_BA)
+    if not isinstance(state.variance, VarianceNet):
+        return found, lambda: {"loss": error_BA.square().mean()}
+    mean_BA = (alpha_B1 * a_t_BA - sigma_B1 * velocity_BA).clamp(-1.0, 1.0)
+    logit_BA, pull_variance = state.variance.body.vjp(inputs_BI)
+    variance_BA = logit_BA.sigmoid()
+    excess_BA = variance_BA - (actions_BA - mean_BA).square()
+    found += pull_variance(2.0 / error_BA.numel() * excess_BA * variance_BA * (1.0 - variance_BA))
+    return found, lambda: {
+        "loss": error_BA.square().mean() + excess_BA.square().mean(),
+        "variance_loss": excess_BA.square().mean(),
+    }
 
 
 def train_step(state: BehaviorState, config: BehaviorConfig, data: Transitions) -> Metrics:
     """Take one gradient step and return its metrics."""
-    value, metrics = loss(state, data.draw(config.batch_size, state.generator))
-    state.optimizer.step_on(value)
+    found, metrics = gradients(state, data.draw(config.batch_size, state.generator))
+    state.optimizer.step_along(found)
     state.ema.update()
     state.step += 1
-    return lambda: {"loss": value.detach(), **metrics()}
+    return metrics
 
 
 def sample_support(state: BehaviorState, states_MS: Tensor, num_actions: int, generator: torch.Generator) -> Tensor:

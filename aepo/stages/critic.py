@@ -93,10 +93,15 @@ def squared_error(net: Mlp, x_BI: Tensor, target_B: Tensor) -> tuple[Loss, list[
     return lambda: error_B1.square().mean(), pull(2.0 / target_B.shape[0] * error_B1)
 
 
-def squared_errors(q: TwinQ, batch: Batch, target_B: Tensor) -> tuple[Loss, list[Tensor]]:
-    """Return the sum of both critics' mean squared errors and its gradients by their parameters  [M7]."""
-    pair_BP = torch.cat([batch.states_BS, batch.actions_BA], dim=1)
-    (loss_1, of_q_1), (loss_2, of_q_2) = (squared_error(net, pair_BP, target_B) for net in (q.q_1, q.q_2))
+def squared_errors(q: TwinQ, pairs_BP: Tensor, target_B: Tensor) -> tuple[Loss, list[Tensor]]:
+    """Return the sum of both critics' mean squared errors and its gradients by their parameters  [M7].
+
+    Args:
+        q: Q_1 and Q_2.
+        pairs_BP: states and actions side by side.
+        target_B: what both follow.
+    """
+    (loss_1, of_q_1), (loss_2, of_q_2) = (squared_error(net, pairs_BP, target_B) for net in (q.q_1, q.q_2))
     return lambda: loss_1() + loss_2(), [*of_q_1, *of_q_2]
 
 
@@ -146,11 +151,12 @@ def look_ahead(data: Transitions, num_steps: int, discount: float) -> Steps:
 @torch.no_grad()
 def gradients(state: CriticState, config: CriticConfig, batch: Batch, ahead: Ahead) -> tuple[list[Tensor], Metrics]:
     """Return those of the sum of the losses, whose parameters are disjoint, Q's before V's, and metrics  [M6, M7]."""
-    backup_B = ahead.rewards_B + ahead.discounts_B * state.v.forward(ahead.states_BS)
+    backup_B = torch.addcmul(ahead.rewards_B, ahead.discounts_B, state.v.forward(ahead.states_BS))
     v_B1, pull = state.v.body.vjp(batch.states_BS)
-    u_B = state.target.net.lowest(batch.states_BS, batch.actions_BA) - v_B1.squeeze(1)
+    pairs_BP = torch.cat([batch.states_BS, batch.actions_BA], dim=1)
+    u_B = state.target.net.lowest_of(pairs_BP) - v_B1.squeeze(1)
     of_v = pull(-expectile_slope(u_B, config.expectile).unsqueeze(1))
-    q_loss, of_q = squared_errors(state.q, batch, backup_B)
+    q_loss, of_q = squared_errors(state.q, pairs_BP, backup_B)
     return [*of_q, *of_v], lambda: {
         "loss": q_loss() + expectile_loss(u_B, config.expectile),
         "v": v_B1.mean(),
@@ -171,7 +177,7 @@ def softmax_gradients(
     q_BK = state.target.net.lowest(repeated, support_BKA.flatten(0, 1)).view(-1, num_support)
     next_v_B = soft_maximum(q_BK, config.backup_beta)
     backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_v_B
-    q_loss, of_q = squared_errors(state.q, batch, backup_B)
+    q_loss, of_q = squared_errors(state.q, torch.cat([batch.states_BS, batch.actions_BA], dim=1), backup_B)
     v_loss, of_v = squared_error(state.v.body, batch.next_states_BS, next_v_B)
     return [*of_q, *of_v], lambda: {
         "loss": q_loss() + v_loss(),

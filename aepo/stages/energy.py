@@ -24,8 +24,8 @@ from aepo.parallel import share
 from aepo.stages import critic, targets
 from aepo.stages.behavior import BehaviorState, sample_support
 from aepo.stages.critic import CriticState, OfRows
-from aepo.stages.optim import Adam, Ema, Metrics
-from aepo.stages.targets import Noised, Posterior, Value
+from aepo.stages.optim import Adam, Ema, Metrics, gradients_of
+from aepo.stages.targets import Noised, Posterior, Value, WithSlope
 
 NUM_VARIANCE_TIMES = 64
 NUM_VARIANCE_SAMPLES = 4096
@@ -52,17 +52,17 @@ class EnergyNet(TimeNet):
         )
         self.takes_beta = takes_beta
 
-    def heads(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor) -> Tensor:
-        """Return the network's outputs, [B, 2] or [B, 1]."""
+    def inputs(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor, beta_B: Tensor) -> Tensor:  # type: ignore[override]
+        """Return what the layers see, [B, I]."""
         alpha_B, _ = alpha_sigma(t_B)
-        return super().forward(alpha_B[:, None] * a_t_BA, states_BS, t_B)
+        if self.takes_beta:
+            states_BS = torch.cat([states_BS, beta_B.log()[:, None]], dim=-1)
+        return super().inputs(alpha_B[:, None] * a_t_BA, states_BS, t_B)
 
     def forward(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor, beta_B: Tensor) -> Tensor:  # type: ignore[override]
         """Return E_t(s, a_t) at inverse temperature beta, [B]."""
-        if self.takes_beta:
-            with_beta = torch.cat([states_BS, beta_B.log()[:, None]], dim=-1)
-            return beta_B * self.heads(a_t_BA, with_beta, t_B)[:, 0]
-        return targets.combine(self.heads(a_t_BA, states_BS, t_B), beta_B)
+        outputs_BO = self.body(self.inputs(a_t_BA, states_BS, t_B, beta_B))
+        return beta_B * outputs_BO[:, 0] if self.takes_beta else targets.combine(outputs_BO, beta_B)
 
 
 @dataclasses.dataclass
@@ -159,6 +159,8 @@ class QSource(NamedTuple):
 
     value: Value
     """Of any actions."""
+    with_slope: WithSlope
+    """The same with its gradient by them."""
     of_rows: OfRows
     """Of the data's."""
 
@@ -174,40 +176,56 @@ def q_source(critic_state: CriticState, state: EnergyState, config: EnergyConfig
         scaled_B: Tensor = (critic_state.q.lowest(states_BS, actions_BA) - v_B) / state.q_scale
         return scaled_B
 
-    return QSource(value, lambda index_B: of_rows(index_B) / state.q_scale)
+    @torch.no_grad()
+    def with_slope(states_BS: Tensor, actions_BA: Tensor) -> tuple[Tensor, Tensor]:
+        q_B, slope_BA = critic_state.q.lowest_with_slope(states_BS, actions_BA)
+        return (q_B - critic_state.v(states_BS)) / state.q_scale, slope_BA / state.q_scale
+
+    return QSource(value, with_slope, lambda index_B: of_rows(index_B) / state.q_scale)
 
 
-def loss(
+def gradients(
     state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, source: QSource
-) -> targets.Outcome:
-    """Return the loss of the config's target on a new batch, a scalar, and metrics."""
+) -> tuple[list[Tensor], Metrics]:
+    """Return those of the loss of the config's target on a new batch by the network's parameters, and metrics."""
     if config.target == "contrastive":
         return _contrastive(state, config, data, source.value)
     x = _noised(state, config, data, source)
-    if config.target == "mse":
-        return targets.mse(state.net, x)
-    if config.target == "log_expectation":
-        return targets.log_expectation(state.net, x)
-    origin = _posterior(state, config, x, behavior)
     if config.target == "weighted_denoising":
-        return targets.weighted_denoising(state.net, x, origin)
+        loss, metrics = targets.weighted_denoising(state.net, x, _posterior(state, config, x, behavior))
+        return gradients_of(loss, state.net.parameters()), metrics
+    with torch.no_grad():
+        outputs_BO, pull = state.net.body.vjp(state.net.inputs(x.a_t_BA, x.states_BS, x.t_B, x.beta_B))
+        slope_BO, metrics = _target(outputs_BO, state, config, x, behavior, source)
+        return pull(slope_BO), metrics
+
+
+def _target(
+    outputs_BO: Tensor, state: EnergyState, config: EnergyConfig, x: Noised, behavior: BehaviorState, source: QSource
+) -> targets.Outcome:
+    if config.target == "mse":
+        return targets.mse(outputs_BO, x)
+    if config.target == "log_expectation":
+        return targets.log_expectation(outputs_BO, x)
+    origin = _posterior(state, config, x, behavior)
     if config.target == "monte_carlo":
         shape = (config.num_samples, config.batch_size, x.actions_BA.shape[1])
         draws_KBA = torch.randn(shape, generator=state.generator, device=x.t_B.device)
-        return targets.monte_carlo(state.net, source.value, x, origin, share(draws_KBA, dim=1))
-    target = {"analytic": targets.analytic, "analytic_second_order": targets.analytic_second_order}[config.target]
-    return target(state.net, source.value, x, origin)
+        return targets.monte_carlo(outputs_BO, source.value, x, origin, share(draws_KBA, dim=1))
+    if config.target == "analytic":
+        return targets.analytic(outputs_BO, source.with_slope, x, origin)
+    return targets.analytic_second_order(outputs_BO, source.value, x, origin)
 
 
 def train_step(
     state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, source: QSource
 ) -> Metrics:
     """Take one gradient step and return its metrics."""
-    value_of_loss, metrics = loss(state, config, data, behavior, source)
-    state.optimizer.step_on(value_of_loss)
+    found, metrics = gradients(state, config, data, behavior, source)
+    state.optimizer.step_along(found)
     state.ema.update()
     state.step += 1
-    return lambda: {"loss": value_of_loss.detach(), **metrics()}
+    return metrics
 
 
 def _noised(state: EnergyState, config: EnergyConfig, data: Transitions, source: QSource) -> Noised:
@@ -239,7 +257,10 @@ def _posterior(state: EnergyState, config: EnergyConfig, x: Noised, behavior: Be
     return Posterior(mean_BA, variance_BA, point_BA)
 
 
-def _contrastive(state: EnergyState, config: EnergyConfig, data: Transitions, value: Value) -> targets.Outcome:
+@torch.no_grad()
+def _contrastive(
+    state: EnergyState, config: EnergyConfig, data: Transitions, value: Value
+) -> tuple[list[Tensor], Metrics]:
     generator, num = state.generator, config.num_samples
     num_states = max(1, config.batch_size // num)
     pick_B = torch.randint(len(state.support_index_M), (num_states,), generator=generator, device=generator.device)
@@ -249,9 +270,12 @@ def _contrastive(state: EnergyState, config: EnergyConfig, data: Transitions, va
     a_t = _add_noise(actions_BKA.flatten(0, 1), t_B.repeat_interleave(num), generator)
     beta_B = _draw_betas(config, num_states, generator)
     states_BS, actions_BKA, a_t_BKA = share(states_BS), share(actions_BKA), share(a_t.view_as(actions_BKA))
-    with torch.no_grad():
-        q_BK = value(states_BS.repeat_interleave(num, dim=0), actions_BKA.flatten(0, 1)).view(-1, num)
-    return targets.contrastive(state.net, q_BK, states_BS, a_t_BKA, share(t_B), share(beta_B))
+    t_B, beta_B = share(t_B), share(beta_B)
+    repeated = [part.repeat_interleave(num, dim=0) for part in (states_BS, t_B, beta_B)]
+    q_BK = value(repeated[0], actions_BKA.flatten(0, 1)).view(-1, num)
+    f_N1, pull = state.net.body.vjp(state.net.inputs(a_t_BKA.flatten(0, 1), *repeated))
+    slope_BK, metrics = targets.contrastive(f_N1.view_as(q_BK), q_BK, beta_B)
+    return pull(slope_BK.view(-1, 1)), metrics
 
 
 def _draw_betas(config: EnergyConfig, num: int, generator: torch.Generator) -> Tensor:

@@ -45,8 +45,7 @@ class Adam(torch.optim.Adam):
 
     def step_on(self, loss: Tensor) -> None:
         """Back-propagate a scalar and take one step."""
-        found = torch.autograd.grad(loss, self.param_groups[0]["params"], materialize_grads=True)
-        self.step_along([gradient.contiguous() for gradient in found])  # the fused kernel looks at no strides
+        self.step_along(gradients_of(loss, self.param_groups[0]["params"]))
 
     def step_along(self, gradients: list[Tensor]) -> None:
         """Take one step, given a gradient for each parameter; `torch.optim.Adam.step` costs as much again in Python."""
@@ -72,6 +71,12 @@ class Adam(torch.optim.Adam):
                 maximize=False,
             )
         group["position"] += 1
+
+
+def gradients_of(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients of a scalar by autograd; 0 for a parameter that it does not depend on."""
+    found = torch.autograd.grad(loss, list(parameters), materialize_grads=True)
+    return [gradient.contiguous() for gradient in found]  # the fused Adam looks at no strides
 
 
 class Ema(nn.Module, Generic[Net]):

@@ -8,9 +8,9 @@
     weighted_denoising     [M15]          its gradient: exact in the limit, data actions only
     contrastive                           QGPO's CEP: exact in the limit up to a constant per (s, t), support actions
 
-Each is a function of one noised batch and the network that returns (loss, metrics); some ask the behaviour model for
-the posterior. Those that are polynomials in beta train two heads, the others a network that takes beta, drawn anew
-for every sample.
+Each is a loss of the network's outputs on one noised batch, and returns its gradient by them; some ask the behaviour
+model for the posterior. Those that are polynomials in beta train two heads f_1 and f_2, the others f = E / beta, of a
+network that takes beta, drawn anew for every sample. `weighted_denoising` asks for the network itself.
 """
 
 import math
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 Value = Callable[[Tensor, Tensor], Tensor]
 """(states [B, S], actions [B, A]) -> scaled Q [B], differentiable in the actions."""
+WithSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(states [B, S], actions [B, A]) -> scaled Q [B] and its gradient by the actions [B, A], both without a graph."""
 Outcome = tuple[Tensor, Metrics]
-"""A scalar loss and metrics."""
+"""Gradient of the loss by the network's outputs, in their shape, and metrics, `loss` among them."""
 
 MAX_EXPONENT = 5.0
 """Of [M14]: above it exp is continued by its tangent, so that one outlier does not own the step."""
@@ -65,57 +67,68 @@ class Posterior(NamedTuple):
     """c of [M11]."""
 
 
-def analytic(net: "EnergyNet", value: Value, x: Noised, origin: Posterior) -> Outcome:
-    """Return the squared error of both heads  [M12]."""
-    return _fit_heads(net, x, *first_order(value, x.states_BS, origin.point_BA, origin.mean_BA, origin.variance_BA))
+def analytic(heads_B2: Tensor, with_slope: WithSlope, x: Noised, origin: Posterior) -> Outcome:
+    """Return the gradient of the squared error of both heads  [M12]."""
+    return _fit_heads(
+        heads_B2, *first_order(with_slope, x.states_BS, origin.point_BA, origin.mean_BA, origin.variance_BA)
+    )
 
 
-def mse(net: "EnergyNet", x: Noised) -> Outcome:
-    """Return the squared error of f_1 to Q(s, a_0) and of f_2 to 0."""
-    return _fit_heads(net, x, x.q_B, torch.zeros_like(x.q_B))
+def mse(heads_B2: Tensor, x: Noised) -> Outcome:
+    """Return the gradient of the squared error of f_1 to Q(s, a_0) and of f_2 to 0."""
+    return _fit_heads(heads_B2, x.q_B, torch.zeros_like(x.q_B))
 
 
-def analytic_second_order(net: "EnergyNet", value: Value, x: Noised, origin: Posterior) -> Outcome:
-    """Return the squared error of E / beta to the second-order closed form, and how often it was refused."""
+def analytic_second_order(f_B1: Tensor, value: Value, x: Noised, origin: Posterior) -> Outcome:
+    """Return the gradient of the squared error of f to the second-order closed form; its metrics say how often the
+    first order stood in.
+    """
     target_B, used_B = second_order(value, x.states_BS, origin.point_BA, origin.mean_BA, origin.variance_BA, x.beta_B)
-    loss, metrics = _fit_energy(net, x, target_B)
-    return loss, lambda: metrics() | {"first_order_share": 1.0 - used_B.float().mean()}
+    slope_B1, metrics = _fit_energy(f_B1, x, target_B)
+    return slope_B1, lambda: metrics() | {"first_order_share": 1.0 - used_B.float().mean()}
 
 
-def monte_carlo(net: "EnergyNet", value: Value, x: Noised, origin: Posterior, draws_KBA: Tensor) -> Outcome:
-    """Return the squared error of E / beta to log-mean-exp of beta Q over draws from N(m_t, v_t), clipped to [-1, 1].
+def monte_carlo(f_B1: Tensor, value: Value, x: Noised, origin: Posterior, draws_KBA: Tensor) -> Outcome:
+    """Return the gradient of the squared error of f to log-mean-exp of beta Q over draws from N(m_t, v_t), over beta.
 
     Args:
-        net: the energy network.
+        f_B1: the network's outputs.
         value: scaled Q.
         x: the batch.
         origin: its posterior.
-        draws_KBA: standard normal draws.
+        draws_KBA: standard normal draws; actions made of them are clipped to [-1, 1].
     """
     actions_KBA = (origin.mean_BA + origin.variance_BA.sqrt() * draws_KBA).clamp(-1.0, 1.0)
     states_KBS = x.states_BS.expand(len(draws_KBA), -1, -1)
-    with torch.no_grad():
-        q_KB = value(states_KBS.flatten(0, 1), actions_KBA.flatten(0, 1)).view(len(draws_KBA), -1)
-        target_B = torch.logsumexp(x.beta_B * q_KB, dim=0) - math.log(len(draws_KBA))
-    return _fit_energy(net, x, target_B)
+    q_KB = value(states_KBS.flatten(0, 1), actions_KBA.flatten(0, 1)).view(len(draws_KBA), -1)
+    target_B = torch.logsumexp(x.beta_B * q_KB, dim=0) - math.log(len(draws_KBA))
+    return _fit_energy(f_B1, x, target_B)
 
 
-def log_expectation(net: "EnergyNet", x: Noised) -> Outcome:
-    """Return E[(exp(beta Q(s, a_0) - E) + E) / beta^2], least where E is [M3] exactly  [M14].
+def log_expectation(f_B1: Tensor, x: Noised) -> Outcome:
+    """Return the gradient of E[(exp(beta Q(s, a_0) - E) + E) / beta^2], least where E is [M3] exactly  [M14].
 
     Near its least value the loss is half the squared error of E / beta: as in the other targets, no beta of the
     range owns it.
     """
-    energy_B = net(x.a_t_BA, x.states_BS, x.t_B, x.beta_B)
-    gap_B = x.beta_B * x.q_B - energy_B
-    tangent_B = math.exp(MAX_EXPONENT) * (1.0 + gap_B - MAX_EXPONENT)
-    exp_B = torch.where(gap_B < MAX_EXPONENT, gap_B.clamp(max=MAX_EXPONENT).exp(), tangent_B)
-    loss = ((exp_B + energy_B) / x.beta_B.square()).mean()
-    energy_B, gap_B = energy_B.detach(), gap_B.detach()
-    return loss, lambda: {"energy": energy_B.mean(), "clamped_share": (gap_B > MAX_EXPONENT).float().mean()}
+    f_B = f_B1.squeeze(1)
+    gap_B = x.beta_B * (x.q_B - f_B)
+    clamped_B = gap_B.clamp(max=MAX_EXPONENT)
+    exp_B = clamped_B.exp()
+
+    def metrics() -> dict[str, Tensor]:
+        tangent_B = exp_B * (1.0 + gap_B - clamped_B)  # exp itself below the largest exponent
+        energy_B = x.beta_B * f_B
+        return {
+            "loss": ((tangent_B + energy_B) / x.beta_B.square()).mean(),
+            "energy": energy_B.mean(),
+            "clamped_share": (gap_B > MAX_EXPONENT).float().mean(),
+        }
+
+    return ((1.0 - exp_B) / (len(f_B) * x.beta_B)).unsqueeze(1), metrics
 
 
-def weighted_denoising(net: "EnergyNet", x: Noised, origin: Posterior) -> Outcome:
+def weighted_denoising(net: "EnergyNet", x: Noised, origin: Posterior) -> tuple[Tensor, Metrics]:
     """Return E[w |a_0 - m_t - sigma_t^2 / alpha_t grad E|^2] / A over E[w], w = exp(beta Q(s, a_0))  [M15].
 
     Least where m_t + sigma_t^2 / alpha_t grad E is the guided policy's own posterior mean E[w a_0 | a_t] / E[w | a_t],
@@ -131,50 +144,44 @@ def weighted_denoising(net: "EnergyNet", x: Noised, origin: Posterior) -> Outcom
     error_B = (x.actions_BA - guided_BA).square().mean(dim=1)
     loss = (weight_B * error_B).sum() / parallel.mean(weight_B.sum())
     return loss, lambda: {
+        "loss": loss.detach(),
         "effective_share": weight_B.mean().square() / weight_B.square().mean(),
         "clamped_share": (weight_B == MAX_WEIGHT).float().mean(),
     }
 
 
-def contrastive(
-    net: "EnergyNet", q_BK: Tensor, states_BS: Tensor, a_t_BKA: Tensor, t_B: Tensor, beta_B: Tensor
-) -> Outcome:
-    """Return the cross-entropy between softmax(beta Q(s, a_i)) and softmax(E_t(s, a_{i,t})) over K support actions.
+def contrastive(f_BK: Tensor, q_BK: Tensor, beta_B: Tensor) -> Outcome:
+    """Return the gradient of the cross-entropy between softmax(beta Q(s, a_i)) and softmax(E_t(s, a_{i,t})).
 
     Args:
-        net: the energy network.
-        q_BK: scaled Q of K actions of the behaviour policy in each state.
-        states_BS: states.
-        a_t_BKA: the same actions, noised, all of a state at one t.
-        t_B: that t.
+        f_BK: the network's outputs E / beta for K support actions of each state, noised, all of a state at one t.
+        q_BK: scaled Q of these actions.
         beta_B: inverse temperatures.
     """
-    num_support = q_BK.shape[1]
-
-    def repeat(value_B: Tensor) -> Tensor:
-        return value_B.repeat_interleave(num_support, dim=0)
-
-    energy = net(a_t_BKA.flatten(0, 1), repeat(states_BS), repeat(t_B), repeat(beta_B)).view_as(q_BK)
+    energy_BK = beta_B[:, None] * f_BK
     weight_BK = (beta_B[:, None] * q_BK).softmax(dim=1)
-    loss = -(weight_BK * energy.log_softmax(dim=1)).sum(dim=1).mean()
-    return loss, lambda: {"effective_support": (1.0 / weight_BK.square().sum(dim=1)).mean()}
+    slope_BK = (energy_BK.softmax(dim=1) - weight_BK) * (beta_B / len(beta_B))[:, None]
+    return slope_BK, lambda: {
+        "loss": -(weight_BK * energy_BK.log_softmax(dim=1)).sum(dim=1).mean(),
+        "effective_support": (1.0 / weight_BK.square().sum(dim=1)).mean(),
+    }
 
 
 def first_order(
-    value: Value, states_BS: Tensor, point_BA: Tensor, mean_BA: Tensor, variance_BA: Tensor
+    with_slope: WithSlope, states_BS: Tensor, point_BA: Tensor, mean_BA: Tensor, variance_BA: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return f_1 and f_2 with E = beta f_1 + beta^2 f_2, each [B], without gradient  [M11, M12].
 
     Exact where Q is linear in the action and the posterior Gaussian.
 
     Args:
-        value: scaled Q.
+        with_slope: scaled Q and its slope.
         states_BS: states.
         point_BA: c, where Q is expanded.
         mean_BA: posterior mean m_t.
         variance_BA: posterior variance of each action component, >= 0.
     """
-    q_B, slope_BA, _ = _expand(value, states_BS, point_BA, hessian=False)
+    q_B, slope_BA = with_slope(states_BS, point_BA)
     first_B = q_B + (slope_BA * (mean_BA - point_BA)).sum(dim=-1)
     return first_B, 0.5 * (variance_BA * slope_BA.square()).sum(dim=-1)
 
@@ -201,7 +208,7 @@ def second_order(
     Returns:
         E [B] and a mask [B]: True where second order was used; both without gradient.
     """
-    q_B, slope_BA, hessian_BAA = _expand(value, states_BS, point_BA, hessian=True)
+    q_B, slope_BA, hessian_BAA = _expand(value, states_BS, point_BA)
     delta_BA = mean_BA - point_BA
     first_B = q_B + (slope_BA * delta_BA).sum(dim=-1)
     plain_B = beta_B * first_B + 0.5 * beta_B.square() * (variance_BA * slope_BA.square()).sum(dim=-1)
@@ -226,14 +233,22 @@ def combine(heads_B2: Tensor, beta_B: Tensor) -> Tensor:
     return beta_B * heads_B2[:, 0] + beta_B.square() * heads_B2[:, 1]
 
 
-def _expand(value: Value, states_BS: Tensor, point_BA: Tensor, *, hessian: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Q, its gradient and (or an empty tensor) its symmetrised Hessian at c, detached."""
-    with torch.enable_grad():
-        point_BA = point_BA.detach().requires_grad_()
-        q_B = value(states_BS, point_BA)
-        (slope_BA,) = torch.autograd.grad(q_B.sum(), point_BA)
-    if not hessian:
-        return q_B.detach(), slope_BA, slope_BA.new_empty(0)
+def by_autograd(value: Value) -> WithSlope:
+    """Return a differentiable Q together with its slope."""
+
+    def with_slope(states_BS: Tensor, actions_BA: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            actions_BA = actions_BA.detach().requires_grad_()
+            q_B = value(states_BS, actions_BA)
+            (slope_BA,) = torch.autograd.grad(q_B.sum(), actions_BA)
+        return q_B.detach(), slope_BA
+
+    return with_slope
+
+
+def _expand(value: Value, states_BS: Tensor, point_BA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q, its gradient and its symmetrised Hessian at c, detached."""
+    q_B, slope_BA = by_autograd(value)(states_BS, point_BA)
 
     def of_one(state_S: Tensor, action_A: Tensor) -> Tensor:
         return value(state_S[None], action_A[None])[0]
@@ -241,16 +256,19 @@ def _expand(value: Value, states_BS: Tensor, point_BA: Tensor, *, hessian: bool)
     hessian_BAA = torch.func.vmap(torch.func.jacrev(torch.func.grad(of_one, argnums=1), argnums=1))(
         states_BS, point_BA.detach()
     )
-    return q_B.detach(), slope_BA, (0.5 * (hessian_BAA + hessian_BAA.transpose(1, 2))).detach()
+    return q_B, slope_BA, (0.5 * (hessian_BAA + hessian_BAA.transpose(1, 2))).detach()
 
 
-def _fit_heads(net: "EnergyNet", x: Noised, first_B: Tensor, second_B: Tensor) -> Outcome:
-    heads_B2 = net.heads(x.a_t_BA, x.states_BS, x.t_B)
-    loss = (heads_B2[:, 0] - first_B).square().mean() + (heads_B2[:, 1] - second_B).square().mean()
-    return loss, lambda: {"f_1": first_B.mean(), "f_2": second_B.mean()}
+def _fit_heads(heads_B2: Tensor, first_B: Tensor, second_B: Tensor) -> Outcome:
+    error_B2 = heads_B2 - torch.stack([first_B, second_B], dim=1)
+    return 2.0 / len(error_B2) * error_B2, lambda: {
+        "loss": error_B2.square().mean(dim=0).sum(),
+        "f_1": first_B.mean(),
+        "f_2": second_B.mean(),
+    }
 
 
-def _fit_energy(net: "EnergyNet", x: Noised, target_B: Tensor) -> Outcome:
+def _fit_energy(f_B1: Tensor, x: Noised, target_B: Tensor) -> Outcome:
     """Errors of E / beta, so that no beta of the range owns the loss."""
-    energy_B = net(x.a_t_BA, x.states_BS, x.t_B, x.beta_B)
-    return ((energy_B - target_B) / x.beta_B).square().mean(), lambda: {"energy": target_B.mean()}
+    error_B1 = f_B1 - (target_B / x.beta_B).unsqueeze(1)
+    return 2.0 / len(error_B1) * error_B1, lambda: {"loss": error_B1.square().mean(), "energy": target_B.mean()}

@@ -1,0 +1,255 @@
+"""How a matrix product is computed: one place for any shape, stride, precision and processor.
+
+Two backends: `torch`, PyTorch's own linear layers (MKL on x86), the default; and `onednn`, its AVX-512 kernels called
+directly, on processors where they make whole steps of training at least 15 % faster. Which one a processor has stands
+in a table; nothing is timed where a run trains, and a run keeps the backend that it began with.
+
+Operands reach a product dense: contiguous, or the transpose of what is. Columns of a wider tensor are copied first,
+which costs microseconds; oneDNN has no fast path for such strides and takes up to twenty times as long
+(docs/results/speed.md).
+"""
+
+import contextlib
+import csv
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+from torch.nn import functional as F
+
+from aepo.config import Activation, Precision
+from aepo.errors import ConfigError
+
+ARITHMETIC = 2
+"""Raised by every change to the bits of a training step: what was begun under another number is never continued."""
+Backend = Literal["torch", "onednn"]
+MIN_GAIN = 1.15
+"""How much faster than `torch` whole steps must be for `onednn` to be used."""
+MIN_ROWS, MIN_PRODUCTS = 16, 2**20
+"""Fewer rows, or fewer multiplications in all, do not repay a call of oneDNN, nor rounding to bfloat16."""
+MATMUL_PRECISION: dict[Precision, str] = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}
+"""Torch's names."""
+OWN_TABLE = "kernels.csv"
+"""In the cache folder: what `aepo doctor --measure` found on this user's processors."""
+
+_backend: Backend = "torch"
+_small_differ = False
+"""Whether small products are to be more precise than `multiplying` has the others."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One row of a table of processors: how much faster than `torch` whole steps are by `onednn`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    vendor: str
+    """As /proc/cpuinfo has it: GenuineIntel, AuthenticAMD."""
+    family: str
+    model: str
+    """Empty = every model of the family."""
+    torch: str
+    """Version of torch, major and minor: 2.13."""
+    gain: float
+    """Median over stages and shapes of the benchmark; above MIN_GAIN `onednn` is used."""
+    source: str
+    """Where and when it was measured."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Processor:
+    """What the kernel tells of the processor; empty strings where it tells nothing."""
+
+    vendor: str
+    family: str
+    model: str
+    name: str
+
+
+@cache
+def processor() -> Processor:
+    """Return this machine's processor."""
+    facts: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    wanted = {"vendor": "vendor_id", "family": "cpu family", "model": "model", "name": "model name"}
+    return Processor(**{name: facts.get(key, "") for name, key in wanted.items()})
+
+
+def torch_version() -> str:
+    """Return torch's version as the tables have it, major and minor."""
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+def read_table(text: str) -> list[Measured]:
+    """Return the rows of a table of processors.
+
+    Raises:
+        ConfigError: for a line that is no row.
+    """
+    try:
+        return TypeAdapter(list[Measured]).validate_python(list(csv.DictReader(text.splitlines(), strict=True)))
+    except (ValidationError, csv.Error) as error:
+        columns = ", ".join(field.name for field in dataclasses.fields(Measured))
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"not a table of processors, wanted the columns {columns}: {reason}") from error
+
+
+def choose(own: Path) -> Backend:
+    """Return the backend of this processor: by its row in the user's own table, else in ours; `torch` without a row.
+
+    Args:
+        own: the user's table, which need not exist.
+
+    Raises:
+        ConfigError: if it exists and is no table.
+    """
+    texts = [own.read_text()] if own.exists() else []
+    for text in (*texts, files("aepo").joinpath("kernels.csv").read_text()):
+        for row in read_table(text):
+            here = processor()
+            same = (row.vendor, row.family, row.torch) == (here.vendor, here.family, torch_version())
+            if same and row.model in ("", here.model):
+                return "onednn" if row.gain > MIN_GAIN and has_onednn() else "torch"
+    return "torch"
+
+
+def use(backend: Backend) -> None:
+    """Multiply by this backend in this process from here on; errors as `using`."""
+    global _backend
+    if backend not in get_args(Backend) or (backend == "onednn" and not has_onednn()):
+        raise ConfigError(f"this torch cannot multiply by {backend!r}; wanted one of {', '.join(get_args(Backend))}")
+    _backend = backend
+
+
+def backend() -> Backend:
+    """Return the backend in use."""
+    return _backend
+
+
+def has_onednn() -> bool:
+    """Return whether this torch was built with oneDNN."""
+    return bool(torch._C._has_mkldnn)
+
+
+@contextlib.contextmanager
+def using(backend: Backend) -> Iterator[None]:
+    """Multiply by this backend on the CPU, for as long as it lasts.
+
+    Raises:
+        ConfigError: for a backend that is not known, or not there.
+    """
+    before = _backend
+    use(backend)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+@contextlib.contextmanager
+def multiplying(precision: Precision) -> Iterator[None]:
+    """Multiply matrices at this precision, on the CPU and on GPUs, for as long as it lasts.
+
+    Small ones stay float32: bfloat16 costs them more than it saves.
+    """
+    global _small_differ  # as torch's precision is; to ask for that costs as much as a small product
+    before, differed = torch.get_float32_matmul_precision(), _small_differ
+    torch.set_float32_matmul_precision(MATMUL_PRECISION[precision])
+    _small_differ = precision != "float32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        _small_differ = differed
+
+
+def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor, activation: Activation | None = None) -> Tensor:
+    """Return x W' + b, [B, O], and of that the activation if one is given; differentiable where gradients are on."""
+    x_BI = dense(x_BI)
+    learns = torch.is_grad_enabled()
+    if _backend == "onednn" and _suits_onednn(x_BI, weight_OI):
+        if learns:
+            return activate(_apply(x_BI, weight_OI, bias_O), activation, inplace=False)
+        return _onednn(x_BI, weight_OI, bias_O, activation)
+    if _small_differ and _is_small(x_BI, weight_OI):
+        with multiplying("float32"):
+            return activate(F.linear(x_BI, weight_OI, bias_O), activation, inplace=not learns)
+    return activate(F.linear(x_BI, weight_OI, bias_O), activation, inplace=not learns)
+
+
+def product(x_BI: Tensor, y_IO: Tensor) -> Tensor:
+    """Return x y, [B, O], without gradients."""
+    x_BI, y_IO = dense(x_BI), dense(y_IO)
+    if _backend == "onednn" and _suits_onednn(x_BI, y_IO):
+        return _onednn(x_BI, y_IO.t(), None)
+    if _small_differ and _is_small(x_BI, y_IO):
+        with multiplying("float32"):
+            return torch.mm(x_BI, y_IO)
+    return torch.mm(x_BI, y_IO)
+
+
+def dense(x_BI: Tensor) -> Tensor:
+    """Return the same numbers in a tensor that is contiguous, or whose transpose is."""
+    return x_BI if x_BI.is_contiguous() or x_BI.mT.is_contiguous() else x_BI.contiguous()
+
+
+def activate(x_BH: Tensor, activation: Activation | None, *, inplace: bool) -> Tensor:
+    """Return the activation of every number, in the same memory if wished; none returns what it is given."""
+    if activation is None:
+        return x_BH
+    return F.silu(x_BH, inplace=inplace) if activation == "silu" else F.relu(x_BH, inplace=inplace)
+
+
+def _suits_onednn(x_BI: Tensor, weight_OI: Tensor) -> bool:
+    if x_BI.ndim != 2 or x_BI.device.type != "cpu":
+        return False
+    return x_BI.shape[0] >= MIN_ROWS and not _is_small(x_BI, weight_OI)
+
+
+def _is_small(x_BI: Tensor, weight_OI: Tensor) -> bool:
+    return x_BI.shape[0] * weight_OI.numel() < MIN_PRODUCTS
+
+
+ONEDNN_NAME: dict[Activation | None, str] = {None: "none", "silu": "swish", "relu": "relu"}
+
+
+def _onednn(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activation: Activation | None = None) -> Tensor:
+    name = ONEDNN_NAME[activation]
+    product_BO: Tensor = torch.ops.mkldnn._linear_pointwise.default(x_BI, weight_OI, bias_O, name, [], "")
+    return product_BO
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """x W' + b by oneDNN, as often differentiable as one likes."""
+
+    @staticmethod
+    def forward(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return _onednn(x_BI, weight_OI, bias_O)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004  # torch's signature
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
+        x_BI, weight_OI = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        grad_BO = grad_BO.contiguous()
+        multiply = _apply if torch.is_grad_enabled() else _onednn  # it is where gradients are differentiated again
+        return (
+            multiply(grad_BO, weight_OI.t(), None) if wants_x else None,
+            multiply(grad_BO.t(), x_BI.t(), None) if wants_weight else None,
+            grad_BO.sum(dim=0) if wants_bias else None,
+        )
+
+
+_apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _OneDNNLinear.apply
