@@ -12,6 +12,7 @@ which costs microseconds; oneDNN has no fast path for such strides and takes up 
 import contextlib
 import csv
 import dataclasses
+import io
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.resources import files
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from aepo.config import Activation, Precision
 from aepo.errors import ConfigError
+from aepo.rundir import write_atomically
 
 ARITHMETIC = 2
 """Raised by every change to the bits of a training step: what was begun under another number is never continued."""
@@ -35,8 +37,6 @@ MIN_ROWS, MIN_PRODUCTS = 16, 2**20
 """Fewer rows, or fewer multiplications in all, do not repay a call of oneDNN, nor rounding to bfloat16."""
 MATMUL_PRECISION: dict[Precision, str] = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}
 """Torch's names."""
-OWN_TABLE = "kernels.csv"
-"""In the cache folder: what `aepo doctor --measure` found on this user's processors."""
 
 _backend: Backend = "torch"
 _small_differ = False
@@ -60,6 +60,16 @@ class Measured:
     """Median over stages and shapes of the benchmark; above MIN_GAIN `onednn` is used."""
     source: str
     """Where and when it was measured."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Vendor, family and model."""
+        return self.vendor, self.family, self.model
+
+    def is_of(self, processor: "Processor") -> bool:
+        """Return whether the row is of this processor and of this process's torch."""
+        same = (self.vendor, self.family) == (processor.vendor, processor.family)
+        return same and self.model in ("", processor.model) and self.torch == torch_version()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +110,7 @@ def read_table(text: str) -> list[Measured]:
     except (ValidationError, csv.Error) as error:
         columns = ", ".join(field.name for field in dataclasses.fields(Measured))
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"not a table of processors, wanted the columns {columns}: {reason}") from error
+        raise ConfigError(f"no table of processors, wanted the columns {columns}: {reason}") from error
 
 
 def choose(own: Path) -> Backend:
@@ -112,18 +122,37 @@ def choose(own: Path) -> Backend:
     Raises:
         ConfigError: if it exists and is no table.
     """
-    texts = [own.read_text()] if own.exists() else []
-    for text in (*texts, files("aepo").joinpath("kernels.csv").read_text()):
-        for row in read_table(text):
-            here = processor()
-            same = (row.vendor, row.family, row.torch) == (here.vendor, here.family, torch_version())
-            if same and row.model in ("", here.model):
-                return "onednn" if row.gain > MIN_GAIN and has_onednn() else "torch"
+    for row in (*read_own(own), *read_table(files("aepo").joinpath("kernels.csv").read_text())):
+        if row.is_of(processor()):
+            return "onednn" if row.gain > MIN_GAIN and has_onednn() else "torch"
     return "torch"
 
 
+def read_own(path: Path) -> list[Measured]:
+    """Return the rows of a user's own table, none if there is no such file; errors as `choose`."""
+    try:
+        return read_table(path.read_text()) if path.exists() else []
+    except ConfigError as error:
+        raise ConfigError(f"{path} is {error}; delete it, `aepo doctor --measure` writes it") from error
+
+
+def keep(path: Path, row: Measured) -> None:
+    """Write a row into a user's own table, in place of one of the same processor and torch."""
+    others = [old for old in read_own(path) if (old.key, old.torch) != (row.key, row.torch)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Measured)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(each) for each in (row, *others))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.getvalue().encode())
+
+
 def use(backend: Backend) -> None:
-    """Multiply by this backend in this process from here on; errors as `using`."""
+    """Multiply by this backend in this process from here on.
+
+    Raises:
+        ConfigError: for a backend that is not known, or not there.
+    """
     global _backend
     if backend not in get_args(Backend) or (backend == "onednn" and not has_onednn()):
         raise ConfigError(f"this torch cannot multiply by {backend!r}; wanted one of {', '.join(get_args(Backend))}")
@@ -142,11 +171,7 @@ def has_onednn() -> bool:
 
 @contextlib.contextmanager
 def using(backend: Backend) -> Iterator[None]:
-    """Multiply by this backend on the CPU, for as long as it lasts.
-
-    Raises:
-        ConfigError: for a backend that is not known, or not there.
-    """
+    """Multiply by this backend on the CPU, for as long as it lasts; errors as `use`."""
     before = _backend
     use(backend)
     try:

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aepo import checkpoint, parallel, pipeline
+from aepo import checkpoint, kernels, parallel, pipeline
 from aepo.config import RunConfig
 from aepo.console import err
-from aepo.data.transitions import Transitions, load_transitions
+from aepo.data.transitions import Transitions, cache_folder, load_transitions
 from aepo.errors import AEPOError, CheckpointError, Interrupted, ResourceError
 from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
@@ -32,10 +32,12 @@ from aepo.policy import GuidedPolicy, Policy
 from aepo.rundir import (
     CONFIG,
     GRID,
+    KERNELS,
     METRICS,
     POLICY,
     RESULT,
     describe,
+    read_document,
     read_result,
     read_spool,
     record_failure,
@@ -226,12 +228,43 @@ def _recorded(config: RunConfig, folder: Path) -> Iterator[dict[str, Any]]:
     write_json(folder / CONFIG, dataclasses.asdict(config))
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     try:
-        yield {**describe(config, folder), "started_at": started_at}
+        with kernels.using(_backend_of(config, folder)):
+            yield {**describe(config, folder), "started_at": started_at}
     except (AEPOError, MemoryError, torch.OutOfMemoryError, OSError) as error:
         if not (known := _as_known(error, folder)):
             raise
         record_failure(config, folder, f"{type(known).__name__}: {known}", started_at=started_at)
         raise known from error
+
+
+def _backend_of(config: RunConfig, folder: Path) -> kernels.Backend:
+    """Return the backend with which a run began, or begins, and note it in the run's folder.
+
+    Raises:
+        CheckpointError: if it was stopped before the arithmetic of training changed: its steps would not be those
+            that it has taken.
+    """
+    path = folder / KERNELS
+    if path.exists():
+        begun = read_document(path, kind="run", version=1, field="backend")
+    elif (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
+        begun = {"arithmetic": 1}  # from before it was written down
+    else:
+        begun = {"format": 1, "arithmetic": kernels.ARITHMETIC, "backend": kernels.choose(own_table())}
+        write_json(path, begun | dataclasses.asdict(kernels.processor()) | {"torch": torch.__version__})
+    if begun["arithmetic"] != kernels.ARITHMETIC:
+        raise CheckpointError(
+            f"{config.name} was stopped under arithmetic {begun['arithmetic']}, this version computes by "
+            f"{kernels.ARITHMETIC}, and the two are never mixed: continue it with the version that began it, or delete "
+            f"{folder} to begin again"
+        )
+    backend: kernels.Backend = begun["backend"]
+    return backend
+
+
+def own_table() -> Path:
+    """Return where `aepo doctor --measure` keeps what it found on this user's processors."""
+    return cache_folder() / "kernels.csv"
 
 
 def _as_known(error: BaseException, folder: Path) -> AEPOError | None:
@@ -438,6 +471,9 @@ def read_cell_name(name: str) -> tuple[float, float]:
 def follow(config: RunConfig, store: Store, *, device: torch.device) -> None:
     """Train beside the worker that leads (`execute`): the same steps, no evaluation, no files.
 
+    Its backend is that of its processor, whatever the run's folder says: gradients are averaged, so that weights are
+    the same in all workers.
+
     Raises:
         Interrupted: if the leader was asked to stop.
         AEPOError: what the leader meets too.
@@ -528,10 +564,12 @@ def _check_saved(saved: dict[str, Any] | None, config: RunConfig, data: Transiti
 
 
 def set_up_torch(threads: int) -> None:
-    """Let torch use exactly this many cores in this process, and take 0 for numbers below 1e-38.
+    """Let torch use this many cores in this process, take 0 for numbers below 1e-38, multiply by the best backend.
 
     Such numbers cost a hundred times the arithmetic: Adam's means of a ReLU unit that has fallen silent become them.
+    The backend is that of the tables (aepo/kernels.py); a run that began with another keeps its own.
     """
+    kernels.use(kernels.choose(own_table()))
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     os.environ["OMP_NUM_THREADS"] = str(threads)

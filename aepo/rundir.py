@@ -1,6 +1,6 @@
 """A run's folder: what its files are called, and how they are read and written. No torch, so that looking is quick.
 
-config.json  metrics.jsonl  state.ckpt  policy.safetensors  result.json  [grid.png]  [log.txt]
+config.json  kernels.json  metrics.jsonl  state.ckpt  policy.safetensors  result.json  [grid.png]  [log.txt]
 """
 
 import fcntl
@@ -19,6 +19,8 @@ from aepo.errors import CheckpointError
 
 RESULT, CONFIG, METRICS, POLICY = "result.json", "config.json", "metrics.jsonl", "policy.safetensors"
 GRID = "grid.png"
+KERNELS = "kernels.json"
+"""How the run's steps are computed (aepo/kernels.py)."""
 COMMIT = "COMMIT"
 """Beside the packages, in packed code."""
 

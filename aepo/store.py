@@ -1,9 +1,9 @@
 """Trained stages, kept under what they are a function of, so that no run trains again what another has trained.
 
-A stage is determined by the data, its own settings, the seed, and the stages that it learns from: its key is a digest
-of these, and of the rounds before where a run has several. A file of the store is a checkpoint (aepo/checkpoint.py)
-of one stage with the metrics that its training wrote. Two runs that want a stage at once train it once: the second
-waits for a lock that goes with the process which holds it.
+A stage is determined by the data, its own settings, the seed, the stages that it learns from, and how matrix products
+are computed: its key is a digest of these, and of the rounds before where a run has several. A file of the store is a
+checkpoint (aepo/checkpoint.py) of one stage with the metrics that its training wrote. Two runs that want a stage at
+once train it once: the second waits for a lock that goes with the process which holds it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any, TextIO, TypeAlias
 
 import torch
 
-from aepo import checkpoint
+from aepo import checkpoint, kernels
 from aepo.config import GuidedConfig, RunConfig
 from aepo.console import err
 from aepo.errors import CheckpointError
@@ -33,6 +33,8 @@ Row: TypeAlias = dict[str, Any]
 def stage_keys(config: RunConfig, data_digest: str) -> dict[tuple[str, int], str]:
     """Return (stage, step at which a round leaves it) -> key, 24 hex digits, in the order of training.
 
+    Keys are those of stages trained with the backend in use (aepo/kernels.py).
+
     Args:
         config: the run.
         data_digest: of its transitions.
@@ -44,6 +46,7 @@ def stage_keys(config: RunConfig, data_digest: str) -> dict[tuple[str, int], str
             facts = {
                 "format": FORMAT,
                 "torch": torch.__version__,
+                "arithmetic": [kernels.ARITHMETIC, kernels.backend()],
                 "stage": name,
                 "config": dataclasses.asdict(stage),
                 "data": [data_digest, list(config.data.observation_keys), config.data.reward_rule],

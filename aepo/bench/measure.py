@@ -35,7 +35,7 @@ from aepo.config import (
 )
 from aepo.data import pointmaze, staging
 from aepo.data.transitions import Spaces, Transitions, action_bounds, open_dataset
-from aepo.errors import ConfigError
+from aepo.errors import ConfigError, ResourceError
 from aepo.evaluate import Evaluator, register_robotics
 from aepo.kernels import linear, multiplying
 from aepo.pipeline import GuidedState, IQLState
@@ -198,6 +198,11 @@ class Work:
     ours: Callable[[], Metrics]
     baseline: naive.Step
 
+    @property
+    def name(self) -> str:
+        """The stage's step, with its kind."""
+        return f"{self.stage} step" + f", {self.kind}" * bool(self.kind)
+
 
 def works(configs: Mapping[str, RunConfig], data: Transitions) -> Iterator[Work]:
     """Yield every stage of these methods once, with all methods whose step costs the same."""
@@ -300,7 +305,7 @@ def steps(configs: Mapping[str, RunConfig], shape: Shape, *, seconds: float) -> 
         work.ours()  # what comes before the first step
         floor = floor_of(work.ours)
         ours, baseline, least = compare(work.ours, work.baseline, floor, seconds=seconds)
-        row = _row(f"{work.stage} step" + f", {work.kind}" * bool(work.kind), shape, ours, baseline)
+        row = _row(work.name, shape, ours, baseline)
         yield row | {
             "size": work.size,
             "methods": " ".join(work.methods),
@@ -441,6 +446,28 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def backends(seconds: float) -> Iterator[tuple[str, float]]:
+    """Yield each stage and shape with how many times as fast whole steps are by oneDNN as by torch's own layers.
+
+    Four shapes of the benchmark, stages of the quick budget.
+
+    Raises:
+        ResourceError: if this torch has no oneDNN.
+    """
+    if not kernels.has_onednn():
+        raise ResourceError("this torch was built without oneDNN: there is nothing to choose")
+    rows = [tasks.find(name) for name in ("maze2d-umaze-v1", "hopper-medium-v2", "antmaze-umaze-v2", "pen-human-v1")]
+    for shape in shapes_of(rows, most=20_000):
+        for work in works(configs_of("quick", shape.task), shape.data()):
+
+            def by(backend: kernels.Backend, step: Callable[[], Any] = work.ours) -> None:
+                with kernels.using(backend):
+                    step()
+
+            plain, onednn = compare(lambda by=by: by("torch"), lambda by=by: by("onednn"), seconds=seconds)  # type: ignore[misc]
+            yield f"{work.name}, {shape}", plain.cpu_ms / onednn.cpu_ms
 
 
 def linear_rates(*, seconds: float = 0.2) -> dict[str, float]:
