@@ -1,12 +1,6 @@
 """Roll-outs: all episodes at once, one batched call of the policy per step, no slot idle."""
 
-import contextlib
-import dataclasses
-import importlib
-import json
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from aepo.config import RunConfig
-from aepo.data.transitions import flatten, open_dataset
-from aepo.errors import DataError, ResourceError, TrainingError
+from aepo.data.episodes import flatten
+from aepo.data.library import open_dataset
+from aepo.environments import References, make_environment, references, same_environment
+from aepo.errors import DataError, TrainingError
 from aepo.policy import Policy
 from aepo.tasks import ReturnRule
 
 MAX_ENVS = 50
 """Environments that live at the same time."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class References:
-    """Returns that normalise: score 0 = `random`, 100 = `expert`."""
-
-    random: float
-    expert: float
-
-    def score(self, return_: float) -> float:
-        """Return the normalized score of a return."""
-        return 100.0 * (return_ - self.random) / (self.expert - self.random)
-
-
-def references(dataset: Any) -> References | None:
-    """Return the reference returns in a Minari data set's metadata, None if it has none."""
-    low, high = (dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score"))
-    return None if low is None or high is None else References(random=float(low), expert=float(high))
-
-
-def register_robotics() -> None:
-    """Register the environments of gymnasium-robotics, if it is there, without its notice about Adroit's rewards.
-
-    What the notice says stands in docs/data.md, where it concerns scores.
-    """
-    with contextlib.suppress(ImportError):
-        importlib.import_module("farama_notifications").notifications.pop("gymnasium_robotics", None)
-        gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
-
-
-def same_environment(one: str, other: str) -> bool:
-    """Return whether two Gymnasium ids name the same environment, in any version."""
-    return one.rpartition("-v")[0] == other.rpartition("-v")[0]
 
 
 class Evaluator:
@@ -91,8 +54,7 @@ class Evaluator:
         self._keys = observation_keys
         self._horizon = horizon
         self._return_rule = return_rule
-        self._in_data_env = _walls_differ(self.dataset.storage.metadata)
-        self._envs = [self._make()]
+        self._envs = [make_environment(self.dataset, env_id=env_id, horizon=horizon)]
         spec = self._envs[0].spec
         self.env_id = spec.id if spec else ""
         if env_id and not same_environment(env_id, self.env_id):
@@ -125,7 +87,7 @@ class Evaluator:
             DataError: if it does not report what the return rule counts.
         """
         while len(self._envs) < min(num_episodes, MAX_ENVS):
-            self._envs.append(self._make())
+            self._envs.append(make_environment(self.dataset, env_id=self._wanted_env_id, horizon=self._horizon))
         generator = torch.Generator(policy.spaces.state_mean_S.device).manual_seed(seed)
         returns = np.zeros(num_episodes)
         waiting = iter(range(num_episodes))
@@ -182,50 +144,6 @@ class Evaluator:
         if not np.isfinite(states_NS).all():
             raise TrainingError(f"the environment {self.env_id} gave an observation that is not finite")
         return states_NS
-
-    def _make(self) -> gymnasium.Env[Any, Any]:
-        kwargs: dict[str, Any] = {"disable_env_checker": True}  # it warns of what does not concern us
-        kwargs |= {"max_episode_steps": self._horizon} if self._horizon else {}
-        register_robotics()
-        with warnings.catch_warnings(), _own_temporary_folder():
-            warnings.filterwarnings("ignore", message=".*is out of date.*")
-            warnings.filterwarnings("ignore", message=".*rewards are currently not .*")
-            metadata = self.dataset.storage.metadata
-            try:
-                if metadata.get("env_spec") is None and metadata.get("eval_env_spec") is None:
-                    return gymnasium.make(self._wanted_env_id, **kwargs)
-                eval_env = not self._in_data_env
-                return self.dataset.recover_environment(eval_env=eval_env, **kwargs)  # type: ignore[no-any-return]
-            except (ImportError, gymnasium.error.Error, AttributeError, TypeError) as error:
-                if metadata.get("env_spec") is None and not self._wanted_env_id:
-                    raise DataError(
-                        f"{self.dataset.id} names no environment, so no policy can be evaluated on it"
-                    ) from error
-                raise ResourceError(
-                    f"the environment of {self.dataset.id} cannot be made here "
-                    f"({type(error).__name__}: {' '.join(str(error).split())}); "
-                    f"it asks for {self.dataset.storage.metadata.get('requirements') or 'unknown packages'}"
-                ) from error
-
-
-def _walls_differ(metadata: Mapping[str, Any]) -> bool:
-    """Return whether evaluation would be in another maze than the data's (so in Minari's AntMaze, its issue 304)."""
-    specs = [json.loads(metadata[name]) for name in ("env_spec", "eval_env_spec") if metadata.get(name)]
-    maps = [spec.get("kwargs", {}).get("maze_map") for spec in specs]
-    walls = [[[cell == 1 for cell in line] for line in maze_map] for maze_map in maps if maze_map]
-    return len(walls) == 2 and walls[0] != walls[1]
-
-
-@contextlib.contextmanager
-def _own_temporary_folder() -> Iterator[None]:
-    """Let what a maze environment leaves in the temporary folder when it is made (its XML) vanish at once."""
-    before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="aepo-") as folder:
-        tempfile.tempdir = folder
-        try:
-            yield
-        finally:
-            tempfile.tempdir = before
 
 
 def _stack(observations: Sequence[Any]) -> Any:

@@ -13,8 +13,9 @@ from aepo import cli, tasks
 from aepo.data.d4rl import (
     import_file,
 )
+from aepo.environments import register_robotics
 from aepo.errors import DataError
-from aepo.evaluate import Evaluator, register_robotics
+from aepo.evaluate import Evaluator
 from tests.test_d4rl import D4RL, MINARI, write_file
 
 # -- all tasks, from the file to the score -----------------------------------------------------------------

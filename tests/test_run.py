@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from aepo import checkpoint, run
+from aepo.environments import References
 from aepo.errors import CheckpointError, ConfigError, DataError, ResourceError, TrainingError
-from aepo.evaluate import Evaluator, References
+from aepo.evaluate import Evaluator
 from aepo.pipeline import Progress
 from aepo.policy import Policy
 

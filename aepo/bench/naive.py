@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from aepo.config import BehaviorConfig, CriticConfig, EnergyConfig, IQLConfig
-from aepo.data.transitions import Transitions, flatten
+from aepo.data.episodes import flatten
+from aepo.data.transitions import Transitions
 from aepo.diffusion import sampler
 from aepo.networks import Mlp
 from aepo.pipeline import GuidedState, IQLState
