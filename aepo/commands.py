@@ -60,6 +60,8 @@ class Train:
     """auto, cpu, cuda, cuda:1, ..."""
     threads: int = 1
     """CPU cores to use; results are the same bit for bit only for the same number."""
+    eval_processes: int = 1
+    """Processes that step the environments of an evaluation, this one among them; results do not depend on it."""
     checkpoint_s: float = 60.0
     """Seconds between two checkpoints."""
     stage_store: Path | None = None
@@ -71,8 +73,9 @@ class Train:
         """Train and print; return the exit status."""
         if bool(self.task) == bool(self.dataset):
             raise ConfigError("train wants either --task NAME or --dataset ID; `aepo data list` shows both")
-        if self.threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {self.threads}")
+        if min(self.threads, self.eval_processes) < 1:
+            got = f"{self.threads} and {self.eval_processes}"
+            raise ConfigError(f"--threads and --eval-processes must be at least 1, got {got}")
         from aepo import config as configs
         from aepo import run, rundir, tasks
         from aepo.presets import preset
@@ -94,6 +97,7 @@ class Train:
                     checkpoint_s=self.checkpoint_s,
                     on_progress=bars.update,
                     stage_store=StageStore(self.stage_store) if self.stage_store is not None else None,
+                    eval_processes=self.eval_processes,
                 )
             except Exception:
                 failed = rundir.read_result(folder) if folder.is_dir() else None
@@ -194,13 +198,16 @@ class Evaluate:
     """auto, cpu, cuda, ..."""
     threads: int = 1
     """CPU cores to use."""
+    eval_processes: int = 1
+    """Processes that step the environments of an evaluation, this one among them; results do not depend on it."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 
     def run(self) -> int:
         """Evaluate every combination and print; return the exit status."""
-        if self.num_episodes < 1 or self.threads < 1:
-            raise ConfigError(f"--num-episodes and --threads must be at least 1, got {self}")
+        if min(self.num_episodes, self.threads, self.eval_processes) < 1:
+            got = f"{self.num_episodes}, {self.threads} and {self.eval_processes}"
+            raise ConfigError(f"--num-episodes, --threads and --eval-processes must be at least 1, got {got}")
         if self.figure is not None and len(self.num_steps) > 1:
             raise ConfigError("--figure draws beta and guidance scale: give one of --num-steps")
         from aepo import run, rundir
@@ -213,7 +220,7 @@ class Evaluate:
             raise CheckpointError(f"no policy at {path}; `aepo train` writes one into the folder it prints")
         policy = Policy.load(path, run.select_device(self.device))
         config = policy.config
-        evaluator = Evaluator.of(config)
+        evaluator = Evaluator.of(config, processes=self.eval_processes)
         rows = []
         policies = self._settings(policy)
         for i, each in enumerate(policies):

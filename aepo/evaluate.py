@@ -1,61 +1,22 @@
 """Roll-outs: all episodes at once, one batched call of the policy per step, no slot idle."""
 
-import contextlib
-import dataclasses
-import importlib
-import json
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from aepo.config import RunConfig
-from aepo.data.transitions import flatten, open_dataset
-from aepo.errors import DataError, ResourceError, TrainingError
+from aepo.environments import References, references, same_environment
+from aepo.errors import DataError, TrainingError
 from aepo.policy import Policy
+from aepo.slots import SharedSlots, Site, naming
 from aepo.tasks import ReturnRule
 
 MAX_ENVS = 50
 """Environments that live at the same time."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class References:
-    """Returns that normalise: score 0 = `random`, 100 = `expert`."""
-
-    random: float
-    expert: float
-
-    def score(self, return_: float) -> float:
-        """Return the normalized score of a return."""
-        return 100.0 * (return_ - self.random) / (self.expert - self.random)
-
-
-def references(dataset: Any) -> References | None:
-    """Return the reference returns in a Minari data set's metadata, None if it has none."""
-    low, high = (dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score"))
-    return None if low is None or high is None else References(random=float(low), expert=float(high))
-
-
-def register_robotics() -> None:
-    """Register the environments of gymnasium-robotics, if it is there, without its notice about Adroit's rewards.
-
-    What the notice says stands in docs/data.md, where it concerns scores.
-    """
-    with contextlib.suppress(ImportError):
-        importlib.import_module("farama_notifications").notifications.pop("gymnasium_robotics", None)
-        gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
-
-
-def same_environment(one: str, other: str) -> bool:
-    """Return whether two Gymnasium ids name the same environment, in any version."""
-    return one.rpartition("-v")[0] == other.rpartition("-v")[0]
 
 
 class Evaluator:
@@ -70,6 +31,7 @@ class Evaluator:
         horizon: int = 0,
         return_rule: ReturnRule = "sum",
         refs: References | None = None,
+        processes: int = 1,
     ):
         """Make the first environment, so that what is missing is said before training.
 
@@ -80,32 +42,38 @@ class Evaluator:
             horizon: steps of an episode; 0 = the environment's own limit.
             return_rule: what counts in an episode.
             refs: the task's own reference returns; none = those in the data set's metadata.
+            processes: how many step the environments, this one among them, >= 1; the returns do not depend on it. The
+                others are started by the first `run` that needs them and end with `close`.
 
         Raises:
+            ConfigError: for a number of processes below 1.
             DataError: if the data set names no environment, that of another task, or one whose episodes need not end.
             ResourceError: if the environment cannot be made here.
         """
-        self.dataset = open_dataset(dataset_id)
-        self.references = refs or references(self.dataset)
-        self._wanted_env_id = env_id
-        self._keys = observation_keys
-        self._horizon = horizon
-        self._return_rule = return_rule
-        self._in_data_env = _walls_differ(self.dataset.storage.metadata)
-        self._envs = [self._make()]
-        spec = self._envs[0].spec
-        self.env_id = spec.id if spec else ""
+        site = Site(
+            dataset_id=dataset_id,
+            env_id=env_id,
+            observation_keys=observation_keys,
+            horizon=horizon,
+            return_rule=return_rule,
+        )
+        self._slots = SharedSlots(site, processes=processes)
+        own = self._slots.own
+        own.make([0])
+        self.references = refs or references(own.dataset)
+        self.env_id = own.env_id
         if env_id and not same_environment(env_id, self.env_id):
             raise DataError(
                 f"{dataset_id} is data of {self.env_id or 'an unnamed environment'}, the task is {env_id}: "
                 "a data set of another task; `aepo train --dataset` trains on any"
             )
+        spec = own.envs[0].spec
         if not horizon and (spec is None or spec.max_episode_steps is None):
             raise DataError(f"{dataset_id}: its environment has no time limit; --set evaluation.horizon=STEPS")
 
     @classmethod
-    def of(cls, config: RunConfig) -> "Evaluator":
-        """Return the evaluator of a run."""
+    def of(cls, config: RunConfig, *, processes: int = 1) -> "Evaluator":
+        """Return the evaluator of a run; arguments and errors as the constructor's."""
         data = config.data
         known = data.ref_min is not None and data.ref_max is not None
         return cls(
@@ -115,124 +83,65 @@ class Evaluator:
             horizon=config.evaluation.horizon,
             return_rule=data.return_rule,
             refs=References(random=data.ref_min, expert=data.ref_max) if known else None,  # type: ignore[arg-type]
+            processes=processes,
         )
+
+    @property
+    def start_s(self) -> float:
+        """Seconds that starting other processes has taken."""
+        return self._slots.start_s
 
     def run(self, policy: Policy, *, num_episodes: int, seed: int) -> NDArray[np.float64]:
         """Return what the return rule counts in each episode, [num_episodes], determined by the seed.
 
         Raises:
-            TrainingError: if the environment fails or gives a value that is not finite.
+            TrainingError: if the environment fails or gives a value that is not finite, or if a process ends.
             DataError: if it does not report what the return rule counts.
+            ResourceError: if a process is killed.
         """
-        while len(self._envs) < min(num_episodes, MAX_ENVS):
-            self._envs.append(self._make())
-        generator = torch.Generator(policy.spaces.state_mean_S.device).manual_seed(seed)
-        returns = np.zeros(num_episodes)
-        waiting = iter(range(num_episodes))
-        live: list[tuple[int, gymnasium.Env[Any, Any], Any]] = []
         try:
-            for env, episode in zip(self._envs, waiting, strict=False):
-                live.append((episode, env, env.reset(seed=seed + episode)[0]))
-            while live:
-                actions = policy.act(self._observe([observation for _, _, observation in live]), generator)
-                survivors = []
-                for (episode, env, _), action in zip(live, actions, strict=True):
-                    observation, reward, terminated, truncated, info = env.step(action)
-                    over = self._count(returns, episode, float(reward), info)
-                    if terminated or truncated or over:
-                        following = next(waiting, None)
-                        if following is None:
-                            continue
-                        episode, observation = following, env.reset(seed=seed + following)[0]
-                    survivors.append((episode, env, observation))
-                live = survivors
-        except Exception as error:
-            if isinstance(error, MemoryError | DataError | TrainingError):
-                raise
-            raise TrainingError(f"the environment {self.env_id} failed: {type(error).__name__}: {error}") from error
+            self._slots.make(min(num_episodes, MAX_ENVS))
+            with naming(self.env_id):
+                returns = self._roll_out(policy, num_episodes, seed)
+        except BaseException:
+            self._slots.stop()  # an answer that nobody has waited for would be taken for that of the next call
+            raise
         if not np.isfinite(returns).all():
             raise TrainingError(f"the environment {self.env_id} gave a reward that is not finite")
         return returns
 
+    def _roll_out(self, policy: Policy, num_episodes: int, seed: int) -> NDArray[np.float64]:
+        generator = torch.Generator(policy.spaces.state_mean_S.device).manual_seed(seed)
+        returns = np.zeros(num_episodes)
+        episodes = {slot: slot for slot in range(min(num_episodes, MAX_ENVS))}
+        waiting = iter(range(len(episodes), num_episodes))
+        states = self._slots.reset({slot: seed + episode for slot, episode in episodes.items()})
+        while episodes:
+            actions = policy.act(self._checked(np.stack([states[slot] for slot in episodes])), generator)
+            steps = self._slots.step(dict(zip(episodes, actions, strict=True)))
+            for slot, episode in episodes.items():
+                states[slot], returns[episode] = steps[slot].state_S, steps[slot].return_
+            ended = [slot for slot in episodes if steps[slot].over]
+            following = dict(zip(ended, waiting, strict=False))
+            for slot in ended:
+                if slot not in following:
+                    del episodes[slot]
+            episodes |= following
+            states |= self._slots.reset({slot: seed + episode for slot, episode in following.items()})
+        return returns
+
     def observation_width(self, *, seed: int) -> int:
         """Return the number of entries of an observation, after a first reset."""
-        return int(self._observe([self._envs[0].reset(seed=seed)[0]]).shape[1])
+        return len(self._checked(self._slots.own.reset({0: seed})[0]))
 
     def close(self) -> None:
-        """Close the environments."""
-        for env in self._envs:
-            env.close()
+        """Close the environments and end the processes."""
+        self._slots.close()
 
-    def _count(self, returns: NDArray[np.float64], episode: int, reward: float, info: Mapping[str, Any]) -> bool:
-        """Add a step to its episode's return; return whether the return rule ends the episode."""
-        if self._return_rule == "subtasks":
-            if "episode_task_completions" not in info:
-                raise DataError(f"the environment {self.env_id} reports no sub-tasks; --set data.return_rule=sum")
-            returns[episode] = len(info["episode_task_completions"])
-            return False
-        if self._return_rule == "goal":
-            returns[episode] = float(reward > 0) if np.isfinite(reward) else reward
-            return reward > 0
-        returns[episode] += reward
-        return False
-
-    def _observe(self, observations: Sequence[Any]) -> NDArray[np.float32]:
-        stacked = _stack(observations)
-        states_NS = flatten(stacked, self._keys)
-        if not np.isfinite(states_NS).all():
+    def _checked(self, states: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not np.isfinite(states).all():
             raise TrainingError(f"the environment {self.env_id} gave an observation that is not finite")
-        return states_NS
-
-    def _make(self) -> gymnasium.Env[Any, Any]:
-        kwargs: dict[str, Any] = {"disable_env_checker": True}  # it warns of what does not concern us
-        kwargs |= {"max_episode_steps": self._horizon} if self._horizon else {}
-        register_robotics()
-        with warnings.catch_warnings(), _own_temporary_folder():
-            warnings.filterwarnings("ignore", message=".*is out of date.*")
-            warnings.filterwarnings("ignore", message=".*rewards are currently not .*")
-            metadata = self.dataset.storage.metadata
-            try:
-                if metadata.get("env_spec") is None and metadata.get("eval_env_spec") is None:
-                    return gymnasium.make(self._wanted_env_id, **kwargs)
-                eval_env = not self._in_data_env
-                return self.dataset.recover_environment(eval_env=eval_env, **kwargs)  # type: ignore[no-any-return]
-            except (ImportError, gymnasium.error.Error, AttributeError, TypeError) as error:
-                if metadata.get("env_spec") is None and not self._wanted_env_id:
-                    raise DataError(
-                        f"{self.dataset.id} names no environment, so no policy can be evaluated on it"
-                    ) from error
-                raise ResourceError(
-                    f"the environment of {self.dataset.id} cannot be made here "
-                    f"({type(error).__name__}: {' '.join(str(error).split())}); "
-                    f"it asks for {self.dataset.storage.metadata.get('requirements') or 'unknown packages'}"
-                ) from error
-
-
-def _walls_differ(metadata: Mapping[str, Any]) -> bool:
-    """Return whether evaluation would be in another maze than the data's (so in Minari's AntMaze, its issue 304)."""
-    specs = [json.loads(metadata[name]) for name in ("env_spec", "eval_env_spec") if metadata.get(name)]
-    maps = [spec.get("kwargs", {}).get("maze_map") for spec in specs]
-    walls = [[[cell == 1 for cell in line] for line in maze_map] for maze_map in maps if maze_map]
-    return len(walls) == 2 and walls[0] != walls[1]
-
-
-@contextlib.contextmanager
-def _own_temporary_folder() -> Iterator[None]:
-    """Let what a maze environment leaves in the temporary folder when it is made (its XML) vanish at once."""
-    before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="aepo-") as folder:
-        tempfile.tempdir = folder
-        try:
-            yield
-        finally:
-            tempfile.tempdir = before
-
-
-def _stack(observations: Sequence[Any]) -> Any:
-    first = observations[0]
-    if isinstance(first, dict):
-        return {key: _stack([observation[key] for observation in observations]) for key in first}
-    return np.stack(observations)
+        return states
 
 
 def draw_grid(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:

@@ -4,9 +4,11 @@ One safetensors file: the tensors, and in its metadata the run's config and a di
 """
 
 import abc
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +72,17 @@ class Policy(nn.Module, abc.ABC):
     def act(self, observations_NS: NDArray[Any] | Tensor, generator: torch.Generator) -> NDArray[np.float32]:
         """Return one action per observation, [N, A], in the environment's units and within its bounds.
 
+        On the CPU one thread computes, whatever torch's number of threads is.
+
         Args:
             observations_NS: raw observations, Dict observations joined as the config says.
             generator: source of the draws, on the policy's device.
         """
         spaces = self.spaces
         device = spaces.state_mean_S.device
-        states_NS = spaces.normalise_states(torch.as_tensor(observations_NS, dtype=torch.float32, device=device))
-        return spaces.denormalise_actions(self.sample(states_NS, generator)).cpu().numpy()
+        with _one_thread():
+            states_NS = spaces.normalise_states(torch.as_tensor(observations_NS, dtype=torch.float32, device=device))
+            return spaces.denormalise_actions(self.sample(states_NS, generator)).cpu().numpy()
 
     def save(self, path: Path) -> None:
         """Write the policy as one safetensors file, atomically."""
@@ -205,6 +210,20 @@ class ActorPolicy(Policy):
     def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG002  # nothing is drawn
         """Return the actor's action per normalised state, [B, A]."""
         return self.actor(states_BS)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute on one thread for as long as it lasts: several wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _fields(spaces: Spaces) -> dict[str, Tensor]:

@@ -149,6 +149,7 @@ def execute(
     checkpoint_s: float = 60.0,
     on_progress: Callable[[Progress], bool | None] | None = None,
     stage_store: StageStore | None = None,
+    eval_processes: int = 1,
 ) -> dict[str, Any]:
     """Train, evaluate and return the result; from the last checkpoint if there is one, at once if it has ended.
 
@@ -162,6 +163,7 @@ def execute(
         checkpoint_s: seconds between two checkpoints, >= 0.
         on_progress: called at every Progress; True asks the run to stop.
         stage_store: where stages that other runs have trained are, and this one's go.
+        eval_processes: how many step the environments of an evaluation, >= 1; nothing but seconds depends on it.
 
     Raises:
         AEPOError: what failed, in one line.
@@ -173,7 +175,7 @@ def execute(
     with _recorded(config, folder) as facts:
         num_evaluated = len(config.rounds) - 1  # the last round ends with the result
         with _Training(
-            config, folder, store, device, checkpoint_s, on_progress, stage_store, num_evaluated
+            config, folder, store, device, checkpoint_s, on_progress, stage_store, eval_processes, num_evaluated
         ) as training:
             outcome = training.conclude(training.until(len(config.rounds)))
     result = {**facts, **outcome, "status": "finished", "error": None}
@@ -191,6 +193,7 @@ def advance(
     checkpoint_s: float = 60.0,
     on_progress: Callable[[Progress], bool | None] | None = None,
     stage_store: StageStore | None = None,
+    eval_processes: int = 1,
 ) -> dict[str, float]:
     """Train to the end of a round, evaluate there and return the metrics; at once if that round has ended before.
 
@@ -205,6 +208,7 @@ def advance(
         checkpoint_s: seconds between two checkpoints.
         on_progress: as `execute`.
         stage_store: as `execute`.
+        eval_processes: as `execute`.
 
     Returns:
         `eval/score` where there are references, `eval/return_mean`, and `steps_reused`, gradient steps that the stage
@@ -213,7 +217,9 @@ def advance(
     """
     with (
         _recorded(config, folder),
-        _Training(config, folder, store, device, checkpoint_s, on_progress, stage_store, num_rounds) as training,
+        _Training(
+            config, folder, store, device, checkpoint_s, on_progress, stage_store, eval_processes, num_rounds
+        ) as training,
     ):
         if num_rounds not in training.spool.rounds:
             training.until(num_rounds)
@@ -290,6 +296,7 @@ class _Training:
         checkpoint_s: float,
         on_progress: Callable[[Progress], bool | None] | None,
         stage_store: StageStore | None,
+        eval_processes: int,
         num_evaluated: int,
     ):
         """Load data and checkpoint; the first `num_evaluated` rounds end with an evaluation."""
@@ -300,7 +307,7 @@ class _Training:
         self._saved = store.load()
         self._seconds_before = _check_saved(self._saved, config, self._data)
         self._reused_before = int(self._saved.get("steps_reused", 0)) if self._saved is not None else 0
-        self._evaluator = Evaluator.of(config)
+        self._evaluator = Evaluator.of(config, processes=eval_processes)
         self.spool = Spool(folder / METRICS, config)
         self._reuse = Reuse(stage_store, config, self._data.digest) if stage_store is not None else None
         self._points = _curve_points(config)

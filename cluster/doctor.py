@@ -194,7 +194,7 @@ def _environment(env_id: str) -> Check:
 
     def step() -> str:
         gymnasium = importlib.import_module("gymnasium")
-        importlib.import_module("aepo.evaluate").register_robotics()
+        importlib.import_module("aepo.environments").register_robotics()
         env = gymnasium.make(env_id)
         try:
             env.reset(seed=0)

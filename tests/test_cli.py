@@ -136,6 +136,8 @@ def test_a_baseline_trains_and_evaluates_from_the_command_line(make_dataset, cap
         ),
         (["train", "--task", "maze2d-umaze", "--set", "critic.expectile"], 2, "KEY=VALUE"),
         (["train", "--task", "maze2d-umaze", "--threads", "0"], 2, "at least 1"),
+        (["train", "--task", "maze2d-umaze", "--eval-processes", "0"], 2, "at least 1, got 1 and 0"),
+        (["evaluate", "nowhere", "--eval-processes", "-1"], 2, "at least 1, got 50, 1 and -1"),
         (["train", "--task", "maze2d-umaze", "--device", "abacus"], 6, "no device 'abacus'"),
         (["train", "--task", "maze2d-umaze"], 3, "aepo data collect maze2d-umaze"),
         (["train", "--dataset", "no/such-v0"], 3, "aepo data download no/such-v0"),

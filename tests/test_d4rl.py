@@ -22,8 +22,8 @@ from aepo.data.d4rl import (
     make_evaluation_environment,
 )
 from aepo.data.transitions import load_transitions
+from aepo.environments import register_robotics
 from aepo.errors import DataError
-from aepo.evaluate import register_robotics
 
 WIDTHS = {
     "halfcheetah": (17, 6),

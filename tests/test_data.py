@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aepo import tasks
-from aepo.data.transitions import flatten, load_transitions
+from aepo.data.episodes import flatten
+from aepo.data.transitions import load_transitions
 from aepo.errors import ConfigError, DataError, ResourceError
 
 

@@ -13,8 +13,9 @@ from aepo import cli, tasks
 from aepo.data.d4rl import (
     import_file,
 )
+from aepo.environments import register_robotics
 from aepo.errors import DataError
-from aepo.evaluate import Evaluator, register_robotics
+from aepo.evaluate import Evaluator
 from tests.test_d4rl import D4RL, MINARI, write_file
 
 # -- all tasks, from the file to the score -----------------------------------------------------------------
@@ -166,7 +167,7 @@ class Still:
 def test_an_episode_counts_by_its_tasks_rule(rule, env, return_, steps, make_dataset):
     evaluator = Evaluator(make_dataset(), return_rule=rule)
     evaluator.close()
-    evaluator._envs = [env]
+    evaluator._slots.own.envs = {0: env}
     assert evaluator.run(Still(), num_episodes=1, seed=0).tolist() == [return_]
     assert env.steps == steps
 
@@ -190,7 +191,7 @@ def test_evaluation_is_in_the_maze_of_the_data(mirrored):
     spec["kwargs"]["maze_map"] = [line[::-1] for line in walls] if mirrored else walls
     storage.update_metadata({"eval_env_spec": json.dumps(spec)})
     evaluator = Evaluator(row.dataset, env_id=row.env_id, observation_keys=row.observation_keys)
-    maze_map = evaluator._envs[0].unwrapped.maze.maze_map
+    maze_map = evaluator._slots.own.envs[0].unwrapped.maze.maze_map
     assert [[int(cell == 1) for cell in line] for line in maze_map] == walls
     evaluator.close()
 

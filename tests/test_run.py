@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from aepo import checkpoint, run
+from aepo.environments import References
 from aepo.errors import CheckpointError, ConfigError, DataError, ResourceError, TrainingError
-from aepo.evaluate import Evaluator, References
+from aepo.evaluate import Evaluator
 from aepo.pipeline import Progress
 from aepo.policy import Policy
 
@@ -232,6 +233,34 @@ def test_a_policy_read_back_acts_the_same_and_within_bounds(trained):
     assert first.shape == (64, 1)
     assert np.abs(first).max() <= 2.0
     assert first.std() > 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_policy_acts_on_one_thread_and_gives_the_setting_back(threads, trained, monkeypatch):
+    policy, generator = Policy.load(trained), torch.Generator()
+    observations, saw, settings = np.zeros((2, 3)), [], []
+    sample, set_num_threads = policy.sample, torch.set_num_threads
+
+    def watched(states_BS, generator):
+        saw.append(torch.get_num_threads())
+        return sample(states_BS, generator)
+
+    def broken(states_BS, generator):
+        raise RuntimeError("no action")
+
+    set_num_threads(threads)
+    try:
+        monkeypatch.setattr(torch, "set_num_threads", lambda n: (settings.append(n), set_num_threads(n)))
+        monkeypatch.setattr(policy, "sample", watched)
+        policy.act(observations, generator)
+        assert (saw, torch.get_num_threads()) == ([1], threads)
+        assert settings == ([] if threads == 1 else [1, threads])
+        monkeypatch.setattr(policy, "sample", broken)
+        with pytest.raises(RuntimeError, match="no action"):
+            policy.act(observations, generator)
+        assert torch.get_num_threads() == threads
+    finally:
+        set_num_threads(1)
 
 
 def test_of_several_candidates_the_one_with_the_largest_q_is_taken(trained):

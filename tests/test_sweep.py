@@ -319,6 +319,14 @@ def test_a_run_asked_to_stop_within_training_says_so_in_its_log(sweep, values, m
     assert run.FolderStore(place).load() is not None
 
 
+def test_a_trial_evaluates_on_the_cores_that_it_was_granted(sweep, values):
+    folder, plan = sweep
+    trainable.run_inline(values | {"cpus": 2.0})
+    place = run_folder(folder, plan[3])
+    assert run.read_result(place)["status"] == "finished"
+    assert "2 evaluation processes, started in" in (place / "log.txt").read_text()
+
+
 def test_a_failure_that_repeats_is_a_result_and_no_exception(sweep, values, monkeypatch):
     monkeypatch.setattr("aepo.stages.critic.expectile_loss", lambda u_B, _: u_B.sum() / 0)
     trainable.run_inline(values)

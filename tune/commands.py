@@ -257,7 +257,7 @@ class Sweep:
             soft_wrap=True,
         )
         for dataset in dict.fromkeys(config.data.dataset for config in plan if config not in here):
-            from aepo.data.transitions import remedy
+            from aepo.data.library import remedy
 
             err.print(f"[yellow]missing:[/] {dataset}; {remedy(dataset)}", soft_wrap=True)
         return rows

@@ -27,7 +27,7 @@ from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from aepo.data.transitions import flatten
+from aepo.data.episodes import flatten
 from aepo.policy import Policy
 
 NAME = "policy"

@@ -198,7 +198,8 @@ def _perform(values: dict[str, Any], how: Callable[..., dict[str, Any]]) -> dict
     config = read_planned(sweep, values["run"])
     folder = sweep / RUN_FOLDERS / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    run.set_up_torch(max(1, int(values["cpus"])))
+    num_cores = max(1, int(values["cpus"]))
+    run.set_up_torch(num_cores)
     _claim_share(values["gpus"])
     looked = time.monotonic()
 
@@ -224,6 +225,7 @@ def _perform(values: dict[str, Any], how: Callable[..., dict[str, Any]]) -> dict
                 checkpoint_s=values["checkpoint_s"],
                 on_progress=stop,
                 stage_store=StageStore(Path(values["stages"])) if values["stages"] else None,
+                eval_processes=num_cores,
             )
         except AEPOError as error:  # stands in result.json; a repetition would meet it again
             log.write(f"failed: {error}\n")

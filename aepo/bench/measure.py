@@ -34,9 +34,12 @@ from aepo.config import (
     with_overrides,
 )
 from aepo.data import pointmaze, staging
-from aepo.data.transitions import Spaces, Transitions, action_bounds, open_dataset
+from aepo.data.episodes import action_bounds
+from aepo.data.library import open_dataset
+from aepo.data.transitions import Spaces, Transitions
+from aepo.environments import register_robotics
 from aepo.errors import ConfigError, ResourceError
-from aepo.evaluate import Evaluator, register_robotics
+from aepo.evaluate import Evaluator
 from aepo.kernels import linear, multiplying
 from aepo.pipeline import GuidedState, IQLState
 from aepo.policy import GuidedPolicy, Policy

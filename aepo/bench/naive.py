@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from aepo.config import BehaviorConfig, CriticConfig, EnergyConfig, IQLConfig, TD3BCConfig
-from aepo.data.transitions import Batch, Transitions, flatten
+from aepo.data.episodes import flatten
+from aepo.data.transitions import Batch, Transitions
 from aepo.diffusion import sampler
 from aepo.diffusion.posterior import interpolate_variance
 from aepo.diffusion.schedule import BETA_0, BETA_1, draw_times

@@ -329,7 +329,7 @@ def _row(task: tasks.Task, local: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _contents(task: tasks.Task) -> dict[str, Any]:
     """Return what a local data set holds."""
-    from aepo.data.transitions import open_dataset
+    from aepo.data.library import open_dataset
 
     dataset = open_dataset(task.dataset)
     metadata = dataset.storage.metadata
@@ -375,7 +375,7 @@ def _combine(task: tasks.Task, *, overwrite: bool) -> "CombineSummary":
 
 
 def _remedy(task: tasks.Task) -> str:
-    from aepo.data.transitions import remedy
+    from aepo.data.library import remedy
 
     return remedy(task.dataset)
 

@@ -32,12 +32,11 @@ from numpy.typing import NDArray
 
 import aepo
 from aepo.console import err
-from aepo.data.episodes import DAMAGE, find_problems, one_line
+from aepo.data.episodes import DAMAGE, action_bounds, find_problems, one_line
 from aepo.data.pointmaze import REQUIREMENTS
 from aepo.data.staging import progress_bars, staged, write_episodes
-from aepo.data.transitions import action_bounds
+from aepo.environments import register_robotics
 from aepo.errors import DataError, ResourceError
-from aepo.evaluate import register_robotics
 from aepo.tasks import Task
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
@@ -274,7 +273,7 @@ def import_file(file: Path, task: Task, *, overwrite: bool = False, clip_actions
     with staged(task.dataset, overwrite=overwrite):
         env = make_evaluation_environment(task)
         _check_widths(file, task, layout, arrays, env)
-        low_A, high_A = (bound.numpy() for bound in action_bounds(env, name=task.env_id))
+        low_A, high_A = action_bounds(env, name=task.env_id)
         if clip_actions:
             arrays["actions"] = arrays["actions"].clip(low_A, high_A)
         bounds = episode_bounds(arrays["terminals"], arrays.get("timeouts"), task.horizon)

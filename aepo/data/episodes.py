@@ -1,16 +1,16 @@
-"""What an episode must be before anything is trained on it: the same rules refuse a data set and verify it."""
+"""What an episode must be before anything is trained on it, and its observations as vectors. No torch.
+
+The same rules refuse a data set and verify it.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aepo.errors import DataError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ACTION_TOLERANCE = 1e-4
 """Of the action range: what float32 and a recorder's rounding may put outside of it."""
@@ -46,7 +46,21 @@ def read_episodes(dataset: Any) -> Iterator[Any]:
         yield episode
 
 
-def find_problems(episode: Any, action_low_A: "Tensor", action_high_A: "Tensor") -> list[str]:
+def action_bounds(dataset: Any, *, name: str = "") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the lower and upper bounds of the action space of a data set (or of an environment of that name), [A].
+
+    Raises:
+        DataError: if it is no Box of one axis with finite bounds.
+    """
+    space, name = dataset.action_space, name or dataset.id
+    if type(space).__name__ != "Box" or len(space.shape) != 1:
+        raise DataError(f"{name}: actions must be a Box of one axis, got {space}")
+    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all() and (space.low < space.high).all()):
+        raise DataError(f"{name}: actions must have finite bounds, got {space}")
+    return space.low.astype(np.float32), space.high.astype(np.float32)
+
+
+def find_problems(episode: Any, action_low_A: NDArray[np.float32], action_high_A: NDArray[np.float32]) -> list[str]:
     """Return what is wrong with an episode, a line each, field first; an empty list if nothing is.
 
     Args:
@@ -80,14 +94,13 @@ def find_problems(episode: Any, action_low_A: "Tensor", action_high_A: "Tensor")
             problems.append(f"{name}: a value that is not finite, the first at step {row}")
     if problems:
         return problems
-    low_A, high_A = action_low_A.numpy(), action_high_A.numpy()
-    slack_A = ACTION_TOLERANCE * (high_A - low_A)
-    outside = (actions < low_A - slack_A) | (actions > high_A + slack_A)
+    slack_A = ACTION_TOLERANCE * (action_high_A - action_low_A)
+    outside = (actions < action_low_A - slack_A) | (actions > action_high_A + slack_A)
     if outside.any():
         row, column = np.argwhere(outside)[0]
         problems.append(
             f"actions: {outside.sum()} values outside of the action space, the first {actions[row, column]:g} "
-            f"at step {row}, dimension {column}, where [{low_A[column]:g}, {high_A[column]:g}] is allowed"
+            f"at step {row}, dimension {column}, where [{action_low_A[column]:g}, {action_high_A[column]:g}] is allowed"
         )
     if (early := np.flatnonzero(terminations[:-1])).size:
         problems.append(f"terminations: the episode terminates at step {early[0]} and goes on to step {steps - 1}")
@@ -100,6 +113,25 @@ def _named_leaves(name: str, value: Any) -> Iterator[tuple[str, NDArray[Any]]]:
             yield from _named_leaves(f"{name}/{key}", value[key])
     else:
         yield name, np.asarray(value)
+
+
+def flatten(observation: Any, keys: tuple[str, ...] = ()) -> NDArray[np.float32]:
+    """Return one vector per time step, [T, S], from arrays [T, ...] or a (nested) dict of them.
+
+    Args:
+        observation: what Minari stores for an episode, or an environment's observation with a leading axis.
+        keys: entries to take, in this order; () takes all, sorted by name.
+    """
+    return np.concatenate(_leaves(observation, keys), axis=-1).astype(np.float32, copy=False)
+
+
+def _leaves(value: Any, keys: tuple[str, ...] = ()) -> list[NDArray[Any]]:
+    if isinstance(value, Mapping):
+        if missing := [key for key in keys if key not in value]:
+            raise DataError(f"observations have no entry {missing[0]!r}; they have {sorted(value)}")
+        return [leaf for key in (keys or sorted(value)) for leaf in _leaves(value[key])]
+    array = np.asarray(value)
+    return [array.reshape(len(array), -1)]
 
 
 def one_line(error: BaseException) -> str:

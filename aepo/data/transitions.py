@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aepo import tasks
 from aepo.console import err
-from aepo.data.episodes import DAMAGE, data_file, find_problems, one_line, read_episodes
+from aepo.data.episodes import action_bounds, data_file, find_problems, flatten, one_line, read_episodes
+from aepo.data.library import open_dataset
 from aepo.errors import DataError, ResourceError
 
 CACHE_FORMAT = 4
@@ -118,25 +117,6 @@ class Transitions:
         return dataclasses.replace(self, spaces=spaces, **moved)
 
 
-def flatten(observation: Any, keys: tuple[str, ...] = ()) -> NDArray[np.float32]:
-    """Return one vector per time step, [T, S], from arrays [T, ...] or a (nested) dict of them.
-
-    Args:
-        observation: what Minari stores for an episode, or an environment's observation with a leading axis.
-        keys: entries to take, in this order; () takes all, sorted by name.
-    """
-    return np.concatenate(_leaves(observation, keys), axis=-1).astype(np.float32, copy=False)
-
-
-def _leaves(value: Any, keys: tuple[str, ...] = ()) -> list[NDArray[Any]]:
-    if isinstance(value, Mapping):
-        if missing := [key for key in keys if key not in value]:
-            raise DataError(f"observations have no entry {missing[0]!r}; they have {sorted(value)}")
-        return [leaf for key in (keys or sorted(value)) for leaf in _leaves(value[key])]
-    array = np.asarray(value)
-    return [array.reshape(len(array), -1)]
-
-
 def load_transitions(
     dataset_id: str, *, observation_keys: tuple[str, ...] = (), reward_rule: str = "return_range"
 ) -> Transitions:
@@ -148,14 +128,15 @@ def load_transitions(
         ResourceError: if it does not fit into memory.
     """
     dataset = open_dataset(dataset_id)
-    low_A, high_A = action_bounds(dataset)
+    bounds = action_bounds(dataset)
+    low_A, high_A = map(torch.from_numpy, bounds)
     path = Path(dataset.storage.data_path)
     stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.iterdir())]
     cut = reward_rule == "until_goal"
     key = hashlib.sha256(json.dumps([CACHE_FORMAT, str(path), stamp, observation_keys, cut]).encode()).hexdigest()
     cache = cache_folder() / f"{key[:24]}.safetensors"
     if not (found := _read_cache(cache)):
-        decoded = _decode(dataset, observation_keys, low_A, high_A, until_goal=cut)
+        decoded = _decode(dataset, observation_keys, *bounds, until_goal=cut)
         _write_cache(cache, *decoded)
         found = _read_cache(cache) or decoded
     rows_ND, ends_E, facts = found
@@ -181,62 +162,11 @@ def load_transitions(
     )
 
 
-def open_dataset(dataset_id: str) -> Any:
-    """Return the local `minari.MinariDataset`, its data not yet read.
-
-    Raises:
-        DataError: if it is not in the local library; says how to get it.
-    """
-    import minari
-    from minari.storage.local import get_dataset_path
-
-    folder = get_dataset_path("")
-    try:
-        return minari.load_dataset(dataset_id)
-    except DAMAGE as error:
-        reason = "it is not there" if isinstance(error, FileNotFoundError) else one_line(error)
-        raise DataError(
-            f"data set {dataset_id!r} cannot be read in {folder} ({reason}); {remedy(dataset_id)}"
-        ) from error
-
-
-def remedy(dataset_id: str) -> str:
-    """Return in words how a data set gets into the local library."""
-    task = tasks.for_dataset(dataset_id)
-    if task.source == "collected":
-        return f"make it: aepo data collect {task.task}"
-    if task.source == "d4rl":
-        file = task.origin.rpartition("/")[2]
-        others = [row.source for row in tasks.rows() if row.task == task.task and row.source != "d4rl"]
-        other = "".join(f"; other data of this task: --source {source}" for source in others)
-        return f"bring D4RL's {file} ({task.origin}), then: aepo data import d4rl {file} --task {task.task}{other}"
-    if task.source == "minari" and task.origin:
-        return f"make it of its parts: aepo data download {task.task}"
-    return (
-        f"`aepo data download {dataset_id}` where there is a network, or put its folder there, "
-        "or set MINARI_DATASETS_PATH to the library that has it"
-    )
-
-
 def cache_folder() -> Path:
     """Return where decoded data sets lie: $AEPO_CACHE, else aepo/ in the user's cache folder."""
     if folder := os.environ.get("AEPO_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aepo"
-
-
-def action_bounds(dataset: Any, *, name: str = "") -> tuple[Tensor, Tensor]:
-    """Return the lower and upper bounds of the action space of a data set (or of an environment of that name), [A].
-
-    Raises:
-        DataError: if it is no Box of one axis with finite bounds.
-    """
-    space, name = dataset.action_space, name or dataset.id
-    if type(space).__name__ != "Box" or len(space.shape) != 1:
-        raise DataError(f"{name}: actions must be a Box of one axis, got {space}")
-    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all() and (space.low < space.high).all()):
-        raise DataError(f"{name}: actions must have finite bounds, got {space}")
-    return torch.tensor(space.low, dtype=torch.float32), torch.tensor(space.high, dtype=torch.float32)
 
 
 def _reward_map(rule: str, return_min: float, return_max: float) -> tuple[float, float]:
@@ -248,7 +178,12 @@ def _reward_map(rule: str, return_min: float, return_max: float) -> tuple[float,
 
 
 def _decode(
-    dataset: Any, keys: tuple[str, ...], action_low_A: Tensor, action_high_A: Tensor, *, until_goal: bool
+    dataset: Any,
+    keys: tuple[str, ...],
+    action_low_A: NDArray[np.float32],
+    action_high_A: NDArray[np.float32],
+    *,
+    until_goal: bool,
 ) -> tuple[Tensor, Tensor, dict[str, str]]:
     num_steps, action_dim = int(dataset.total_steps), len(action_low_A)
     if num_steps < 1:

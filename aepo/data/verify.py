@@ -6,8 +6,8 @@ from typing import Any
 from rich.progress import track
 
 from aepo.console import err
-from aepo.data.episodes import data_file, find_problems, read_episode
-from aepo.data.transitions import action_bounds, flatten, open_dataset
+from aepo.data.episodes import action_bounds, data_file, find_problems, flatten, read_episode
+from aepo.data.library import open_dataset
 from aepo.errors import AEPOError, DataError
 from aepo.evaluate import Evaluator
 from aepo.tasks import Task
