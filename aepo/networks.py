@@ -8,11 +8,9 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from aepo import kernels
@@ -34,7 +32,6 @@ class Mlp(nn.Sequential):
         output, module = nn.Linear(*last), {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
         layers = [[layer, module()] if norm is None else [layer, norm, module()] for layer, norm in hidden]
         super().__init__(*itertools.chain(*layers), output)
-        self._weights = list(self.parameters())
         self._hidden = [
             (
                 layer.weight,
@@ -49,8 +46,6 @@ class Mlp(nn.Sequential):
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return [B, O] of [B, I]."""
         learns = torch.is_grad_enabled()
-        if learns and not x_BI.requires_grad:
-            return _learn(x_BI, self, *self._weights)
         for weight, bias, norm in self._hidden:
             if norm is None:
                 x_BI = kernels.linear(x_BI, weight, bias, self._activation)
@@ -137,23 +132,6 @@ class Mlp(nn.Sequential):
             if kept:
                 grad_BH = kernels.product(grad_BH, weight)
         return gradients[::-1]
-
-
-class _Learning(torch.autograd.Function):
-    """An Mlp whose weights alone learn, as one step of autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BI: Tensor, mlp: Mlp, *_: Tensor) -> Tensor:
-        output_BO, ctx.pull = mlp.vjp(x_BI)
-        return output_BO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BO: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.pull(grad_BO)
-
-
-_learn: Callable[..., Tensor] = _Learning.apply
 
 
 class TimeNet(nn.Module):

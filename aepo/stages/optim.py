@@ -43,10 +43,6 @@ class Adam(torch.optim.Adam):
         for state in states:
             state["step"] = self._step
 
-    def step_on(self, loss: Tensor) -> None:
-        """Back-propagate a scalar and take one step."""
-        self.step_along(gradients_of(loss, self.param_groups[0]["params"]))
-
     def step_along(self, gradients: list[Tensor]) -> None:
         """Take one step, given a gradient for each parameter; `torch.optim.Adam.step` costs as much again in Python."""
         group: dict[str, Any] = self.param_groups[0]
