@@ -46,6 +46,8 @@ class Mlp(nn.Sequential):
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return [B, O] of [B, I]."""
         learns = torch.is_grad_enabled()
+        if not learns and kernels.overflows(x_BI):
+            return torch.cat([self.forward(part_BI) for (part_BI,) in kernels.blocks(x_BI)])
         for weight, bias, norm in self._hidden:
             if norm is None:
                 x_BI = kernels.linear(x_BI, weight, bias, self._activation)
@@ -64,11 +66,31 @@ class Mlp(nn.Sequential):
         output_BO, kept = self._forward(x_BI)
         return output_BO, functools.partial(self._pull, kept)
 
+    def fit(self, x_BI: Tensor, target_BO: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the error output - target, [B, O], and the gradients of its mean square by the `parameters()`.
+
+        Under `torch.no_grad` only. Unlike `vjp` it goes block by block through the rows, forwards and back.
+        """
+        errors, total = [], [torch.empty(0)]
+        for part_BI, of_part_BO in kernels.blocks(x_BI, target_BO):
+            output_BO, pull = self.vjp(part_BI)
+            errors.append(output_BO - of_part_BO)
+            found = pull(2.0 / target_BO.numel() * errors[-1])
+            if len(errors) == 1:
+                total = found
+            else:
+                torch._foreach_add_(total, found)
+        return errors[0] if len(errors) == 1 else torch.cat(errors), total
+
     def with_slope(self, x_BI: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         """Return the only output, [B, 1], and its gradient by these columns of the input, [B, J].
 
         Under `torch.no_grad` only.
         """
+        if kernels.overflows(x_BI):
+            parts = kernels.blocks(x_BI)
+            outputs, slopes = zip(*(self.with_slope(part_BI, columns) for (part_BI,) in parts), strict=True)
+            return torch.cat(outputs), torch.cat(slopes)
         output_B1, kept = self._forward(x_BI)
         (x_BI,) = kept.pop()
         grad_BH = self._output[0].expand_as(x_BI).contiguous()

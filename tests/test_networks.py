@@ -106,6 +106,22 @@ def test_a_vjp_changes_nothing_it_was_given_and_answers_once(activation):
         pull(weights)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [True, False])
+def test_rows_go_through_in_blocks_as_in_one_piece(norm, monkeypatch):
+    """Outputs, gradients and slopes of 70 rows in blocks of 16, the last one shorter."""
+    torch.manual_seed(0)
+    mlp, x, target = Mlp([7, 33, 33, 1], norm=norm), torch.randn(70, 7), torch.randn(70, 1)
+    whole = [mlp(x), *mlp.with_slope(x, slice(2, 5)), mlp.fit(x, target)[0], *mlp.fit(x, target)[1]]
+    output, pull = mlp.vjp(x)
+    by_hand = [output - target, *pull(2.0 / 70 * (output - target))]
+    monkeypatch.setattr(kernels, "BLOCK_ROWS", 16)
+    assert [len(part) for (part,) in kernels.blocks(x)] == [16, 16, 16, 16, 6]
+    blocks = [mlp(x), *mlp.with_slope(x, slice(2, 5)), mlp.fit(x, target)[0], *mlp.fit(x, target)[1]]
+    for one, other in zip([*whole, *whole[3:]], [*blocks, *by_hand], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_that_a_state_replaces_are_those_that_learn():
     one, other = Mlp([3, 8, 1], norm=True), Mlp([3, 8, 1], norm=True)
     one.load_state_dict(other.state_dict())

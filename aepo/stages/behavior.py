@@ -9,6 +9,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from aepo import kernels
 from aepo.config import BehaviorConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.diffusion import sampler
@@ -96,12 +97,11 @@ def gradients(state: BehaviorState, batch: Batch) -> tuple[list[Tensor], Metrics
     alpha_B1, sigma_B1 = (part_B.unsqueeze(1) for part_B in alpha_sigma(t_B))
     a_t_BA = alpha_B1 * actions_BA + sigma_B1 * eps_BA
     inputs_BI = state.net.inputs(a_t_BA, batch.states_BS, t_B)
-    velocity_BA, pull = state.net.body.vjp(inputs_BI)
-    error_BA = velocity_BA - (alpha_B1 * eps_BA - sigma_B1 * actions_BA)
-    found = pull(2.0 / error_BA.numel() * error_BA)
+    target_BA = alpha_B1 * eps_BA - sigma_B1 * actions_BA
+    error_BA, found = state.net.body.fit(inputs_BI, target_BA)
     if not isinstance(state.variance, VarianceNet):
         return found, lambda: {"loss": error_BA.square().mean()}
-    mean_BA = (alpha_B1 * a_t_BA - sigma_B1 * velocity_BA).clamp(-1.0, 1.0)
+    mean_BA = (alpha_B1 * a_t_BA - sigma_B1 * (error_BA + target_BA)).clamp(-1.0, 1.0)
     logit_BA, pull_variance = state.variance.body.vjp(inputs_BI)
     variance_BA = logit_BA.sigmoid()
     excess_BA = variance_BA - (actions_BA - mean_BA).square()
@@ -128,7 +128,8 @@ def sample_support(state: BehaviorState, states_MS: Tensor, num_actions: int, ge
     for part_BS in torch.split(states_MS.repeat_interleave(num_actions, dim=0), SUPPORT_CHUNK):
         shape = (len(part_BS), state.net.action_dim)
         start_BA = torch.randn(shape, generator=generator, device=part_BS.device)
-        parts.append(sampler.solve(predict_mean(state.ema.net, part_BS, grid), start_BA, grid))
+        for states_BS, begin_BA in kernels.blocks(part_BS, start_BA):
+            parts.append(sampler.solve(predict_mean(state.ema.net, states_BS, grid), begin_BA, grid))
     return torch.cat(parts).view(len(states_MS), num_actions, -1)
 
 

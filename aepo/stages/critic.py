@@ -88,9 +88,8 @@ def _weighted(u_B: Tensor, expectile: float) -> Tensor:
 
 def squared_error(net: Mlp, x_BI: Tensor, target_B: Tensor) -> tuple[Loss, list[Tensor]]:
     """Return the mean squared error of a network's only output and its gradients by the parameters."""
-    output_B1, pull = net.vjp(x_BI)
-    error_B1 = output_B1 - target_B.unsqueeze(1)
-    return lambda: error_B1.square().mean(), pull(2.0 / target_B.shape[0] * error_B1)
+    error_B1, gradients = net.fit(x_BI, target_B.unsqueeze(1))
+    return lambda: error_B1.square().mean(), gradients
 
 
 def squared_errors(q: TwinQ, pairs_BP: Tensor, target_B: Tensor) -> tuple[Loss, list[Tensor]]:
