@@ -101,12 +101,11 @@ class Bench:
             torch.manual_seed(self._seed)
             state = energy.start(config, self._data, torch.Generator().manual_seed(self._seed + 2))
             energy.measure(state, config, self._data, self._behavior)
-            q_N = self._value(self._data.batch(self._data.rows_ND).actions_BA)
 
             def value(_: Tensor, actions_BA: Tensor) -> Tensor:
                 return self._value(actions_BA)
 
-            source = energy.QSource(value, targets.by_autograd(value), q_N.__getitem__)
+            source = energy.source_of(value, targets.by_autograd(value), state, config, self._data)
             while state.step < config.steps:
                 energy.train_step(state, config, self._data, self._behavior, source)
             net = state.net

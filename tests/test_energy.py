@@ -20,6 +20,11 @@ def linear(q, slope_A):
     return lambda states_BS, actions_BA: q + actions_BA @ slope_A
 
 
+def first_order(value, states_BS, point_BA, mean_BA, variance_BA):
+    """What the target makes of a differentiable Q."""
+    return targets.first_order(*targets.by_autograd(value)(states_BS, point_BA), point_BA, mean_BA, variance_BA)
+
+
 @given(
     st.floats(-2, 2),
     st.floats(-1.5, 1.5),
@@ -33,7 +38,7 @@ def test_target_is_exact_for_a_linear_q_wherever_it_is_expanded(q, g, v, beta, m
     exact = np.log(w / np.sqrt(np.pi) @ np.exp(beta * (q + g * (mean + np.sqrt(2 * v) * x))))
     where = [torch.tensor([[x]], dtype=torch.float64) for x in (0.0, point, mean, v)]
     value = linear(q, torch.tensor([g], dtype=torch.float64))
-    heads = torch.stack(targets.first_order(targets.by_autograd(value), *where), dim=1)
+    heads = torch.stack(first_order(value, *where), dim=1)
     beta_B = torch.tensor([beta], dtype=torch.float64)
     assert targets.combine(heads, beta_B).item() == pytest.approx(exact, rel=1e-5, abs=1e-5)
     second, used = targets.second_order(value, *where, beta_B)
@@ -93,7 +98,7 @@ def test_where_the_integral_does_not_exist_first_order_stands_in():
     variance_BA, beta_B = torch.tensor([[1.0], [0.01]]), torch.tensor([1.0, 1.0])
     got, used = targets.second_order(value, torch.zeros(2, 1), x, x, variance_BA, beta_B)
     assert used.tolist() == [False, True]
-    heads = torch.stack(targets.first_order(targets.by_autograd(value), torch.zeros(2, 1), x, x, variance_BA), dim=1)
+    heads = torch.stack(first_order(value, torch.zeros(2, 1), x, x, variance_BA), dim=1)
     assert got[0] == targets.combine(heads, beta_B)[0]
 
 
@@ -113,7 +118,7 @@ def minimise(target, *shape):
 def noised(actions_BA, beta, q_B):
     zeros = torch.zeros_like(actions_BA)
     t_B = torch.full((len(actions_BA),), 0.5, dtype=actions_BA.dtype)
-    return targets.Noised(zeros, actions_BA, t_B, zeros, torch.full_like(t_B, beta), q_B)
+    return targets.Noised(torch.arange(len(actions_BA)), zeros, actions_BA, t_B, zeros, torch.full_like(t_B, beta), q_B)
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
@@ -171,7 +176,7 @@ def test_the_minimiser_of_weighted_denoising_is_the_gradient_of_the_log_expectat
     exact_A = torch.autograd.functional.jacobian(exact_energy, a_t_A)
     mean_KA = atoms_KA.mean(dim=0).expand(6, 2)
     a_t_KA, zeros = a_t_A.expand(6, 2), torch.zeros(6, 1, dtype=torch.float64)
-    x = targets.Noised(zeros, atoms_KA, t_B, a_t_KA, torch.full_like(t_B, beta), q_K)
+    x = targets.Noised(torch.arange(6), zeros, atoms_KA, t_B, a_t_KA, torch.full_like(t_B, beta), q_K)
     origin = targets.Posterior(mean_KA, mean_KA, mean_KA)
     net = Slope(2)
     optimizer = torch.optim.LBFGS([net.slope_A], line_search_fn="strong_wolfe", max_iter=100, tolerance_grad=1e-12)
@@ -217,9 +222,7 @@ def test_guidance_of_a_gaussian_with_linear_q_is_exact(action_dim):
     a_t = torch.randn(1, action_dim, generator=torch.Generator().manual_seed(1)).double()
 
     def combined(a_t_BA):
-        f_1, f_2 = targets.first_order(
-            targets.by_autograd(linear(0.3, slope)), a_t_BA, shrink * a_t_BA, shrink * a_t_BA, variance
-        )
+        f_1, f_2 = first_order(linear(0.3, slope), a_t_BA, shrink * a_t_BA, shrink * a_t_BA, variance)
         return targets.combine(torch.stack([f_1, f_2], dim=1), torch.tensor([beta]).double())
 
     step = 1e-4
@@ -232,8 +235,8 @@ def test_guidance_of_a_gaussian_with_linear_q_is_exact(action_dim):
 
 def test_targets_carry_no_gradient_and_leave_the_critic_alone():
     net = torch.nn.Linear(2, 1)
-    f_1, f_2 = targets.first_order(
-        targets.by_autograd(lambda s, a: net(a).squeeze(-1)),
+    f_1, f_2 = first_order(
+        lambda s, a: net(a).squeeze(-1),
         torch.zeros(4, 1),
         torch.randn(4, 2),
         torch.randn(4, 2),
@@ -388,3 +391,34 @@ def test_states_hold_nothing_but_what_a_checkpoint_can_hold():
     assert {field.name for field in dataclasses.fields(CriticState)} >= {"q", "target", "v", "optimizer"}
     with pytest.raises(TypeError, match="cannot hold a set"):
         checkpoint.collect(dataclasses.make_dataclass("State", ["odd"])(odd={1, 2}))
+
+
+@pytest.mark.parametrize("target", ["log_expectation", "analytic", "contrastive"])
+def test_what_q_says_once_of_all_is_what_it_says_of_each(target, tiny_config, transitions):
+    """A stage that draws as many actions as there are asks once; one that draws fewer asks every time."""
+    method = {"contrastive": "qgpo", "analytic": "analytic"}.get(target, "best")
+    config = tiny_config(method=method, energy__target=target, energy__steps=100).energy
+    data = transitions
+    model = behavior.start(tiny_config().behavior, data, torch.Generator())
+    judge = critic.start(tiny_config().critic, data, torch.Generator())
+    state = energy.start(config, data, torch.Generator())
+    energy.measure(state, config, data, model)
+    state.q_scale.fill_(2.0)
+    once = energy.q_source(judge, state, config, data)
+    each = energy.q_source(judge, state, dataclasses.replace(config, steps=1), data)
+    rows = torch.tensor([3, 499, 3, 0])
+    batch = data.take(rows)
+    q_B, slope_BA = each.with_slope(batch.states_BS, batch.actions_BA)
+    for source in (once, each):
+        torch.testing.assert_close(source.of_rows(rows), q_B)
+        torch.testing.assert_close(source.with_slope_of_rows(rows), (q_B, slope_BA))
+        if target == "contrastive":
+            pick, states_BS = torch.tensor([2, 0]), data.take(state.support_index_M[[2, 0]]).states_BS
+            exact = [each.value(states_BS, state.support_MKA[pick, k]) for k in range(config.num_samples)]
+            torch.testing.assert_close(source.of_support(pick), torch.stack(exact, dim=1))
+    with torch.no_grad():
+        judge.q.q_1[-1].bias.sub_(5.0)
+    torch.testing.assert_close(once.of_rows(rows), q_B)  # the critic is taken to rest while its step stands
+    judge.step += 1
+    torch.testing.assert_close(once.of_rows(rows), each.of_rows(rows))
+    assert not torch.allclose(each.of_rows(rows), q_B)

@@ -208,7 +208,7 @@ def test_what_the_targets_say_of_the_outputs():
 
     beta_B, q_B = normal(50).exp(), 3 * normal(50)  # some gaps above the largest exponent, some below
     nothing_B1 = torch.zeros(50, 1).double()
-    x = targets.Noised(nothing_B1, nothing_B1, beta_B, nothing_B1, beta_B, q_B)
+    x = targets.Noised(torch.arange(50), nothing_B1, nothing_B1, beta_B, nothing_B1, beta_B, q_B)
     origin = targets.Posterior(normal(50, 2), normal(50, 2).square(), normal(50, 2))
 
     def value(states_BS, actions_BA):
@@ -217,7 +217,7 @@ def test_what_the_targets_say_of_the_outputs():
     with_slope = targets.by_autograd(value)
     draws_KBA = normal(5, 50, 2)
     cases = {
-        "analytic": (2, lambda out: targets.analytic(out, with_slope, x, origin)),
+        "analytic": (2, lambda out: targets.analytic(out, *with_slope(nothing_B1, origin.point_BA), origin)),
         "mse": (2, lambda out: targets.mse(out, x)),
         "second order": (1, lambda out: targets.analytic_second_order(out, value, x, origin)),
         "monte carlo": (1, lambda out: targets.monte_carlo(out, value, x, origin, draws_KBA)),

@@ -11,7 +11,7 @@ V(s') = sum_i softmax_i(beta_Q min_j Q'_j(s', a_i)) min_j Q'_j(s', a_i)     [M8]
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ OfRows = Callable[[Tensor], Tensor]
 """Rows of the data [B] -> a number for each [B]."""
 Loss = Callable[[], Tensor]
 """A scalar, computed when it is asked for."""
+Table = TypeVar("Table")
 
 
 @dataclasses.dataclass
@@ -231,6 +232,22 @@ def advantages(q: TwinQ, state: CriticState, data: Transitions, index_M: Tensor 
     return torch.cat(parts)
 
 
+def while_resting(state: CriticState, compute: Callable[[], Table]) -> Callable[[], Table]:
+    """Return what gives a value that depends on the critic, computed when first asked for.
+
+    It is computed again when the critic has learned since, as it has a round later.
+    """
+    known: tuple[int, Table] | None = None
+
+    def value() -> Table:
+        nonlocal known
+        if known is None or known[0] != state.step:
+            known = state.step, compute()
+        return known[1]
+
+    return value
+
+
 def advantage_of_rows(q: TwinQ, state: CriticState, data: Transitions, *, num_draws: int) -> OfRows:
     """Return `advantages` as a function of rows, for a stage that draws `num_draws` of them while the critic rests.
 
@@ -238,15 +255,8 @@ def advantage_of_rows(q: TwinQ, state: CriticState, data: Transitions, *, num_dr
     """
     if num_draws < len(data):
         return lambda index_B: advantages(q, state, data, index_B)
-    known: tuple[int, Tensor] | None = None
-
-    def of_rows(index_B: Tensor) -> Tensor:
-        nonlocal known
-        if known is None or known[0] != state.step:  # a round later the critic has learned
-            known = state.step, advantages(q, state, data)
-        return known[1][index_B]
-
-    return of_rows
+    table = while_resting(state, lambda: advantages(q, state, data))
+    return lambda index_B: table()[index_B]
 
 
 def advantage_scale(state: CriticState, data: Transitions, *, num_samples: int = 65_536) -> Tensor:

@@ -9,7 +9,9 @@ So beta is chosen after training. This is the paper's target; it and the others 
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +31,8 @@ from aepo.stages.targets import Noised, Posterior, Value, WithSlope
 
 NUM_VARIANCE_TIMES = 64
 NUM_VARIANCE_SAMPLES = 4096
+PART_ROWS = 8192
+"""Rows of which Q is asked at once where it is asked of all."""
 OF_DATA_ACTIONS = ("mse", "log_expectation", "weighted_denoising")
 """Targets that ask for Q of the data's actions alone."""
 
@@ -155,20 +159,22 @@ def predict_slope(net: EnergyNet, states_BS: Tensor, beta: float, grid: Grid) ->
 
 
 class QSource(NamedTuple):
-    """(min_i Q_i(s, a) - V(s)) / scale: V changes no policy, the scale gives beta its unit."""
+    """Q as stage 3 asks for it: of any actions, of the data's and of the support's."""
 
     value: Value
     """Of any actions."""
     with_slope: WithSlope
     """The same with its gradient by them."""
     of_rows: OfRows
-    """Of the data's."""
+    """Of the data's actions in these rows."""
+    with_slope_of_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """The same with its gradient by them."""
+    of_support: OfRows
+    """Of the support actions in the states at these places among those that have some, [B] -> [B, K]."""
 
 
 def q_source(critic_state: CriticState, state: EnergyState, config: EnergyConfig, data: Transitions) -> QSource:
-    """Return what stage 3 asks of a trained critic; the scale is the state's at the time of asking."""
-    num_draws = config.steps * config.batch_size
-    of_rows = critic.advantage_of_rows(critic_state.q, critic_state, data, num_draws=num_draws)
+    """Return (min_i Q_i(s, a) - V(s)) / scale: V changes no policy, the scale, the state's, gives beta its unit."""
 
     def value(states_BS: Tensor, actions_BA: Tensor) -> Tensor:
         with torch.no_grad():
@@ -181,7 +187,63 @@ def q_source(critic_state: CriticState, state: EnergyState, config: EnergyConfig
         q_B, slope_BA = critic_state.q.lowest_with_slope(states_BS, actions_BA)
         return (q_B - critic_state.v(states_BS)) / state.q_scale, slope_BA / state.q_scale
 
-    return QSource(value, with_slope, lambda index_B: of_rows(index_B) / state.q_scale)
+    resting = functools.partial(critic.while_resting, critic_state)
+    return source_of(value, with_slope, state, config, data, resting=resting)
+
+
+def source_of(
+    value: Value,
+    with_slope: WithSlope,
+    state: EnergyState,
+    config: EnergyConfig,
+    data: Transitions,
+    *,
+    resting: Callable[[Callable[[], Any]], Callable[[], Any]] = functools.cache,
+) -> QSource:
+    """Return a source that asks once for every action of the data or the support, if the stage draws as many.
+
+    Args:
+        value: Q of any actions.
+        with_slope: the same with its gradient by them.
+        state: has the support actions.
+        config: says how many actions are drawn in all.
+        data: transitions.
+        resting: makes of a function one that remembers its value for as long as Q is the same.
+    """
+    num_draws, device = config.steps * config.batch_size, data.rows_ND.device
+
+    def of_rows(index_B: Tensor) -> Tensor:
+        batch = data.take(index_B)
+        with torch.no_grad():
+            return value(batch.states_BS, batch.actions_BA)
+
+    def with_slope_of_rows(index_B: Tensor) -> tuple[Tensor, Tensor]:
+        batch = data.take(index_B)
+        return with_slope(batch.states_BS, batch.actions_BA)
+
+    def of_support(pick_B: Tensor) -> Tensor:
+        states_BS, actions_BKA = data.take(state.support_index_M[pick_B]).states_BS, state.support_MKA[pick_B]
+        repeated_NS = states_BS.repeat_interleave(actions_BKA.shape[1], dim=0)
+        with torch.no_grad():
+            return value(repeated_NS, actions_BKA.flatten(0, 1)).view(actions_BKA.shape[:2])
+
+    def over(function: Callable[[Tensor], Any], num: int) -> list[Any]:
+        return [function(index_B) for index_B in torch.split(torch.arange(num, device=device), PART_ROWS)]
+
+    source = QSource(value, with_slope, of_rows, with_slope_of_rows, of_support)
+    if num_draws >= len(data):
+        values = resting(lambda: torch.cat(over(of_rows, len(data))))
+        slopes = resting(lambda: [torch.cat(part) for part in zip(*over(with_slope_of_rows, len(data)), strict=True)])
+
+        def rows_of_slopes(index_B: Tensor) -> tuple[Tensor, Tensor]:
+            q_N, slope_NA = slopes()
+            return q_N[index_B], slope_NA[index_B]
+
+        source = source._replace(of_rows=lambda index_B: values()[index_B], with_slope_of_rows=rows_of_slopes)
+    if num_draws >= state.support_MKA[:, :, 0].numel():
+        support = resting(lambda: torch.cat(over(of_support, len(state.support_index_M))))
+        source = source._replace(of_support=lambda pick_B: support()[pick_B])
+    return source
 
 
 def gradients(
@@ -189,7 +251,7 @@ def gradients(
 ) -> tuple[list[Tensor], Metrics]:
     """Return those of the loss of the config's target on a new batch by the network's parameters, and metrics."""
     if config.target == "contrastive":
-        return _contrastive(state, config, data, source.value)
+        return _contrastive(state, config, data, source)
     x = _noised(state, config, data, source)
     if config.target == "weighted_denoising":
         loss, metrics = targets.weighted_denoising(state.net, x, _posterior(state, config, x, behavior))
@@ -213,7 +275,9 @@ def _target(
         draws_KBA = torch.randn(shape, generator=state.generator, device=x.t_B.device)
         return targets.monte_carlo(outputs_BO, source.value, x, origin, share(draws_KBA, dim=1))
     if config.target == "analytic":
-        return targets.analytic(outputs_BO, source.with_slope, x, origin)
+        if config.expansion == "data_action":
+            return targets.analytic(outputs_BO, *source.with_slope_of_rows(x.index_B), origin)
+        return targets.analytic(outputs_BO, *source.with_slope(x.states_BS, origin.point_BA), origin)
     return targets.analytic_second_order(outputs_BO, source.value, x, origin)
 
 
@@ -237,6 +301,7 @@ def _noised(state: EnergyState, config: EnergyConfig, data: Transitions, source:
     index_B, t_B, eps_BA, beta_B = share(index_B), share(t_B), share(eps_BA), share(beta_B)
     batch = data.take(index_B)
     return Noised(
+        index_B=index_B,
         states_BS=batch.states_BS,
         actions_BA=batch.actions_BA,
         t_B=t_B,
@@ -259,7 +324,7 @@ def _posterior(state: EnergyState, config: EnergyConfig, x: Noised, behavior: Be
 
 @torch.no_grad()
 def _contrastive(
-    state: EnergyState, config: EnergyConfig, data: Transitions, value: Value
+    state: EnergyState, config: EnergyConfig, data: Transitions, source: QSource
 ) -> tuple[list[Tensor], Metrics]:
     generator, num = state.generator, config.num_samples
     num_states = max(1, config.batch_size // num)
@@ -269,10 +334,10 @@ def _contrastive(
     t_B = draw_times(num_states, generator)
     a_t = _add_noise(actions_BKA.flatten(0, 1), t_B.repeat_interleave(num), generator)
     beta_B = _draw_betas(config, num_states, generator)
-    states_BS, actions_BKA, a_t_BKA = share(states_BS), share(actions_BKA), share(a_t.view_as(actions_BKA))
-    t_B, beta_B = share(t_B), share(beta_B)
+    states_BS, a_t_BKA = share(states_BS), share(a_t.view_as(actions_BKA))
+    pick_B, t_B, beta_B = share(pick_B), share(t_B), share(beta_B)
     repeated = [part.repeat_interleave(num, dim=0) for part in (states_BS, t_B, beta_B)]
-    q_BK = value(repeated[0], actions_BKA.flatten(0, 1)).view(-1, num)
+    q_BK = source.of_support(pick_B)
     f_N1, pull = state.net.body.vjp(state.net.inputs(a_t_BKA.flatten(0, 1), *repeated))
     slope_BK, metrics = targets.contrastive(f_N1.view_as(q_BK), q_BK, beta_B)
     return pull(slope_BK.view(-1, 1)), metrics

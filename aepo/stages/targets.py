@@ -45,6 +45,8 @@ MIN_PIVOT = 0.1
 class Noised(NamedTuple):
     """Data actions, noised."""
 
+    index_B: Tensor
+    """Their rows of the data."""
     states_BS: Tensor
     actions_BA: Tensor
     """a_0."""
@@ -67,11 +69,17 @@ class Posterior(NamedTuple):
     """c of [M11]."""
 
 
-def analytic(heads_B2: Tensor, with_slope: WithSlope, x: Noised, origin: Posterior) -> Outcome:
-    """Return the gradient of the squared error of both heads  [M12]."""
-    return _fit_heads(
-        heads_B2, *first_order(with_slope, x.states_BS, origin.point_BA, origin.mean_BA, origin.variance_BA)
-    )
+def analytic(heads_B2: Tensor, q_B: Tensor, slope_BA: Tensor, origin: Posterior) -> Outcome:
+    """Return the gradient of the squared error of both heads  [M12].
+
+    Args:
+        heads_B2: the network's outputs.
+        q_B: scaled Q at the point of expansion.
+        slope_BA: its gradient there.
+        origin: the posterior.
+    """
+    first_B, second_B = first_order(q_B, slope_BA, origin.point_BA, origin.mean_BA, origin.variance_BA)
+    return _fit_heads(heads_B2, first_B, second_B)
 
 
 def mse(heads_B2: Tensor, x: Noised) -> Outcome:
@@ -168,20 +176,19 @@ def contrastive(f_BK: Tensor, q_BK: Tensor, beta_B: Tensor) -> Outcome:
 
 
 def first_order(
-    with_slope: WithSlope, states_BS: Tensor, point_BA: Tensor, mean_BA: Tensor, variance_BA: Tensor
+    q_B: Tensor, slope_BA: Tensor, point_BA: Tensor, mean_BA: Tensor, variance_BA: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return f_1 and f_2 with E = beta f_1 + beta^2 f_2, each [B], without gradient  [M11, M12].
+    """Return f_1 and f_2 with E = beta f_1 + beta^2 f_2, each [B]  [M11, M12].
 
     Exact where Q is linear in the action and the posterior Gaussian.
 
     Args:
-        with_slope: scaled Q and its slope.
-        states_BS: states.
+        q_B: scaled Q at c, without a graph.
+        slope_BA: its gradient there.
         point_BA: c, where Q is expanded.
         mean_BA: posterior mean m_t.
         variance_BA: posterior variance of each action component, >= 0.
     """
-    q_B, slope_BA = with_slope(states_BS, point_BA)
     first_B = q_B + (slope_BA * (mean_BA - point_BA)).sum(dim=-1)
     return first_B, 0.5 * (variance_BA * slope_BA.square()).sum(dim=-1)
 
