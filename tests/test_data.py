@@ -1,5 +1,7 @@
 """Minari data sets as transitions: what is read, what is normalised, what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,16 @@ def test_transitions_are_the_episodes_in_order(make_dataset):
     np.testing.assert_allclose(batch.actions_BA, np.concatenate([e.actions for e in episodes]) / 2, atol=1e-6)
     np.testing.assert_allclose(batch.rewards_B, np.concatenate([e.rewards for e in episodes]), rtol=1e-5)
     assert not batch.terminals_B.any(), "a truncated episode is no terminal"
+
+
+def test_pairs_are_the_states_and_actions_of_a_batch(transitions):
+    width = transitions.rows_ND.shape[1]
+    data = dataclasses.replace(transitions, shift_D=torch.randn(width), scale_D=torch.rand(width) + 0.5)
+    index, before = torch.tensor([4, 0, 4, 499]), data.rows_ND.clone()
+    batch = data.take(index)
+    assert all(map(torch.equal, data.take_pairs(index), (batch.states_BS, batch.actions_BA)))
+    assert batch.actions_BA.abs().max() == 1.0  # some are cut
+    assert torch.equal(data.rows_ND, before)
 
 
 def test_only_terminations_are_terminals(make_dataset):

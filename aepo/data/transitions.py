@@ -41,6 +41,13 @@ class Batch(NamedTuple):
     next_states_BS: Tensor
 
 
+class Pairs(NamedTuple):
+    """The states and actions of B transitions, normalised as in a Batch: half of its numbers or less."""
+
+    states_BS: Tensor
+    actions_BA: Tensor
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spaces:
     """What a policy must know of its environment; stored with it."""
@@ -100,6 +107,12 @@ class Transitions:
     def take(self, index_B: Tensor) -> Batch:
         """Return the transitions of these rows."""
         return self.batch(self.rows_ND.index_select(0, index_B))
+
+    def take_pairs(self, index_B: Tensor) -> Pairs:
+        """Return the states and actions of these rows."""
+        s, p = self.state_dim, self.state_dim + self.action_dim
+        rows_BP = self.rows_ND[:, :p].index_select(0, index_B).sub_(self.shift_D[:p]).mul_(self.scale_D[:p])
+        return Pairs(rows_BP[:, :s], rows_BP[:, s:].clamp_(-1.0, 1.0))
 
     def batch(self, rows_BD: Tensor) -> Batch:
         """Return raw rows normalised and cut into their parts."""

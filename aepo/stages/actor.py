@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aepo.config import ActorConfig
-from aepo.data.transitions import Batch, Transitions
+from aepo.data.transitions import Pairs, Transitions
 from aepo.networks import GaussianActor
 from aepo.parallel import share
 from aepo.stages.critic import OfRows
@@ -36,7 +36,7 @@ def start(config: ActorConfig, data: Transitions, generator: torch.Generator) ->
 
 @torch.no_grad()
 def gradients(
-    state: ActorState, config: ActorConfig, batch: Batch, advantage_B: Tensor
+    state: ActorState, config: ActorConfig, batch: Pairs, advantage_B: Tensor
 ) -> tuple[list[Tensor], Metrics]:
     """Return those of the weighted negative log-likelihood of the data's actions, and metrics."""
     weight_B = (config.inverse_temperature * advantage_B).exp().clamp(max=MAX_WEIGHT)
@@ -51,7 +51,7 @@ def gradients(
 def train_step(state: ActorState, config: ActorConfig, data: Transitions, of_rows: OfRows) -> Metrics:
     """Take one gradient step and return its metrics; `of_rows` gives min_i Q'_i - V."""
     index_B = share(data.draw_rows(config.batch_size, state.generator))
-    found, metrics = gradients(state, config, data.take(index_B), of_rows(index_B))
+    found, metrics = gradients(state, config, data.take_pairs(index_B), of_rows(index_B))
     state.optimizer.step_along(found)
     state.step += 1
     return metrics

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aepo import kernels
 from aepo.config import BehaviorConfig
-from aepo.data.transitions import Batch, Transitions
+from aepo.data.transitions import Pairs, Transitions
 from aepo.diffusion import sampler
 from aepo.diffusion.sampler import Grid, Predict
 from aepo.diffusion.schedule import alpha_sigma, draw_times
@@ -83,7 +83,7 @@ def start(config: BehaviorConfig, data: Transitions, generator: torch.Generator)
 
 
 @torch.no_grad()
-def gradients(state: BehaviorState, batch: Batch) -> tuple[list[Tensor], Metrics]:
+def gradients(state: BehaviorState, batch: Pairs) -> tuple[list[Tensor], Metrics]:
     """Return those of the squared error of F, per action dimension, by the optimizer's parameters, and metrics  [M5].
 
     A learned variance adds its own squared error, to (a_0 - m_t)^2  [M10].
@@ -114,7 +114,8 @@ def gradients(state: BehaviorState, batch: Batch) -> tuple[list[Tensor], Metrics
 
 def train_step(state: BehaviorState, config: BehaviorConfig, data: Transitions) -> Metrics:
     """Take one gradient step and return its metrics."""
-    found, metrics = gradients(state, data.draw(config.batch_size, state.generator))
+    index_B = data.draw_rows(config.batch_size, state.generator)
+    found, metrics = gradients(state, data.take_pairs(index_B))
     state.optimizer.step_along(found)
     state.ema.update()
     state.step += 1

@@ -299,7 +299,7 @@ def _noised(state: EnergyState, config: EnergyConfig, data: Transitions, source:
     eps_BA = torch.randn((len(index_B), data.action_dim), generator=generator, device=generator.device)
     beta_B = torch.ones_like(t_B) if not state.net.takes_beta else _draw_betas(config, len(t_B), generator)
     index_B, t_B, eps_BA, beta_B = share(index_B), share(t_B), share(eps_BA), share(beta_B)
-    batch = data.take(index_B)
+    batch = data.take_pairs(index_B)
     return Noised(
         index_B=index_B,
         states_BS=batch.states_BS,
