@@ -186,7 +186,7 @@ def test_a_floor_has_the_products_of_a_step_and_their_layout(tiny_config, transi
     assert [copy.stride() for copy in copies if min(copy.shape) > 1] == [
         operand.stride() for operand in originals if min(operand.shape) > 1
     ]
-    measure.floor_of(steps["actor"])()
+    measure.floor_of(steps["actor"], seconds=0.01)()
 
 
 def test_numbers_that_measure_nothing_are_refused(capsys):

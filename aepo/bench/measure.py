@@ -261,10 +261,11 @@ def products_of(step: Callable[[], Any]) -> list[tuple[Any, tuple[Any, ...]]]:
     return products
 
 
-def floor_of(step: Callable[[], Any]) -> Callable[[], None]:
+def floor_of(step: Callable[[], Any], *, seconds: float) -> Callable[[], None]:
     """Return what computes a step's matrix products and nothing else, each by the fastest kernel of this torch.
 
-    Operands are copies of the step's own, in the layout that it has them in.
+    Operands are copies of the step's own, in the layout that it has them in. Kernels are compared for about so many
+    seconds in all.
     """
     calls: list[Callable[[], Tensor]] = []
     fastest: dict[Any, int] = {}
@@ -283,7 +284,7 @@ def floor_of(step: Callable[[], Any]) -> Callable[[], None]:
             ways.append(functools.partial(onednn, x, y.t(), bias, "none", [], ""))
         layout = (x.shape, x.stride(), y.shape, y.stride(), bias is None)
         if layout not in fastest:
-            costs = compare(*ways, seconds=0.03)
+            costs = compare(*ways, seconds=seconds / 10)
             fastest[layout] = min(range(len(ways)), key=lambda i, costs=costs: costs[i].cpu_ms)  # type: ignore[misc]
         calls.append(ways[fastest[layout]])
 
@@ -306,7 +307,7 @@ def steps(configs: Mapping[str, RunConfig], shape: Shape, *, seconds: float) -> 
     data = shape.data()
     for work in works(configs, data):
         work.ours()  # what comes before the first step
-        floor = floor_of(work.ours)
+        floor = floor_of(work.ours, seconds=seconds / 5)
         ours, baseline, least = compare(work.ours, work.baseline, floor, seconds=seconds)
         row = _row(work.name, shape, ours, baseline)
         yield row | {
