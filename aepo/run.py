@@ -244,7 +244,17 @@ def _recorded(config: RunConfig, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _backend_of(config: RunConfig, folder: Path) -> kernels.Backend:
-    """Return the backend with which a run began, or begins, and note it in the run's folder.
+    """Return the backend with which a run began, or begins, and note it in the run's folder; errors as `_noted`."""
+    if (noted := _noted(config, folder)) is not None:
+        return noted
+    chosen = kernels.choose(own_table())
+    facts = {"format": 1, "arithmetic": kernels.ARITHMETIC, "backend": chosen, "torch": torch.__version__}
+    write_json(folder / KERNELS, facts | dataclasses.asdict(kernels.processor()))
+    return chosen
+
+
+def _noted(config: RunConfig, folder: Path) -> kernels.Backend | None:
+    """Return the backend with which a run began, None if it has not.
 
     Raises:
         CheckpointError: if it was stopped before the arithmetic of training changed: its steps would not be those
@@ -256,8 +266,7 @@ def _backend_of(config: RunConfig, folder: Path) -> kernels.Backend:
     elif (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
         begun = {"arithmetic": 1}  # from before it was written down
     else:
-        begun = {"format": 1, "arithmetic": kernels.ARITHMETIC, "backend": kernels.choose(own_table())}
-        write_json(path, begun | dataclasses.asdict(kernels.processor()) | {"torch": torch.__version__})
+        return None
     if begun["arithmetic"] != kernels.ARITHMETIC:
         raise CheckpointError(
             f"{config.name} was stopped under arithmetic {begun['arithmetic']}, this version computes by "
@@ -475,22 +484,20 @@ def read_cell_name(name: str) -> tuple[float, float]:
     return float(beta), float(scale)
 
 
-def follow(config: RunConfig, store: Store, *, device: torch.device) -> None:
-    """Train beside the worker that leads (`execute`): the same steps, no evaluation, no files.
-
-    Its backend is that of its processor, whatever the run's folder says: gradients are averaged, so that weights are
-    the same in all workers.
+def follow(config: RunConfig, folder: Path, store: Store, *, device: torch.device) -> None:
+    """Train beside the worker that leads (`execute`): the same steps and backend, no evaluation, no files.
 
     Raises:
         Interrupted: if the leader was asked to stop.
         AEPOError: what the leader meets too.
     """
-    data = load_data(config).to(device)
-    saved = store.load()
-    _check_saved(saved, config, data)
-    for progress in pipeline.train(config, data, device=device, resume=saved and saved["state"]):
-        if parallel.agree(False):
-            raise Interrupted(f"stopped at step {progress.step} of {progress.stage}")
+    with kernels.using(_noted(config, folder) or kernels.backend()):  # the leader's choice, before it has noted it
+        data = load_data(config).to(device)
+        saved = store.load()
+        _check_saved(saved, config, data)
+        for progress in pipeline.train(config, data, device=device, resume=saved and saved["state"]):
+            if parallel.agree(False):
+                raise Interrupted(f"stopped at step {progress.step} of {progress.stage}")
 
 
 def load_data(config: RunConfig) -> Transitions:

@@ -147,9 +147,11 @@ def _follow(values: dict[str, Any]) -> None:
     config = read_planned(sweep, values["run"])
     run.set_up_torch(max(1, int(values["cpus"])))
     _claim_share(values["gpus"])
-    store = run.FolderStore(sweep / RUN_FOLDERS / config.name)
+    folder = sweep / RUN_FOLDERS / config.name
     with contextlib.suppress(AEPOError, Interrupted):  # the leader says it
-        run.follow(config, store, device=run.select_device("cuda" if values["gpus"] else "cpu"))
+        run.follow(
+            config, folder, run.FolderStore(folder), device=run.select_device("cuda" if values["gpus"] else "cpu")
+        )
 
 
 def _is_stopped(values: dict[str, Any]) -> bool:
