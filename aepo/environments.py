@@ -62,7 +62,7 @@ def make_environment(dataset: Any, *, env_id: str = "", horizon: int = 0) -> gym
     kwargs: dict[str, Any] = {"disable_env_checker": True}  # it warns of what does not concern us
     kwargs |= {"max_episode_steps": horizon} if horizon else {}
     register_robotics()
-    with warnings.catch_warnings(), _own_temporary_folder():
+    with warnings.catch_warnings(), own_temporary_folder():
         warnings.filterwarnings("ignore", message=".*is out of date.*")
         warnings.filterwarnings("ignore", message=".*rewards are currently not .*")
         metadata = dataset.storage.metadata
@@ -90,7 +90,7 @@ def _walls_differ(metadata: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _own_temporary_folder() -> Iterator[None]:
+def own_temporary_folder() -> Iterator[None]:
     """Let what a maze environment leaves in the temporary folder when it is made (its XML) vanish at once."""
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(prefix="aepo-") as folder:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from multiprocessing.synchronize import Barrier
@@ -37,7 +38,7 @@ from aepo.data import pointmaze, staging
 from aepo.data.episodes import action_bounds
 from aepo.data.library import open_dataset
 from aepo.data.transitions import Spaces, Transitions
-from aepo.environments import register_robotics
+from aepo.environments import own_temporary_folder, register_robotics
 from aepo.errors import ConfigError, ResourceError
 from aepo.evaluate import Evaluator
 from aepo.kernels import linear, multiplying
@@ -395,10 +396,12 @@ def _name_environment(task: Task) -> str:
     from minari.data_collector.episode_buffer import EpisodeBuffer
 
     register_robotics()
-    env = gymnasium.wrappers.FlattenObservation(gymnasium.make(task.env_id))
-    first, _ = env.reset(seed=0)
-    action = env.action_space.sample()
-    second, reward, *_ = env.step(action)
+    with own_temporary_folder(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of versions and habits of environments that tasks name on purpose
+        env = gymnasium.wrappers.FlattenObservation(gymnasium.make(task.env_id))
+        first, _ = env.reset(seed=0)
+        action = env.action_space.sample()
+        second, reward, *_ = env.step(action)
     episode = EpisodeBuffer(
         observations=np.stack([first, second]),
         actions=action[None],
