@@ -13,6 +13,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.resources import files
@@ -74,7 +75,7 @@ class Measured:
     def is_of(self, processor: "Processor") -> bool:
         """Return whether the row is of this processor and of this process's torch."""
         same = (self.vendor, self.family) == (processor.vendor, processor.family)
-        return same and self.model in ("", processor.model) and self.torch == torch_version()
+        return bool(processor.vendor) and same and self.model in ("", processor.model) and self.torch == torch_version()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,12 +111,16 @@ def read_table(text: str) -> list[Measured]:
     Raises:
         ConfigError: for a line that is no row.
     """
+    columns = [field.name for field in dataclasses.fields(Measured)]
+    reader = csv.DictReader(text.splitlines(), strict=True)
     try:
-        return TypeAdapter(list[Measured]).validate_python(list(csv.DictReader(text.splitlines(), strict=True)))
+        rows = TypeAdapter(list[Measured]).validate_python(list(reader))
     except (ValidationError, csv.Error) as error:
-        columns = ", ".join(field.name for field in dataclasses.fields(Measured))
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"no table of processors, wanted the columns {columns}: {reason}") from error
+        raise ConfigError(f"no table of processors, wanted the columns {', '.join(columns)}: {reason}") from error
+    if list(reader.fieldnames or columns) != columns or not all(math.isfinite(row.gain) for row in rows):
+        raise ConfigError(f"no table of processors, wanted the columns {', '.join(columns)} and finite gains")
+    return rows
 
 
 def choose(own: Path) -> Backend:
@@ -137,7 +142,7 @@ def read_own(path: Path) -> list[Measured]:
     """Return the rows of a user's own table, none if there is no such file; errors as `choose`."""
     try:
         return read_table(path.read_text()) if path.exists() else []
-    except ConfigError as error:
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is {error}; delete it, `aepo doctor --measure` writes it") from error
 
 
@@ -159,14 +164,19 @@ def use(backend: Backend) -> None:
         ConfigError: for a backend that is not known, or not there.
     """
     global _backend
-    if backend not in get_args(Backend) or (backend == "onednn" and not has_onednn()):
-        raise ConfigError(f"this torch cannot multiply by {backend!r}; wanted one of {', '.join(get_args(Backend))}")
+    if backend not in backends():
+        raise ConfigError(f"this torch cannot multiply by {backend!r}; wanted one of {', '.join(backends())}")
     _backend = backend
 
 
 def backend() -> Backend:
     """Return the backend in use."""
     return _backend
+
+
+def backends() -> list[Backend]:
+    """Return the backends that this torch has."""
+    return [name for name in get_args(Backend) if name != "onednn" or has_onednn()]
 
 
 def has_onednn() -> bool:

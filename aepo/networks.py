@@ -93,7 +93,7 @@ class Mlp(nn.Sequential):
             return torch.cat(outputs), torch.cat(slopes)
         output_B1, kept = self._forward(x_BI)
         (x_BI,) = kept.pop()
-        grad_BH = self._output[0].expand_as(x_BI).contiguous()
+        grad_BH = self._output[0].repeat(len(x_BI), 1)  # overwritten below: never the weights themselves
         first = self._hidden[0][0][:, columns]
         for weight, _, norm in reversed(self._hidden):
             grad_BH, _ = self._before(grad_BH, kept.pop(), norm, learns=False)

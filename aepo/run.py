@@ -234,7 +234,7 @@ def _recorded(config: RunConfig, folder: Path) -> Iterator[dict[str, Any]]:
     write_json(folder / CONFIG, dataclasses.asdict(config))
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     try:
-        with kernels.using(_backend_of(config, folder)):
+        with kernels.using(_agreed(_backend_of(config, folder))):
             yield {**describe(config, folder), "started_at": started_at}
     except (AEPOError, MemoryError, torch.OutOfMemoryError, OSError) as error:
         if not (known := _as_known(error, folder)):
@@ -260,21 +260,30 @@ def _noted(config: RunConfig, folder: Path) -> kernels.Backend | None:
         CheckpointError: if it was stopped before the arithmetic of training changed: its steps would not be those
             that it has taken.
     """
+    rows = folder / METRICS
+    if not (folder / checkpoint.FILE).exists() and not (rows.exists() and rows.stat().st_size):
+        return None  # nothing was computed, whatever is noted
     path = folder / KERNELS
-    if path.exists():
-        begun = read_document(path, kind="run", version=1, field="backend")
-    elif (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
-        begun = {"arithmetic": 1}  # from before it was written down
-    else:
-        return None
-    if begun["arithmetic"] != kernels.ARITHMETIC:
+    # without a note it is from before this was written down
+    begun = read_document(path, kind="run", version=1, field="backend") if path.exists() else {"arithmetic": 1}
+    if begun.get("arithmetic") != kernels.ARITHMETIC:
         raise CheckpointError(
-            f"{config.name} was stopped under arithmetic {begun['arithmetic']}, this version computes by "
+            f"{config.name} was stopped under arithmetic {begun.get('arithmetic')}, this version computes by "
             f"{kernels.ARITHMETIC}, and the two are never mixed: continue it with the version that began it, or delete "
             f"{folder} to begin again"
         )
+    if begun["backend"] not in kernels.backends():
+        raise CheckpointError(
+            f"{path}: the run began with {begun['backend']!r}, this torch has {', '.join(kernels.backends())}; "
+            f"continue it where torch has the other, or delete {folder} to begin again"
+        )
     backend: kernels.Backend = begun["backend"]
     return backend
+
+
+def _agreed(backend: kernels.Backend) -> kernels.Backend:
+    """Return the leader's backend in every worker: their processors may differ."""
+    return "onednn" if parallel.agree(backend == "onednn") else "torch"
 
 
 def own_table() -> Path:
@@ -491,7 +500,7 @@ def follow(config: RunConfig, folder: Path, store: Store, *, device: torch.devic
         Interrupted: if the leader was asked to stop.
         AEPOError: what the leader meets too.
     """
-    with kernels.using(_noted(config, folder) or kernels.backend()):  # the leader's choice, before it has noted it
+    with kernels.using(_agreed(_noted(config, folder) or kernels.backend())):
         data = load_data(config).to(device)
         saved = store.load()
         _check_saved(saved, config, data)

@@ -68,7 +68,7 @@ def read_document(path: Path, *, kind: str, version: int, field: str) -> dict[st
     """
     try:
         document: dict[str, Any] = json.loads(path.read_text())
-        assert document["format"] == version
+        assert document["format"] == version, f"format {document['format']}, wanted {version}"
         len(document[field])
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is not a {kind}: it has no {path.name}") from None

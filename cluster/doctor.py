@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from aepo.console import emit_json, emit_table, err
-from aepo.errors import ConfigError
+from aepo.errors import ConfigError, ResourceError
 from aepo.tasks import rows, table
 
 Status = Literal["pass", "warn", "fail"]
@@ -73,6 +73,8 @@ class Doctor:
 
         if self.seconds <= 0:
             raise ConfigError(f"want --seconds above 0, got {self.seconds:g}")
+        if not kernels.processor().vendor:
+            raise ResourceError("/proc/cpuinfo does not say which processor this is: torch's own layers are used")
         set_up_torch(1)
         gains = {}
         for name, gain in backends(self.seconds):
@@ -144,11 +146,13 @@ def _kernels() -> Check:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rates = linear_rates()
+    chosen = kernels.choose(own_table())
+    with kernels.using(chosen):
+        rates = linear_rates()
     torch.set_num_threads(threads)
     capability = torch.backends.cpu.get_cpu_capability()
     found = (
-        f"{capability}, backend {kernels.choose(own_table())}, linear layers {rates['float32']:.0f} GFLOP/s a core "
+        f"{capability}, backend {chosen}, linear layers {rates['float32']:.0f} GFLOP/s a core "
         f"({rates['plain']:.0f} by PyTorch's own), {rates['bfloat16']:.0f} with bfloat16"
     )
     if not capability.startswith("AVX512") and "avx512f" in _processor_flags():

@@ -72,15 +72,36 @@ def test_what_was_measured_here_counts_before_our_table(on, tmp_path):
     assert kernels.choose(own) == "torch"  # less than 15 % is not worth other bits
 
 
-@pytest.mark.parametrize("text", ["", "vendor,gain\nx,1", "vendor,family,model,torch,gain,source\nx,1,2,2.13,fast,y"])
+HEADER = "vendor,family,model,torch,gain,source\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"vendor,gain\nx,1",
+        HEADER.encode() + b"x,1,2,2.13,fast,y",
+        HEADER.encode() + b"x,1,2,2.13,nan,y",
+        b"hello\n",
+        b"AuthenticAMD,26,,2.13,1.7,a row without its header\n",
+        HEADER.encode() + b"\xe9,1,2,2.13,1,y",
+    ],
+)
 def test_a_table_that_is_none_is_refused_by_its_name(text, tmp_path):
     own = tmp_path / "kernels.csv"
-    own.write_text(text)
-    if not text:
-        assert kernels.choose(own) in BACKENDS
-        return
-    with pytest.raises(ConfigError, match=r"kernels.csv is no table of processors, wanted the columns vendor"):
+    own.write_bytes(text)
+    with pytest.raises(ConfigError, match=r"kernels.csv is .*delete it, `aepo doctor --measure` writes it"):
         kernels.choose(own)
+
+
+def test_an_empty_table_has_no_rows(tmp_path, on):
+    on(Processor(vendor="x", family="1", model="2", name=""))
+    (tmp_path / "kernels.csv").touch()
+    assert kernels.choose(tmp_path / "kernels.csv") == "torch"
+
+
+def test_a_processor_that_tells_nothing_has_no_row():
+    nameless = Processor(vendor="", family="", model="", name="")
+    assert not row(vendor="", family="").is_of(nameless)
 
 
 def test_an_unknown_backend_is_refused():
@@ -262,6 +283,34 @@ def test_a_run_of_another_arithmetic_is_refused_by_name_and_left_as_it_is(datase
         assert json.loads((folder / "result.json").read_text())["status"] == "failed"
     note.write_text(json.dumps(facts))  # as it was
     assert train(config, folder)["status"] == "finished"
+
+
+def test_a_run_stopped_before_its_first_row_of_metrics_is_refused_too(dataset, tiny_config, tmp_path):
+    config, folder = tiny_config(dataset, behavior__steps=20_000, evaluation__num_episodes=1), tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run.execute(config, folder, run.FolderStore(folder), device=CPU, on_progress=lambda progress: True)
+    assert (folder / "metrics.jsonl").read_text() == ""
+    (folder / "kernels.json").unlink()
+    with pytest.raises(CheckpointError, match="was stopped under arithmetic 1"):
+        train(config, folder)
+
+
+def test_a_note_without_a_step_binds_nobody(dataset, tiny_config, tmp_path):
+    config, folder = tiny_config(dataset, evaluation__num_episodes=1), tmp_path / "run"
+    folder.mkdir()
+    (folder / "kernels.json").write_text(json.dumps({"format": 1, "arithmetic": 1, "backend": "torch"}))
+    assert train(config, folder)["status"] == "finished"
+    assert json.loads((folder / "kernels.json").read_text())["arithmetic"] == kernels.ARITHMETIC
+
+
+@pytest.mark.parametrize("note", [{"format": 1, "backend": "torch"}, {"format": 1, "arithmetic": 2, "backend": "mkl"}])
+def test_a_note_that_is_none_says_what_to_do(note, dataset, tiny_config, tmp_path):
+    config, folder = tiny_config(dataset, evaluation__num_episodes=1), tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(config, folder, stop_after=20)
+    (folder / "kernels.json").write_text(json.dumps(note))
+    with pytest.raises(CheckpointError, match=r"delete .* to begin again"):
+        train(config, folder)
 
 
 def test_an_ended_run_of_another_arithmetic_is_still_a_result(dataset, tiny_config, tmp_path):

@@ -108,6 +108,20 @@ def test_a_vjp_changes_nothing_it_was_given_and_answers_once(activation):
 
 @torch.no_grad()
 @pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("rows", [1, 16, 17, 70])
+def test_a_slope_leaves_the_weights_as_they_are(norm, rows, monkeypatch):
+    """A last block of one row is as wide as the output's weights: they are not to be overwritten."""
+    monkeypatch.setattr(kernels, "BLOCK_ROWS", 16)
+    mlp, x = Mlp([7, 33, 33, 1], norm=norm), torch.randn(rows, 7)
+    before = [parameter.clone() for parameter in mlp.parameters()]
+    slopes = [mlp.with_slope(x, slice(2, 5))[1] for _ in range(2)]
+    mlp.fit(x, torch.randn(rows, 1))
+    assert torch.equal(*slopes)
+    assert all(map(torch.equal, before, mlp.parameters()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [True, False])
 def test_rows_go_through_in_blocks_as_in_one_piece(norm, monkeypatch):
     """Outputs, gradients and slopes of 70 rows in blocks of 16, the last one shorter."""
     torch.manual_seed(0)
