@@ -33,7 +33,7 @@ ARITHMETIC = 2
 """Raised by every change to the bits of a training step: what was begun under another number is never continued."""
 Backend = Literal["torch", "onednn"]
 MIN_GAIN = 1.15
-"""How much faster than `torch` whole steps must be for `onednn` to be used."""
+"""Whole steps must be so many times as fast by `onednn` as by `torch` for it to be used."""
 MIN_ROWS, MIN_PRODUCTS = 16, 2**20
 """Fewer rows, or fewer multiplications in all, do not repay a call of oneDNN, nor rounding to bfloat16."""
 BLOCK_ROWS = 512
@@ -46,7 +46,7 @@ MATMUL_PRECISION: dict[Precision, str] = {"float32": "highest", "tf32": "high", 
 
 _backend: Backend = "torch"
 _small_differ = False
-"""Whether small products are to be more precise than `multiplying` has the others."""
+"""True while small products are to be more precise than `multiplying` has the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,7 @@ class Measured:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     vendor: str
-    """As /proc/cpuinfo has it: GenuineIntel, AuthenticAMD."""
+    """The name in /proc/cpuinfo: GenuineIntel, AuthenticAMD."""
     family: str
     model: str
     """Empty = every model of the family."""

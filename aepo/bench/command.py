@@ -60,7 +60,7 @@ class Bench:
     """Settings of steps and sampling, KEY=VALUE: critic.activation=relu critic.layer_norm=false actor.activation=relu
     are published IQL's networks."""
     transitions: int = 200_000
-    """Of a data set, random numbers, at most; tasks with fewer have as many as their data."""
+    """A data set has so many at most, random numbers; tasks with fewer have as many as their data."""
     processes: tuple[int, ...] = (1, 2, 6)
     """Numbers of training processes at once, each on one thread."""
     seconds: float = 2.0

@@ -58,14 +58,14 @@ NUM_EPISODES, HORIZON = 10, 20
 """Of an evaluation."""
 BENCH_DATASET = "bench/environment-v0"
 NUM_SUPPORT_STATES = 1000
-"""In which QGPO draws its actions before the first step; a step costs the same with more."""
+"""QGPO draws its actions in so many states before the first step; a step costs the same with more."""
 CPU = torch.device("cpu")
 PRODUCTS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.mkldnn._linear_pointwise.default if kernels.has_onednn() else None,
 )
-"""What a step's matrix products are, to torch's dispatcher."""
+"""Torch's dispatcher sees matrix products as these operators."""
 
 
 @dataclasses.dataclass(frozen=True)
