@@ -132,8 +132,9 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_unbroken_s
 def test_a_killed_trial_driver_leaves_no_core_reserved(whole):
     home, dataset_id, _ = whole
     folder = home / "killed-driver"
-    process = sweep_process(folder, dataset_id, *LONG, flags=("--cpus", "2"))
-    wait_for(lambda: "critic" in stages(folder))
+    short = [*LONG, "behavior.steps=600", "critic.steps=600", "energy.steps=40"]  # two threads may share their cores
+    process = sweep_process(folder, dataset_id, *short, flags=("--cpus", "2"))
+    wait_for(lambda: "behavior" in stages(folder))
     family = psutil.Process(process.pid).children(recursive=True)
     drivers = [child for child in family if "ImplicitFunc" in " ".join(child.cmdline())]
     assert len(drivers) == 1
