@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium
 
 from aepo.errors import DataError, ResourceError
+from aepo.tasks import check_references
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,9 +28,23 @@ class References:
 
 
 def references(dataset: Any) -> References | None:
-    """Return the reference returns in a Minari data set's metadata, None if it has none."""
+    """Return the reference returns in a Minari data set's metadata, None if it has none.
+
+    Raises:
+        DataError: unless they are two finite numbers, ascending.
+    """
     low, high = (dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score"))
-    return None if low is None or high is None else References(random=float(low), expert=float(high))
+    if low is None and high is None:
+        return None
+    try:
+        refs = References(random=float(low), expert=float(high))
+        check_references(dataset.id, refs.random, refs.expert)
+    except (TypeError, ValueError):  # a ConfigError is one
+        raise DataError(
+            f"{dataset.id}: reference scores {low!r} and {high!r} (ref_min_score, ref_max_score in its metadata), "
+            "wanted two finite numbers, ascending, or neither"
+        ) from None
+    return refs
 
 
 def register_robotics() -> None:
@@ -71,7 +86,9 @@ def make_environment(dataset: Any, *, env_id: str = "", horizon: int = 0) -> gym
                 return gymnasium.make(env_id, **kwargs)
             eval_env = not _walls_differ(metadata)
             return dataset.recover_environment(eval_env=eval_env, **kwargs)  # type: ignore[no-any-return]
-        except (ImportError, gymnasium.error.Error, AttributeError, TypeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # an environment's own code, or that of a wrapper which cannot be made again
             if metadata.get("env_spec") is None and not env_id:
                 raise DataError(f"{dataset.id} names no environment, so no policy can be evaluated on it") from error
             raise ResourceError(

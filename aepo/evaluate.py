@@ -1,20 +1,26 @@
 """Roll-outs: all episodes at once, one batched call of the policy per step, no slot idle."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.envs.registration import WrapperSpec
 from numpy.typing import NDArray
+from torch import Tensor
 
 from aepo.config import RunConfig
+from aepo.data.episodes import ACTION_TOLERANCE, action_bounds, doubt_pictures
+from aepo.data.transitions import Spaces, Transitions
 from aepo.environments import References, references, same_environment
 from aepo.errors import DataError, TrainingError
 from aepo.policy import Policy
 from aepo.slots import SharedSlots, Site, naming
 from aepo.tasks import ReturnRule
 
+MAX_DOUBTS = 3
+"""Entries of an observation that are named."""
 MAX_ENVS = 50
 """Environments that live at the same time."""
 
@@ -57,6 +63,8 @@ class Evaluator:
             horizon=horizon,
             return_rule=return_rule,
         )
+        self.cut_percent = 0.0
+        """Of the entries of observations in the last `run`: those that the policy's bound has cut."""
         self._slots = SharedSlots(site, processes=processes)
         own = self._slots.own
         own.make([0])
@@ -116,8 +124,11 @@ class Evaluator:
         episodes = {slot: slot for slot in range(min(num_episodes, MAX_ENVS))}
         waiting = iter(range(len(episodes), num_episodes))
         states = self._slots.reset({slot: seed + episode for slot, episode in episodes.items()})
+        num_cut, num_seen = 0, 0
         while episodes:
-            actions = policy.act(self._checked(np.stack([states[slot] for slot in episodes])), generator)
+            seen_BS = self._checked(np.stack([states[slot] for slot in episodes]))
+            num_cut, num_seen = num_cut + policy.num_cut(seen_BS), num_seen + seen_BS.size
+            actions = policy.act(seen_BS, generator)
             steps = self._slots.step(dict(zip(episodes, actions, strict=True)))
             for slot, episode in episodes.items():
                 states[slot], returns[episode] = steps[slot].state_S, steps[slot].return_
@@ -128,20 +139,82 @@ class Evaluator:
                     del episodes[slot]
             episodes |= following
             states |= self._slots.reset({slot: seed + episode for slot, episode in following.items()})
+        self.cut_percent = 100.0 * num_cut / num_seen
         return returns
 
     def observation_width(self, *, seed: int) -> int:
         """Return the number of entries of an observation, after a first reset."""
         return len(self._checked(self._slots.own.reset({0: seed})[0]))
 
+    def check(self, data: Transitions) -> list[str]:
+        """Take a real step before anything is trained; return what makes one doubt that the environment is the data's.
+
+        Raises:
+            DataError: if the environment has other actions or observations than the data, or a wrapper whose state they
+                do not hold.
+            TrainingError: if it fails, or gives a value that is not finite.
+        """
+        own, spaces = self._slots.own, data.spaces
+        env = own.envs[0]
+        name = f"{own.dataset.id}: its environment {self.env_id}"
+        if moved := [wrapper.name for wrapper in (env.spec.additional_wrappers if env.spec else ()) if _moves(wrapper)]:
+            raise DataError(
+                f"{name} has the wrapper {moved[0]}, whose running statistics are not stored with the data: evaluation "
+                "would begin with others; record without it, aepo normalises on its own"
+            )
+        low_A, high_A = action_bounds(env, name=self.env_id)
+        own_A = [spaces.action_low_A.cpu().numpy(), spaces.action_high_A.cpu().numpy()]
+        slack = ACTION_TOLERANCE * float((high_A - low_A).max())
+        if (
+            low_A.shape != own_A[0].shape
+            or max(np.abs(own_A[0] - low_A).max(), np.abs(own_A[1] - high_A).max()) > slack
+        ):
+            raise DataError(
+                f"{name} takes actions in {env.action_space}, the data hold actions in {own.dataset.action_space}: "
+                "store them in the environment's units, or the environment with its wrapper that converts"
+            )
+        state_S = self._checked(own.reset({0: 0})[0])
+        if len(state_S) != data.state_dim:
+            raise DataError(f"{name} shows observations of {len(state_S)} entries, the data have {data.state_dim}")
+        step = own.step({0: (low_A + high_A) / 2})[0]
+        self._checked(step.state_S)
+        if not np.isfinite(step.return_):
+            raise TrainingError(f"the environment {self.env_id} gave a reward that is not finite")
+        far = _far_entries(torch.as_tensor(state_S), spaces, self.env_id)
+        return [*doubt_pictures(own.dataset, own.site.observation_keys), *far]
+
     def close(self) -> None:
         """Close the environments and end the processes."""
         self._slots.close()
 
-    def _checked(self, states: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _checked(self, states: NDArray[np.float64]) -> NDArray[np.float64]:
         if not np.isfinite(states).all():
             raise TrainingError(f"the environment {self.env_id} gave an observation that is not finite")
         return states
+
+
+def _moves(wrapper: WrapperSpec) -> bool:
+    """Return whether a wrapper keeps statistics that its specification does not hold."""
+    return wrapper.name in ("NormalizeObservation", "NormalizeReward")
+
+
+def _far_entries(state_S: Tensor, spaces: Spaces, env_id: str) -> Iterator[str]:
+    """Yield a line for each of the first entries of an environment's first observation that no data are near to."""
+    mean_S, scale_S = spaces.state_mean_S.cpu(), spaces.state_scale_S.cpu()
+    differs_S = (scale_S == 0) & ((state_S - mean_S).abs() > 1e-6 * mean_S.abs().clamp(min=1.0))
+    for i in differs_S.nonzero().flatten().tolist()[:MAX_DOUBTS]:
+        yield (
+            f"entry {i} of the observation is {mean_S[i]:.6g} in all of the data and {state_S[i]:.6g} in {env_id}: "
+            "policies do not see it"
+        )
+    far_S = spaces.beyond_bound(state_S.to(spaces.state_mean_S.device)).cpu()
+    if 2 * int(far_S.sum()) > int((scale_S != 0).sum()):  # a few may be: data from one corner of a maze
+        i = int(far_S.nonzero()[0])
+        yield (
+            f"{int(far_S.sum())} of {len(far_S)} entries of the observation are far from the data in {env_id}, as "
+            f"entry {i}, {state_S[i]:.6g} there, {mean_S[i]:.6g} +- {1 / scale_S[i]:.3g} in the data: is it the "
+            "environment of the data, with all its wrappers?"
+        )
 
 
 def draw_grid(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -69,8 +68,8 @@ class Policy(nn.Module, abc.ABC):
         """The normalisation of states and the bounds of actions."""
         return Spaces(**{field.name: self.get_buffer(field.name) for field in dataclasses.fields(Spaces)})
 
-    def act(self, observations_NS: NDArray[Any] | Tensor, generator: torch.Generator) -> NDArray[np.float32]:
-        """Return one action per observation, [N, A], in the environment's units and within its bounds.
+    def act(self, observations_NS: NDArray[Any] | Tensor, generator: torch.Generator) -> NDArray[Any]:
+        """Return one action per observation, [N, A], within the action space of the data and in its type.
 
         On the CPU one thread computes, whatever torch's number of threads is.
 
@@ -81,8 +80,14 @@ class Policy(nn.Module, abc.ABC):
         spaces = self.spaces
         device = spaces.state_mean_S.device
         with _one_thread():
-            states_NS = spaces.normalise_states(torch.as_tensor(observations_NS, dtype=torch.float32, device=device))
-            return spaces.denormalise_actions(self.sample(states_NS, generator)).cpu().numpy()
+            states_NS = spaces.normalise_states(torch.as_tensor(observations_NS, device=device))
+            return spaces.accept(self.sample(states_NS, generator))
+
+    def num_cut(self, observations_NS: NDArray[Any]) -> int:
+        """Return how many entries of raw observations are so far from the data that networks see the bound instead."""
+        spaces = self.spaces
+        states_NS = torch.as_tensor(observations_NS, device=spaces.state_mean_S.device)
+        return int(spaces.beyond_bound(states_NS).sum())
 
     def save(self, path: Path) -> None:
         """Write the policy as one safetensors file, atomically."""
@@ -110,10 +115,12 @@ class Policy(nn.Module, abc.ABC):
         if facts["digest"] != _digest(tensors):
             raise CheckpointError(f"{path} has been changed since it was written: its digest differs")
         try:
-            spaces = Spaces(**{field.name: tensors[field.name] for field in dataclasses.fields(Spaces)})
+            spaces = Spaces(
+                **{field.name: tensors[field.name] for field in dataclasses.fields(Spaces) if field.name in tensors}
+            )
             policy = Policy.make(configs.from_dict(facts["config"]), spaces)
             policy.load_state_dict(tensors)
-        except (ConfigError, KeyError, RuntimeError) as error:
+        except (ConfigError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{path} does not hold the policy that it names: {error}") from error
         return policy.to(device)
 

@@ -20,12 +20,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.markup import escape
 
 from aepo import checkpoint, kernels, parallel, pipeline
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.data.transitions import Transitions, cache_folder, load_transitions
-from aepo.errors import AEPOError, CheckpointError, Interrupted, ResourceError
+from aepo.errors import AEPOError, CheckpointError, DataError, Interrupted, ResourceError
 from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
 from aepo.policy import GuidedPolicy, Policy
@@ -171,6 +172,7 @@ def execute(
     """
     ended = read_result(folder)
     if ended is not None and ended["status"] == "finished":
+        check_unchanged(config, str(ended["dataset_digest"]), folder)
         return ended
     with _recorded(config, folder) as facts:
         num_evaluated = len(config.rounds) - 1  # the last round ends with the result
@@ -321,11 +323,11 @@ class _Training:
         self._config, self._folder, self._store, self._device = config, folder, store, device
         self._checkpoint_s, self._on_progress, self._num_evaluated = checkpoint_s, on_progress, num_evaluated
         self._began_at = time.monotonic()
-        self._data = load_data(config).to(device)
+        data, self._evaluator = prepare(config, eval_processes)
+        self._data = data.to(device)
         self._saved = store.load()
         self._seconds_before = _check_saved(self._saved, config, self._data)
         self._reused_before = int(self._saved.get("steps_reused", 0)) if self._saved is not None else 0
-        self._evaluator = Evaluator.of(config, processes=eval_processes)
         self.spool = Spool(folder / METRICS, config)
         self._reuse = Reuse(stage_store, config, self._data.digest) if stage_store is not None else None
         self._points = _curve_points(config)
@@ -509,6 +511,41 @@ def follow(config: RunConfig, folder: Path, store: Store, *, device: torch.devic
                 raise Interrupted(f"stopped at step {progress.step} of {progress.stage}")
 
 
+def prepare(config: RunConfig, eval_processes: int = 1) -> tuple[Transitions, Evaluator]:
+    """Return a run's transitions and its evaluation environment, after a real step in it; say what is doubtful.
+
+    Raises:
+        DataError: if the data, the environment or the two together cannot be used, as `aepo data verify` says.
+        TrainingError: if the environment fails.
+        ResourceError: if there is too little memory, or the environment cannot be made here.
+    """
+    data = load_data(config)
+    evaluator = Evaluator.of(config, processes=eval_processes)
+    try:
+        doubts = [*([data.doubt] if data.doubt else []), *evaluator.check(data)]
+    except BaseException:
+        evaluator.close()
+        raise
+    if data.note:
+        err.print(f"{config.data.dataset}: {data.note}", markup=False, soft_wrap=True)
+    for doubt in doubts:
+        err.print(f"[yellow]warning:[/] {escape(f'{config.data.dataset}: {doubt}')}", soft_wrap=True)
+    return data, evaluator
+
+
+def check_unchanged(config: RunConfig, digest: str, folder: Path) -> None:
+    """Raise a CheckpointError if the data are here and are not those of a result; without them the result stands."""
+    try:
+        found = load_data(config).digest
+    except (DataError, ResourceError):
+        return
+    if found != digest:
+        raise CheckpointError(
+            f"{folder} holds a result of other data: {config.data.dataset} has changed since ({digest} then, {found} "
+            "now); train into another folder, or delete this one to train on the new data"
+        )
+
+
 def load_data(config: RunConfig) -> Transitions:
     """Return a run's transitions on the CPU, by the rules of its config; errors as `load_transitions`."""
     return load_transitions(
@@ -559,7 +596,7 @@ def _evaluate_grid(policy: GuidedPolicy, evaluator: Evaluator, config: RunConfig
 def _eval_metrics(evaluator: Evaluator, returns: NDArray[np.float64]) -> dict[str, float]:
     mean = float(returns.mean())
     score = {"eval/score": evaluator.references.score(mean)} if evaluator.references else {}
-    return {"eval/return_mean": mean, **score}
+    return {"eval/return_mean": mean, "eval/cut_percent": evaluator.cut_percent, **score}
 
 
 def _curve_points(config: RunConfig) -> set[int]:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aepo.console import err
-from aepo.data.episodes import flatten
+from aepo.data.episodes import accepted, action_bounds, flatten
 from aepo.data.library import open_dataset
 from aepo.environments import make_environment, register_robotics
 from aepo.errors import AEPOError, ConfigError, DataError, ResourceError, TrainingError
@@ -51,7 +51,7 @@ class Site:
 class Step(NamedTuple):
     """What a step did in one slot."""
 
-    state_S: NDArray[np.float32]
+    state_S: NDArray[np.float64]
     """The observation."""
     return_: float
     """What the return rule has counted in the episode so far."""
@@ -64,10 +64,11 @@ class Slots:
 
     def __init__(self, site: Site):
         """Open the data set; errors as `open_dataset`."""
-        self._site = site
+        self.site = site
         self.dataset = open_dataset(site.dataset_id)
         """The Minari data set."""
         self._returns: dict[int, float] = {}
+        self._bounds: tuple[NDArray[Any], NDArray[Any]]
         self.envs: dict[int, gymnasium.Env[Any, Any]] = {}
         """Slot -> its environment, the same for all of its episodes."""
         self.env_id = ""
@@ -77,11 +78,12 @@ class Slots:
         """Make the environments of these slots, those that are not there; errors as `make_environment`."""
         for slot in slots:
             if slot not in self.envs:
-                env = make_environment(self.dataset, env_id=self._site.env_id, horizon=self._site.horizon)
+                env = make_environment(self.dataset, env_id=self.site.env_id, horizon=self.site.horizon)
                 self.envs[slot], self.env_id = env, env.spec.id if env.spec else ""
+                self._bounds = action_bounds(env, name=self.env_id or self.site.dataset_id)
         return {}
 
-    def reset(self, seeds: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+    def reset(self, seeds: Mapping[int, int]) -> dict[int, NDArray[np.float64]]:
         """Begin an episode in each of these slots from its seed; return the first observations, [S] each.
 
         Raises:
@@ -93,8 +95,8 @@ class Slots:
             self._returns |= dict.fromkeys(seeds, 0.0)
             return dict(zip(seeds, self._flatten(observations), strict=True))
 
-    def step(self, actions: Mapping[int, NDArray[np.float32]]) -> dict[int, Step]:
-        """Take an action, [A], in each of these slots.
+    def step(self, actions: Mapping[int, NDArray[Any]]) -> dict[int, Step]:
+        """Take an action, [A], in each of these slots, in the environment's type and within its bounds.
 
         Raises:
             TrainingError: if an environment fails.
@@ -103,8 +105,8 @@ class Slots:
         observations, overs = [], []
         with naming(self.env_id):
             for slot, action in actions.items():
-                observation, reward, terminated, truncated, info = self.envs[slot].step(action)
-                ends = self._count(slot, float(reward), info)
+                observation, reward, terminated, truncated, info = self.envs[slot].step(accepted(action, *self._bounds))
+                ends = self._count(slot, float(np.asarray(reward).item()), info)
                 observations.append(observation)
                 overs.append(bool(terminated or truncated or ends))
             return {
@@ -119,19 +121,19 @@ class Slots:
 
     def _count(self, slot: int, reward: float, info: Mapping[str, Any]) -> bool:
         """Add a step to its episode's return; return whether the return rule ends the episode."""
-        if self._site.return_rule == "subtasks":
+        if self.site.return_rule == "subtasks":
             if "episode_task_completions" not in info:
                 raise DataError(f"the environment {self.env_id} reports no sub-tasks; --set data.return_rule=sum")
             self._returns[slot] = float(len(info["episode_task_completions"]))
             return False
-        if self._site.return_rule == "goal":
+        if self.site.return_rule == "goal":
             self._returns[slot] = float(reward > 0) if np.isfinite(reward) else reward
             return reward > 0
         self._returns[slot] += reward
         return False
 
-    def _flatten(self, observations: Sequence[Any]) -> NDArray[np.float32]:
-        return flatten(_stack(observations), self._site.observation_keys)
+    def _flatten(self, observations: Sequence[Any]) -> NDArray[np.float64]:
+        return flatten(_stack(observations), self.site.observation_keys)
 
 
 @contextlib.contextmanager
@@ -149,6 +151,8 @@ def _stack(observations: Sequence[Any]) -> Any:
     first = observations[0]
     if isinstance(first, dict):
         return {key: _stack([observation[key] for observation in observations]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(map(_stack, zip(*observations, strict=True)))
     return np.stack(observations)
 
 
@@ -183,11 +187,11 @@ class SharedSlots:
         self._start(min(self._num, num_slots))
         self._call("make", dict.fromkeys(range(num_slots)))
 
-    def reset(self, seeds: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+    def reset(self, seeds: Mapping[int, int]) -> dict[int, NDArray[np.float64]]:
         """Do as `Slots.reset`, and raise as `make`, too."""
         return self._call("reset", seeds) if seeds else {}
 
-    def step(self, actions: Mapping[int, NDArray[np.float32]]) -> dict[int, Step]:
+    def step(self, actions: Mapping[int, NDArray[Any]]) -> dict[int, Step]:
         """Do as `Slots.step`, and raise as `make`, too."""
         return self._call("step", actions)
 

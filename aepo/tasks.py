@@ -20,10 +20,13 @@ from aepo.errors import ConfigError
 Source = Literal["d4rl", "minari", "collected", "user"]
 """d4rl: the original HDF5 file, imported; minari: downloaded by Minari; collected: made by `aepo data collect`;
 user: any other Minari data set."""
-RewardRule = Literal["raw", "until_goal", "return_range"]
+RewardRule = Literal["raw", "until_goal", "return_range", "by_data"]
 """raw: as stored; until_goal: the first reward above 0 ends the episode as its terminal, and r - 1 (sparse goals, IQL's
 AntMaze rule; Minari's AntMaze data go on paying, Minari issue 296);
-return_range: r * 1000 / (best - worst episode return) (IQL's locomotion rule, arXiv 2110.06169)."""
+return_range: r * 1000 / (best - worst episode return) (IQL's locomotion rule, arXiv 2110.06169);
+by_data: where rewards are one of two numbers and the larger is paid once, at the end of episodes, that is success, ends
+an episode as its terminal, and a step costs 1 (the flags of such data often say that the time was up, and the value of
+what lies behind success would grow for ever); as return_range else."""
 ReturnRule = Literal["sum", "goal", "subtasks"]
 """What evaluation counts in an episode. sum: of its rewards; goal: 1 and its end at the first reward above 0 (AntMaze);
 subtasks: the distinct ones that its environment reports as done (Kitchen, which pays each step while one holds)."""
@@ -165,7 +168,7 @@ def for_dataset(dataset: str) -> Task:
     for row in rows():
         if row.dataset == dataset:
             return row
-    return Task(task=dataset, suite="user", source="user", dataset=dataset)
+    return Task(task=dataset, suite="user", source="user", dataset=dataset, reward_rule="by_data")
 
 
 def _parse(row: dict[str, str], line: int) -> Task:

@@ -144,11 +144,8 @@ def test_verify_lists_every_problem(make_dataset, tmp_path, capsys):
     metadata(ref_min_score=float("nan"))(tmp_path / "minari" / dataset_id / "data")
     assert cli.run(["data", "verify", dataset_id, "--json"]) == 3
     problems = json.loads(capsys.readouterr().out)["problems"]
-    assert [problem.partition("hdf5: ")[2].partition(",")[0] for problem in problems] == [
-        "episode 1: actions: shape (40",
-        "episode 1: rewards: a value that is not finite",
-        "reference scores nan and -150.0",
-    ]
+    wanted = ["actions: shape (40", "rewards: a value that is not finite", "reference scores nan and -150.0"]
+    assert [text for text, problem in zip(wanted, problems, strict=True) if text in problem] == wanted
 
 
 def test_a_whole_data_set_is_verified(make_dataset, capsys):

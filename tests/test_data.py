@@ -140,11 +140,9 @@ def test_flatten_joins_entries_in_the_given_or_the_sorted_order(parts):
     rng = np.random.default_rng(0)
     observation = {key: rng.random((4, width)) for key, width in parts}
     keys = tuple(key for key, _ in parts)
-    np.testing.assert_array_equal(
-        flatten(observation, keys), np.concatenate([observation[k] for k in keys], 1).astype(np.float32)
-    )
+    np.testing.assert_array_equal(flatten(observation, keys), np.concatenate([observation[k] for k in keys], 1))
     ordered = np.concatenate([observation[k] for k in sorted(keys)], 1)
-    np.testing.assert_array_equal(flatten(observation), ordered.astype(np.float32))
+    np.testing.assert_array_equal(flatten(observation), ordered)
     nested = {"x": observation, "y": rng.random((4, 2, 2))}
     assert flatten(nested).shape == (4, ordered.shape[1] + 4)
 

@@ -150,6 +150,9 @@ class Still:
 
     spaces = type("Spaces", (), {"state_mean_S": torch.zeros(1)})
 
+    def num_cut(self, observations_NS):
+        return 0
+
     def act(self, observations_NS, generator):
         return np.zeros((len(observations_NS), 1), np.float32)
 

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
 import threading
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -97,8 +100,23 @@ def test_a_baselines_run_ends_like_any_other(method, make_dataset, tiny_config, 
 def test_a_finished_run_is_not_repeated(make_dataset, tiny_config, tmp_path, monkeypatch):
     config = tiny_config(make_dataset())
     first = execute(config, tmp_path)
-    monkeypatch.setattr(run, "load_transitions", lambda *_, **__: pytest.fail("repeated"))
+    monkeypatch.setattr(run, "prepare", lambda *_, **__: pytest.fail("repeated"))
     assert execute(config, tmp_path) == first
+    shutil.rmtree(Path(os.environ["MINARI_DATASETS_PATH"]) / config.data.dataset)
+    assert execute(config, tmp_path) == first, "a result outlives its data"
+
+
+def test_a_result_of_other_data_is_not_taken_for_one_of_these(make_dataset, tiny_config, tmp_path):
+    config = tiny_config(make_dataset())
+    execute(config, tmp_path)
+
+    def other_sign(arrays):
+        arrays["rewards"] *= -1
+
+    shutil.rmtree(Path(os.environ["MINARI_DATASETS_PATH"]) / config.data.dataset)
+    make_dataset(edit_all=other_sign)
+    with pytest.raises(CheckpointError, match=r"holds a result of other data: .* has changed since"):
+        execute(config, tmp_path)
 
 
 @pytest.mark.parametrize("place", [("behavior", 50), ("critic", 50), ("energy", 50), ("energy", 60)])
@@ -336,6 +354,9 @@ class Constant:
 
     def __init__(self, trained):
         self.spaces = Policy.load(trained).spaces
+
+    def num_cut(self, observations_NS):
+        return 0
 
     def act(self, observations_NS, generator):
         return np.full((len(observations_NS), 1), 0.7, dtype=np.float32)

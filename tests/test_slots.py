@@ -26,6 +26,9 @@ class Watching:
 
     spaces = type("Spaces", (), {"state_mean_S": torch.zeros(1)})
 
+    def num_cut(self, observations_NS):
+        return 0
+
     def __init__(self, action_dim=1, on_act=None):
         self._action_dim, self._on_act = action_dim, on_act
         self.seen = []

@@ -20,7 +20,6 @@ from aepo import parallel, run, rundir
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.errors import DataError, ResourceError
-from aepo.evaluate import Evaluator
 from tune.board import LINE_INTERVAL_S, Board, driving
 from tune.estimate import memory_gib, work
 from tune.plan import STOP, pending, read_digests, run_folder, write_manifest
@@ -93,6 +92,7 @@ def _drive(
     for config in plan:
         parallel.check_batches(config, resources.workers)
     waiting = sorted(pending(sweep, plan, retry_failed=retry_failed), key=work, reverse=True)  # the longest first
+    check_results(sweep, [config for config in plan if config not in waiting])
     write_manifest(sweep, plan, check_data(waiting, digests))
     tracker = Tracker(sweep, plan, uri=tracking_uri)
     errors: dict[str, str] = {}
@@ -121,16 +121,29 @@ def _drive(
     return rows
 
 
+def check_results(sweep: Path, ended: Sequence[RunConfig]) -> None:
+    """Raise a CheckpointError if results in the folder are of other data than those of that name now."""
+    seen = set()
+    for config in ended:
+        folder = run_folder(sweep, config)
+        result = rundir.read_result(folder)
+        if result is not None and result["status"] == "finished":
+            digest = str(result["dataset_digest"])
+            if (config.data, digest) not in seen:
+                run.check_unchanged(config, digest, folder)
+            seen.add((config.data, digest))
+
+
 def check_data(plan: Sequence[RunConfig], digests: dict[str, str]) -> dict[str, str]:
     """Decode every data set once and make every environment once, before anything is scheduled; return all digests."""
     for config in {config.data: config for config in plan}.values():
-        found, name = run.load_data(config), config.data.dataset
+        (found, evaluator), name = run.prepare(config), config.data.dataset
+        evaluator.close()
         if digests.setdefault(name, found.digest) != found.digest:
             raise DataError(
                 f"{name} has changed since this sweep was planned ({digests[name]} then, "
                 f"{found.digest} now); bring the old data, or sweep into another folder"
             )
-        Evaluator.of(config).close()
     return digests
 
 

@@ -238,6 +238,8 @@ class Stats:
         task = _task(self.name, self.source, _local_datasets())
         data = load_transitions(task.dataset, observation_keys=task.observation_keys, reward_rule=task.reward_rule)
         _emit(task.dataset, {"dataset": task.dataset, **summarise(data)}, as_json=self.json)
+        for line in filter(None, (data.note, data.doubt)):
+            err.print(line, markup=False, soft_wrap=True)
         if self.figure is not None:
             draw(data, self.figure, title=task.dataset)
             err.print(f"histograms: {self.figure}", soft_wrap=True)

@@ -24,11 +24,35 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aepo.console import err
-from aepo.data.episodes import action_bounds, data_file, find_problems, flatten, one_line, read_episodes
+from aepo.data.episodes import (
+    accepted,
+    action_bounds,
+    check_observations,
+    data_file,
+    find_problems,
+    flatten,
+    one_line,
+    read_episodes,
+    rewards_of,
+    scalar_observations,
+)
 from aepo.data.library import open_dataset
 from aepo.errors import DataError, ResourceError
+from aepo.tasks import RewardRule
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
+MIN_STD = 1e-3
+"""Of a state's entry, in its own units, where others have more."""
+MAX_SPREADS = 1000.0
+"""From the mean to the farthest value of the data, in what counts as an entry's standard deviation."""
+MIN_BOUND = 10.0
+"""Standard deviations that evaluation may go from the mean at least (as VecNormalize of stable-baselines3 has it)."""
+MIN_RETURN_RANGE = 0.01
+"""Of the largest return: what the returns of episodes are taken to span at least."""
+CONSTANT = 1e-12
+"""Of an entry's magnitude: within so much it is constant."""
+FAR = 2.0**-14
+"""Of an entry's magnitude: what spans less keeps 10 bits or fewer in float32."""
 
 
 class Batch(NamedTuple):
@@ -53,18 +77,40 @@ class Spaces:
     """What a policy must know of its environment; stored with it."""
 
     state_mean_S: Tensor
+    """In double precision: an observation is centred before single precision holds it."""
     state_scale_S: Tensor
-    """1 / standard deviation."""
+    """1 / standard deviation; 0 for an entry that is constant in the data, which nothing can be learned of."""
     action_low_A: Tensor
+    """In the type of the action space, as `action_high_A`."""
     action_high_A: Tensor
+    state_bound_S: Tensor | None = None
+    """Largest magnitude of a normalised state, from evaluation, that networks see; none = any."""
 
     def normalise_states(self, states_BS: Tensor) -> Tensor:
-        """Return states with mean 0 and variance 1 over the data."""
-        return (states_BS - self.state_mean_S) * self.state_scale_S
+        """Return states with mean 0 and variance 1 over the data, cut where they are far from all data, float32."""
+        normalised_BS = self._standardise(states_BS)
+        bound_S = self.state_bound_S
+        return (normalised_BS if bound_S is None else normalised_BS.clamp(-bound_S, bound_S)).float()
+
+    def beyond_bound(self, states_BS: Tensor) -> Tensor:
+        """Return which entries of states `normalise_states` cuts, [B, S]."""
+        if self.state_bound_S is None:
+            return torch.zeros_like(states_BS, dtype=torch.bool)
+        return self._standardise(states_BS).abs() > self.state_bound_S * (1 + 1e-6)  # which single precision rounded
+
+    def _standardise(self, states_BS: Tensor) -> Tensor:
+        return (states_BS.double() - self.state_mean_S) * self.state_scale_S
 
     def denormalise_actions(self, actions_BA: Tensor) -> Tensor:
-        """Return actions in the environment's units from actions in [-1, 1]."""
-        return self.action_low_A + (actions_BA + 1.0) * 0.5 * (self.action_high_A - self.action_low_A)
+        """Return actions in the environment's units from actions in [-1, 1], to rounding within the bounds."""
+        kind = torch.promote_types(self.action_low_A.dtype, torch.float32)
+        low_A, high_A = self.action_low_A.to(kind), self.action_high_A.to(kind)
+        return low_A + (actions_BA.to(kind) + 1.0) * 0.5 * (high_A - low_A)
+
+    def accept(self, actions_BA: Tensor) -> NDArray[Any]:
+        """Return actions in the environment's units, in its type and within its bounds, from actions in [-1, 1]."""
+        raw_BA = self.denormalise_actions(actions_BA).cpu().numpy()
+        return accepted(raw_BA, self.action_low_A.cpu().numpy(), self.action_high_A.cpu().numpy())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +125,10 @@ class Transitions:
     """SHA-256 over the decoded rows, first 16 hex digits."""
     episode_ends_E: Tensor
     """Row behind the last one of each episode, ascending."""
+    note: str = ""
+    """What a reader should know of how rewards are read."""
+    doubt: str = ""
+    """What speaks against them."""
 
     def __post_init__(self) -> None:
         assert int(self.episode_ends_E[-1]) == len(self.rows_ND)
@@ -123,55 +173,62 @@ class Transitions:
 
     def to(self, device: torch.device) -> "Transitions":
         """Return the same transitions on a device."""
-        spaces = Spaces(
-            **{field.name: getattr(self.spaces, field.name).to(device) for field in dataclasses.fields(Spaces)}
-        )
+        tensors = {field.name: getattr(self.spaces, field.name) for field in dataclasses.fields(Spaces)}
+        spaces = Spaces(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
         moved = {name: getattr(self, name).to(device) for name in ("rows_ND", "shift_D", "scale_D", "episode_ends_E")}
         return dataclasses.replace(self, spaces=spaces, **moved)
 
 
 def load_transitions(
-    dataset_id: str, *, observation_keys: tuple[str, ...] = (), reward_rule: str = "return_range"
+    dataset_id: str, *, observation_keys: tuple[str, ...] = (), reward_rule: RewardRule = "return_range"
 ) -> Transitions:
-    """Return a Minari data set as transitions on the CPU, decoded once and then read from a cache.
+    """Return a Minari data set as transitions on the CPU, decoded once and then read from a cache of its content.
 
     Raises:
-        DataError: if the data set is not there, its actions are not a bounded Box, it has no transition,
-            or it holds a value that is not finite.
+        DataError: if the data set is not there, its observations are no numbers, its actions are not a bounded Box, it
+            has no transition, or it holds a value that float32 does not.
         ResourceError: if it does not fit into memory.
     """
     dataset = open_dataset(dataset_id)
     bounds = action_bounds(dataset)
-    low_A, high_A = map(torch.from_numpy, bounds)
-    path = Path(dataset.storage.data_path)
-    stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.iterdir())]
-    cut = reward_rule == "until_goal"
-    key = hashlib.sha256(json.dumps([CACHE_FORMAT, str(path), stamp, observation_keys, cut]).encode()).hexdigest()
+    check_observations(dataset, observation_keys)
+    ends = reward_rule if reward_rule in ("until_goal", "by_data") else "stored"
+    key = hashlib.sha256(
+        json.dumps([CACHE_FORMAT, content_digest(dataset), observation_keys, ends]).encode()
+    ).hexdigest()
     cache = cache_folder() / f"{key[:24]}.safetensors"
     if not (found := _read_cache(cache)):
-        decoded = _decode(dataset, observation_keys, *bounds, until_goal=cut)
+        decoded = _decode(dataset, observation_keys, *bounds, ends=ends)
         _write_cache(cache, *decoded)
         found = _read_cache(cache) or decoded
     rows_ND, ends_E, facts = found
+    low_A, high_A = map(torch.from_numpy, bounds)
     state_dim, action_dim = (rows_ND.shape[1] - len(low_A) - 2) // 2, len(low_A)
-    state_mean_S = torch.tensor(json.loads(facts["state_mean"]))
-    state_scale_S = 1.0 / torch.tensor(json.loads(facts["state_std"])).clamp(min=1e-3)
-    reward_shift, reward_scale = _reward_map(reward_rule, float(facts["return_min"]), float(facts["return_max"]))
-    shift_D = torch.cat([state_mean_S, (low_A + high_A) / 2, torch.tensor([reward_shift, 0.0]), state_mean_S])
-    scale_D = torch.cat([state_scale_S, 2.0 / (high_A - low_A), torch.tensor([reward_scale, 1.0]), state_scale_S])
+    mean_S = torch.tensor(json.loads(facts["state_mean"]), dtype=torch.float64)
+    offset_S = torch.tensor(json.loads(facts["state_offset"]), dtype=torch.float64)
+    state_scale_S, state_bound_S = _state_map(facts, mean_S)
+    reward_shift, reward_scale, note, doubt = _reward_map(reward_rule, facts)
+    shift_D = torch.cat(
+        [mean_S.float(), (low_A.float() + high_A.float()) / 2, torch.tensor([reward_shift, 0.0]), mean_S.float()]
+    )
+    action_scale_A = 2.0 / (high_A.float() - low_A.float())
+    scale_D = torch.cat([state_scale_S, action_scale_A, torch.tensor([reward_scale, 1.0]), state_scale_S])
     assert len(shift_D) == rows_ND.shape[1] == 2 * state_dim + action_dim + 2
     return Transitions(
         rows_ND=rows_ND,
         shift_D=shift_D,
         scale_D=scale_D,
         spaces=Spaces(
-            state_mean_S=state_mean_S,
+            state_mean_S=mean_S + offset_S,
             state_scale_S=state_scale_S,
             action_low_A=low_A,
             action_high_A=high_A,
+            state_bound_S=state_bound_S,
         ),
         digest=facts["digest"],
         episode_ends_E=ends_E,
+        note=note,
+        doubt=doubt,
     )
 
 
@@ -182,27 +239,81 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aepo"
 
 
-def _reward_map(rule: str, return_min: float, return_max: float) -> tuple[float, float]:
-    """Return (shift, scale) of r -> (r - shift) * scale."""
-    if rule == "return_range":
-        spread = return_max - return_min
-        return 0.0, 1000.0 / spread if spread > 0 else 1.0
-    return {"raw": (0.0, 1.0), "until_goal": (1.0, 1.0)}[rule]
+def content_digest(dataset: Any) -> str:
+    """Return a digest of the bytes of a data set's files: what is decoded of them depends on nothing else."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(dataset.storage.data_path).iterdir()):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'blake2b').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _state_map(facts: dict[str, str], mean_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scale of the states' entries, and the largest magnitude that networks see of each.
+
+    A spread below 1e-3 counts as 1e-3, so that jitter is no signal, unless no entry has a larger one; no value of the
+    data is more than 1,000 spreads from the mean. An entry that is constant counts for nothing. Evaluation may go 10
+    standard deviations from the mean, or as far as the data go.
+    """
+    low_S, high_S = (torch.tensor(json.loads(facts[key]), dtype=torch.float64) for key in ("state_low", "state_high"))
+    std_S = torch.tensor(json.loads(facts["state_std"]))
+    constant_S = torch.tensor(json.loads(facts["state_constant"]), dtype=torch.bool)
+    farthest_S = torch.maximum(high_S - mean_S, mean_S - low_S).float()
+    largest = std_S.masked_fill(constant_S, 0.0).max().item()
+    smallest_S = (farthest_S / MAX_SPREADS).clamp(min=min(MIN_STD, largest) if largest > 1e-30 else MIN_STD)
+    scale_S = (1.0 / torch.maximum(std_S, smallest_S)).masked_fill(constant_S, 0.0)
+    return scale_S, (farthest_S * scale_S).clamp(min=MIN_BOUND)
+
+
+def _reward_map(rule: RewardRule, facts: dict[str, str]) -> tuple[float, float, str, str]:
+    """Return (shift, scale) of r -> (r - shift) * scale, and the note and the doubt that go with it."""
+    low, high = float(facts["return_min"]), float(facts["return_max"])
+    if rule == "by_data" and facts["ends_at_success"] == "yes":
+        fail, success = float(facts["reward_min"]), float(facts["reward_max"])
+        note = (
+            f"its episodes stop at the first reward of {success:g}, all others are {fail:g}: that step is taken for "
+            "success, which ends an episode, and each other one costs 1 (--set data.reward_rule=return_range "
+            "takes the file's flags and rewards)"
+        )
+        return success, 1.0 / (success - fail), note, ""
+    if rule in ("return_range", "by_data"):
+        largest = max(abs(low), abs(high))
+        if largest == 0:
+            return 0.0, 1.0, "", "all its episodes have the return 0, so rewards teach nothing"
+        if high - low >= MIN_RETURN_RANGE * largest:
+            return 0.0, 1000.0 / (high - low), "", ""
+        scale = 1000.0 / (MIN_RETURN_RANGE * largest)
+        doubt = (
+            f"returns of its episodes are nearly alike, {low:.6g} to {high:.6g}: rewards are multiplied by "
+            f"{scale:.4g}, as if returns spanned a hundredth of the largest (--set data.reward_rule=raw takes them as "
+            "stored)"
+        )
+        return 0.0, scale, "", doubt
+    return {"raw": (0.0, 1.0, "", ""), "until_goal": (1.0, 1.0, "", "")}[rule]
 
 
 def _decode(
     dataset: Any,
     keys: tuple[str, ...],
-    action_low_A: NDArray[np.float32],
-    action_high_A: NDArray[np.float32],
+    action_low_A: NDArray[Any],
+    action_high_A: NDArray[Any],
     *,
-    until_goal: bool,
+    ends: str,
+    offset_S: NDArray[np.float64] | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, str]]:
+    """Return rows, the ends of episodes and what is known of them.
+
+    `ends` says where episodes end: "stored", "until_goal" or "by_data". `offset_S` is subtracted of the states before
+    single precision holds them; none = what the data turn out to need.
+    """
     num_steps, action_dim = int(dataset.total_steps), len(action_low_A)
     if num_steps < 1:
         raise DataError(f"{dataset.id} holds no transition")
     rows: NDArray[np.float32] | None = None
-    end, read, ends, returns = 0, 0, [], []
+    end, read, ends_E, returns = 0, 0, [], []
+    low_S, high_S = np.zeros(0), np.zeros(0)
+    scalars = scalar_observations(dataset)
     episodes = track(
         read_episodes(dataset),
         total=int(dataset.total_episodes),
@@ -212,40 +323,78 @@ def _decode(
         disable=not err.is_terminal,
     )
     for episode in episodes:
-        if problems := find_problems(episode, action_low_A, action_high_A):
+        if problems := find_problems(episode, action_low_A, action_high_A, scalars=scalars):
             raise DataError(f"{data_file(dataset)}: episode {episode.id}: {problems[0]}; aepo data verify {dataset.id}")
         states = flatten(episode.observations, keys)
-        rewards = np.asarray(episode.rewards, dtype=np.float32)
+        rewards = rewards_of(episode)
         terminals = np.asarray(episode.terminations, dtype=np.float32)
         steps = len(rewards)
         if rows is None:
             width = 2 * states.shape[1] + action_dim + 2
             _check_memory(dataset.id, num_steps * width * 4)
             rows = np.empty((num_steps, width), dtype=np.float32)
+            low_S, high_S = np.full(states.shape[1], np.inf), np.full(states.shape[1], -np.inf)
+        elif 2 * states.shape[1] + action_dim + 2 != rows.shape[1]:
+            raise DataError(
+                f"{data_file(dataset)}: episode {episode.id}: observations have {states.shape[1]} entries, those "
+                f"before have {(rows.shape[1] - action_dim - 2) // 2}"
+            )
         read += steps
         if read > num_steps:
             raise DataError(f"{dataset.id} holds more than the {num_steps} steps that its metadata state")
-        if until_goal and (rewards > 0).any():
+        if ends == "until_goal" and (rewards > 0).any():
             steps = int(np.argmax(rewards > 0)) + 1
             terminals[steps - 1] = 1.0
+        states = states if offset_S is None else states - offset_S
+        low_S, high_S = np.minimum(low_S, states.min(axis=0)), np.maximum(high_S, states.max(axis=0))
         actions = np.asarray(episode.actions, dtype=np.float32)
-        parts = [states[:-1], actions, rewards[:, None], terminals[:, None], states[1:]]
+        parts: list[NDArray[Any]] = [states[:-1], actions, rewards[:, None], terminals[:, None], states[1:]]
         np.concatenate([part[:steps] for part in parts], axis=1, out=rows[end : end + steps])
-        returns.append(float(np.sum(episode.rewards[:steps])))
+        returns.append(float(np.sum(rewards[:steps])))
         end += steps
-        ends.append(end)
+        ends_E.append(end)
     if rows is None or read != num_steps:
         raise DataError(f"{dataset.id} holds {read} steps, its metadata state {num_steps}")
+    range_S, magnitude_S = high_S - low_S, np.maximum(np.abs(low_S), np.abs(high_S))
+    constant_S = range_S <= CONSTANT * magnitude_S
+    far_S = ~constant_S & (range_S < FAR * magnitude_S)
+    if offset_S is None and far_S.any():
+        del rows
+        offset_S = np.where(far_S, (low_S + high_S) / 2, 0.0)
+        return _decode(dataset, keys, action_low_A, action_high_A, ends=ends, offset_S=offset_S)
+    offset_S = np.zeros_like(range_S) if offset_S is None else offset_S
     rows = rows[:end]
-    states_NS = rows[:, : (rows.shape[1] - action_dim - 2) // 2]
+    states_NS, rewards_N = rows[:, : len(offset_S)], rows[:, len(offset_S) + action_dim]
+    ends_at_success = _ends_at_success(rewards_N, np.array(ends_E))
+    if ends == "by_data" and ends_at_success:
+        rows[:, len(offset_S) + action_dim + 1] = rewards_N == rewards_N.max()
+    digest = hashlib.sha256(rows.tobytes())
+    if offset_S.any():
+        digest.update(offset_S.tobytes())
     facts = {
-        "digest": hashlib.sha256(rows.tobytes()).hexdigest()[:16],
+        "digest": digest.hexdigest()[:16],
         "return_min": repr(min(returns)),
         "return_max": repr(max(returns)),
+        "reward_min": repr(float(rewards_N.min())),
+        "reward_max": repr(float(rewards_N.max())),
+        "ends_at_success": "yes" if ends_at_success else "no",
         "state_mean": json.dumps(states_NS.mean(axis=0, dtype=np.float64).tolist()),
         "state_std": json.dumps(states_NS.std(axis=0, dtype=np.float64).tolist()),
+        "state_low": json.dumps(low_S.tolist()),
+        "state_high": json.dumps(high_S.tolist()),
+        "state_constant": json.dumps(constant_S.tolist()),
+        "state_offset": json.dumps(offset_S.tolist()),
     }
-    return torch.from_numpy(rows), torch.tensor(ends), facts
+    return torch.from_numpy(rows), torch.tensor(ends_E), facts
+
+
+def _ends_at_success(rewards_N: NDArray[np.float32], ends_E: NDArray[np.int64]) -> bool:
+    """Return whether rewards are one of two numbers and the larger is paid once, at the end of episodes."""
+    values = np.unique(rewards_N)
+    if len(values) != 2:
+        return False
+    paid = np.flatnonzero(rewards_N == values[1])
+    return bool(np.isin(paid, ends_E - 1).all())
 
 
 def _check_memory(dataset_id: str, num_bytes: int) -> None:
