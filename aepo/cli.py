@@ -73,7 +73,7 @@ def run(argv: list[str]) -> int:
     except AEPOError as error:
         if debug:
             raise
-        err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        err.print(f"[red]error:[/] {escape(' '.join(str(error).splitlines()))}", soft_wrap=True)
         return error.exit_status
     except BrokenPipeError:  # `aepo ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

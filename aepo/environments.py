@@ -37,9 +37,11 @@ def references(dataset: Any) -> References | None:
     if low is None and high is None:
         return None
     try:
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in (low, high)):
+            raise TypeError
         refs = References(random=float(low), expert=float(high))
         check_references(dataset.id, refs.random, refs.expert)
-    except (TypeError, ValueError):  # a ConfigError is one
+    except (TypeError, ValueError, OverflowError):  # a ConfigError is a ValueError
         raise DataError(
             f"{dataset.id}: reference scores {low!r} and {high!r} (ref_min_score, ref_max_score in its metadata), "
             "wanted two finite numbers, ascending, or neither"

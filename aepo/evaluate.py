@@ -19,6 +19,8 @@ from aepo.policy import Policy
 from aepo.slots import SharedSlots, Site, naming
 from aepo.tasks import ReturnRule
 
+MAX_HORIZON = 100_000
+"""Steps of an episode of evaluation."""
 MAX_DOUBTS = 3
 """Entries of an observation that are named."""
 MAX_ENVS = 50
@@ -76,8 +78,12 @@ class Evaluator:
                 "a data set of another task; `aepo train --dataset` trains on any"
             )
         spec = own.envs[0].spec
-        if not horizon and (spec is None or spec.max_episode_steps is None):
-            raise DataError(f"{dataset_id}: its environment has no time limit; --set evaluation.horizon=STEPS")
+        limit = horizon or (spec.max_episode_steps if spec else None)
+        if limit is None or limit > MAX_HORIZON:
+            got = (
+                "no time limit" if limit is None else f"a time limit of {limit:,} steps, wanted at most {MAX_HORIZON:,}"
+            )
+            raise DataError(f"{dataset_id}: its environment has {got}; --set evaluation.horizon=STEPS")
 
     @classmethod
     def of(cls, config: RunConfig, *, processes: int = 1) -> "Evaluator":

@@ -223,9 +223,9 @@ def _attempt(name: str, action: Callable[[], str], remedy: str) -> Check:
 
 def _tasks(env_ids: set[str]) -> Sequence[Check]:
     """Say of every task whether its data are here, of which source, and whether its environment steps."""
-    from minari import list_local_datasets
+    from aepo.data.library import local_datasets
 
-    local = list_local_datasets()
+    local = local_datasets()
     checks = []
     for name in table():
         own = [row for row in rows() if row.task == name]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import gymnasium
 import h5py
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
 from aepo import cli, tasks
-from aepo.data.episodes import accepted
+from aepo.data.episodes import accepted, doubt_pictures
+from aepo.data.library import open_dataset
 from aepo.data.transitions import MAX_SPREADS, Spaces, load_transitions
 from aepo.errors import DataError, TrainingError
 from aepo.evaluate import Evaluator
@@ -382,3 +384,40 @@ def test_rewards_in_arrays_are_counted():
     evaluator = Evaluator(name)
     assert evaluator.check(load_transitions(name)) == []
     evaluator.close()
+
+
+def test_a_folder_that_is_no_data_set_hides_no_other(tmp_path, capsys):
+    name = store(record(follow.make()))
+    for other in ("own/odd", "own/x y-v0", "own/odd-v1"):
+        shutil.copytree(tmp_path / "minari" / name, tmp_path / "minari" / other)
+    (tmp_path / "minari" / "own/odd-v1/data/metadata.json").write_text("{")
+    assert cli.run(["data", "list", "--source", "user", "--json"]) == 0
+    said = capsys.readouterr()
+    assert {row["dataset"] for row in json.loads(said.out)} == {name, "own/odd", "own/x y-v0"}
+    assert "own/odd-v1" in said.err
+
+
+@pytest.mark.parametrize("refs", [("0", "1"), (True, 2.0), (0.0, None), (10**400, 10**401), (float("nan"), 1.0)])
+def test_reference_scores_are_two_numbers_or_nothing(refs, tmp_path):
+    name = store(record(follow.make()))
+    file = tmp_path / "minari" / name / "data" / "metadata.json"
+    odd = dict(zip(("ref_min_score", "ref_max_score"), refs, strict=True))
+    file.write_text(json.dumps(json.loads(file.read_text()) | odd))
+    with pytest.raises(DataError, match=r"ref_min_score, ref_max_score in its metadata\), wanted two finite numbers"):
+        Evaluator(name)
+
+
+def test_an_episode_without_end_is_refused():
+    name = store(record(follow.make()), eval_env=follow.make(steps=10**12))
+    with pytest.raises(DataError, match=r"a time limit of 1,000,000,000,000 steps, wanted at most 100,000; --set"):
+        Evaluator(name)
+    Evaluator(name, horizon=5).close()
+
+
+def test_pictures_are_a_doubt(capsys):
+    space = spaces.Box(0, 255, (4, 4, 3), np.uint8)
+    assert cli.run(["data", "verify", store(in_space(space), observation_space=space)]) == 3  # Follow shows no pictures
+    assert "shows observations of 1 entries, the data have 48" in capsys.readouterr().err
+    assert doubt_pictures(open_dataset(NAME)) == [
+        "observations are arrays of 4 x 4 x 3: networks get 48 numbers in a row, which is no way to learn from pictures"
+    ]

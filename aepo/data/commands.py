@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import warnings
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -13,6 +12,8 @@ from rich.progress import track
 
 from aepo import tasks
 from aepo.console import emit_json, emit_table, err
+from aepo.data.episodes import action_bounds, check_episode, read_episodes, rewards_of, scalar_observations
+from aepo.data.library import local_datasets, open_dataset, remedy
 from aepo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class List:
 
     def run(self) -> int:
         """Print the list; return the exit status."""
-        local = _local_datasets()
+        local = local_datasets()
         known = {task.dataset for task in tasks.rows()}
         users = [tasks.for_dataset(dataset) for dataset in local if dataset not in known]
         listed = list(tasks.table().values()) if self.source == "all" else list(tasks.rows())
@@ -203,7 +204,7 @@ class Show:
 
     def run(self) -> int:
         """Print the description; return the exit status."""
-        local = _local_datasets()
+        local = local_datasets()
         task = _task(self.name, self.source, local)
         facts = {**_row(task, local), **(_contents(task) if task.dataset in local else {"remedy": _remedy(task)})}
         if self.returns:
@@ -235,7 +236,7 @@ class Stats:
         from aepo.data.stats import draw, summarise
         from aepo.data.transitions import load_transitions
 
-        task = _task(self.name, self.source, _local_datasets())
+        task = _task(self.name, self.source, local_datasets())
         data = load_transitions(task.dataset, observation_keys=task.observation_keys, reward_rule=task.reward_rule)
         _emit(task.dataset, {"dataset": task.dataset, **summarise(data)}, as_json=self.json)
         for line in filter(None, (data.note, data.doubt)):
@@ -268,7 +269,7 @@ class Verify:
         """Read, check and print; return the exit status."""
         from aepo.data.verify import verify
 
-        facts, problems, doubts = verify(_task(self.name, self.source, _local_datasets()))
+        facts, problems, doubts = verify(_task(self.name, self.source, local_datasets()))
         if self.json:
             emit_json({**facts, "problems": problems, "doubts": doubts})
         else:
@@ -331,21 +332,20 @@ def _row(task: tasks.Task, local: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _contents(task: tasks.Task) -> dict[str, Any]:
     """Return what a local data set holds."""
-    from aepo.data.library import open_dataset
-
     dataset = open_dataset(task.dataset)
     metadata = dataset.storage.metadata
-    returns = [
-        float(episode.rewards.sum())
-        for episode in track(
-            dataset.iterate_episodes(),
-            total=dataset.total_episodes,
-            description=f"reading {dataset.id}",
-            console=err,
-            transient=True,
-            disable=not err.is_terminal,
-        )
-    ]
+    bounds, scalars = action_bounds(dataset), scalar_observations(dataset)
+    returns = []
+    for episode in track(
+        read_episodes(dataset),
+        total=int(dataset.total_episodes),
+        description=f"reading {dataset.id}",
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    ):
+        check_episode(dataset, episode, *bounds, scalars=scalars)
+        returns.append(float(rewards_of(episode).sum()))
     return {
         "description": metadata.get("description"),
         "path": str(dataset.storage.data_path),
@@ -377,8 +377,6 @@ def _combine(task: tasks.Task, *, overwrite: bool) -> "CombineSummary":
 
 
 def _remedy(task: tasks.Task) -> str:
-    from aepo.data.library import remedy
-
     return remedy(task.dataset)
 
 
@@ -386,18 +384,6 @@ def _score(task: tasks.Task, facts: dict[str, Any], return_: float) -> float:
     if facts["ref_min"] is None or facts["ref_max"] is None:
         raise DataError(f"{task.dataset} has no reference returns, so a return has no score")
     return dataclasses.replace(task, ref_min=facts["ref_min"], ref_max=facts["ref_max"]).score(return_)
-
-
-def _local_datasets() -> dict[str, dict[str, Any]]:
-    """Return id -> metadata of all local data sets; says which folders hold none that can be read."""
-    import minari
-
-    with warnings.catch_warnings(record=True) as broken:
-        warnings.simplefilter("always")
-        found: dict[str, dict[str, Any]] = minari.list_local_datasets()
-    for warning in broken:
-        err.print(f"[yellow]warning:[/] {escape(str(warning.message))}", soft_wrap=True)
-    return found
 
 
 def _task(name: str, source: str, local: dict[str, dict[str, Any]]) -> tasks.Task:
@@ -423,4 +409,8 @@ def _library() -> str:
 
 
 def _env_id(spec: str | None) -> str | None:
-    return None if spec is None else str(json.loads(spec)["id"])
+    """Return the id in an environment's specification, None if there is none."""
+    try:
+        return None if spec is None else str(json.loads(spec)["id"])
+    except (ValueError, TypeError, KeyError):
+        return None

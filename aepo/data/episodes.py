@@ -137,6 +137,19 @@ def rewards_of(episode: Any) -> NDArray[np.float64]:
     return rewards.astype(np.float64, copy=False)
 
 
+def check_episode(
+    dataset: Any,
+    episode: Any,
+    action_low_A: NDArray[Any],
+    action_high_A: NDArray[Any],
+    *,
+    scalars: Collection[str] = (),
+) -> None:
+    """Raise a DataError with the first thing that is wrong with an episode; arguments as `find_problems`."""
+    if problems := find_problems(episode, action_low_A, action_high_A, scalars=scalars):
+        raise DataError(f"{data_file(dataset)}: episode {episode.id}: {problems[0]}; aepo data verify {dataset.id}")
+
+
 def find_problems(
     episode: Any,
     action_low_A: NDArray[Any],

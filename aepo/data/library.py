@@ -1,10 +1,18 @@
 """The local Minari library: a data set opened, or how it gets there. No torch."""
 
+import os
+from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from aepo import tasks
+from aepo.console import err
 from aepo.data.episodes import DAMAGE, one_line
 from aepo.errors import DataError
+
+MAX_DEPTH = 20
+"""Folders between the library and a data set that are looked into."""
 
 
 def open_dataset(dataset_id: str) -> Any:
@@ -24,6 +32,29 @@ def open_dataset(dataset_id: str) -> Any:
         raise DataError(
             f"data set {dataset_id!r} cannot be read in {folder} ({reason}); {remedy(dataset_id)}"
         ) from error
+
+
+def local_datasets() -> dict[str, dict[str, Any]]:
+    """Return id -> metadata of all data sets in the local library; those that cannot be read are said, and left out.
+
+    Minari's own listing ends at the first folder whose name is no id.
+    """
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    root, found = Path(get_dataset_path()), {}
+    for folder, below, _ in os.walk(root, followlinks=True):
+        here = Path(folder)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if len(here.relative_to(root).parts) >= MAX_DEPTH:
+            below.clear()
+        if "data" in below and here != root:
+            below.clear()
+            dataset_id = here.relative_to(root).as_posix()
+            try:
+                found[dataset_id] = dict(open_dataset(dataset_id).storage.metadata)
+            except DataError as error:
+                err.print(f"[yellow]warning:[/] {escape(str(error))}", soft_wrap=True)
+    return found
 
 
 def remedy(dataset_id: str) -> str:

@@ -27,9 +27,9 @@ from aepo.console import err
 from aepo.data.episodes import (
     accepted,
     action_bounds,
+    check_episode,
     check_observations,
     data_file,
-    find_problems,
     flatten,
     one_line,
     read_episodes,
@@ -323,12 +323,13 @@ def _decode(
         disable=not err.is_terminal,
     )
     for episode in episodes:
-        if problems := find_problems(episode, action_low_A, action_high_A, scalars=scalars):
-            raise DataError(f"{data_file(dataset)}: episode {episode.id}: {problems[0]}; aepo data verify {dataset.id}")
+        check_episode(dataset, episode, action_low_A, action_high_A, scalars=scalars)
         states = flatten(episode.observations, keys)
         rewards = rewards_of(episode)
         terminals = np.asarray(episode.terminations, dtype=np.float32)
         steps = len(rewards)
+        if not states.shape[1]:
+            raise DataError(f"{dataset.id}: observations have no entry, so nothing can be learned of them")
         if rows is None:
             width = 2 * states.shape[1] + action_dim + 2
             _check_memory(dataset.id, num_steps * width * 4)

@@ -182,7 +182,7 @@ def softmax_gradients(
     return [*of_q, *of_v], lambda: {
         "loss": q_loss() + v_loss(),
         "v": next_v_B.mean(),
-        "support_std": q_BK.std(dim=1).mean(),
+        "support_std": q_BK.std(dim=1, correction=min(1, q_BK.shape[1] - 1)).mean(),
     }
 
 
@@ -265,4 +265,4 @@ def advantage_scale(state: CriticState, data: Transitions, *, num_samples: int =
     Q is divided by it, so that one beta means the same on every task (method sheet, stage 2).
     """
     index_M = torch.arange(0, len(data), max(1, len(data) // num_samples), device=data.rows_ND.device)
-    return advantages(state.q, state, data, index_M).std().clamp(min=1e-6)
+    return advantages(state.q, state, data, index_M).std(correction=min(1, len(index_M) - 1)).clamp(min=1e-6)
