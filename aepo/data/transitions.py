@@ -225,7 +225,7 @@ def load_transitions(
             action_high_A=high_A,
             state_bound_S=state_bound_S,
         ),
-        digest=facts["digest"],
+        digest=_digest_of(facts, shift_D, scale_D, alike=bool(doubt)),
         episode_ends_E=ends_E,
         note=note,
         doubt=doubt,
@@ -247,6 +247,20 @@ def content_digest(dataset: Any) -> str:
             with path.open("rb") as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'blake2b').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def _digest_of(facts: dict[str, str], shift_D: Tensor, scale_D: Tensor, *, alike: bool) -> str:
+    """Return what names transitions: the digest of their rows, and of the maps where earlier versions had others.
+
+    Those read odd data differently, and what was trained on either reading is never mixed with the other.
+    """
+    std_S = torch.tensor(json.loads(facts["state_std"]))
+    varies_S = scale_D[: len(std_S)] != 0  # a constant trains nothing in any version
+    same = torch.equal(scale_D[: len(std_S)][varies_S], 1.0 / std_S[varies_S].clamp(min=MIN_STD))
+    if same and not alike and facts["half_rewards"] == "no":
+        return facts["digest"]
+    maps = shift_D.numpy().tobytes() + scale_D.numpy().tobytes()
+    return hashlib.sha256(facts["digest"].encode() + maps).hexdigest()[:16]
 
 
 def _state_map(facts: dict[str, str], mean_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,7 +325,7 @@ def _decode(
     if num_steps < 1:
         raise DataError(f"{dataset.id} holds no transition")
     rows: NDArray[np.float32] | None = None
-    end, read, ends_E, returns = 0, 0, [], []
+    end, read, ends_E, returns, half_rewards = 0, 0, [], [], False
     low_S, high_S = np.zeros(0), np.zeros(0)
     scalars = scalar_observations(dataset)
     episodes = track(
@@ -326,6 +340,7 @@ def _decode(
         check_episode(dataset, episode, action_low_A, action_high_A, scalars=scalars)
         states = flatten(episode.observations, keys)
         rewards = rewards_of(episode)
+        half_rewards |= np.asarray(episode.rewards).dtype == np.float16
         terminals = np.asarray(episode.terminations, dtype=np.float32)
         steps = len(rewards)
         if not states.shape[1]:
@@ -378,6 +393,7 @@ def _decode(
         "return_max": repr(max(returns)),
         "reward_min": repr(float(rewards_N.min())),
         "reward_max": repr(float(rewards_N.max())),
+        "half_rewards": "yes" if half_rewards else "no",
         "ends_at_success": "yes" if ends_at_success else "no",
         "state_mean": json.dumps(states_NS.mean(axis=0, dtype=np.float64).tolist()),
         "state_std": json.dumps(states_NS.std(axis=0, dtype=np.float64).tolist()),
