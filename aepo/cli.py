@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import tyro
 from rich.markup import escape
@@ -62,12 +63,7 @@ def run(argv: list[str]) -> int:
         return 2
     try:
         module, _, attribute = COMMANDS[name][0].partition(":")
-        command = tyro.cli(
-            getattr(importlib.import_module(module), attribute),
-            prog=f"aepo {name}",
-            args=rest,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        command = _parse(getattr(importlib.import_module(module), attribute), name, rest)
         with results_only():
             return int(command.run())
     except AEPOError as error:
@@ -87,6 +83,17 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         err.print("stopped; the same command continues where this one ended")
         return 130
+
+
+def _parse(kind: Any, name: str, words: list[str]) -> Any:
+    """Return the command of these words; a flag that is given wins over the file that the command names."""
+
+    def parsed(**default: Any) -> Any:
+        return tyro.cli(kind, prog=f"aepo {name}", args=words, config=(tyro.conf.FlagCreatePairsOff,), **default)
+
+    command = parsed()
+    defaults = command.defaults() if hasattr(command, "defaults") else None
+    return command if defaults is None else parsed(default=defaults)
 
 
 def _help() -> str:

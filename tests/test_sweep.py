@@ -1,5 +1,6 @@
 """The sweep's command without Ray: file, plan, estimate, status, stop, lock; the trial's functions in this process."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -71,10 +72,48 @@ def test_a_sweep_file_says_what_the_flags_say_and_a_flag_wins(tmp_path):
         set.evaluation.grid_beta = [1, 3]
         """,
     )
-    merged = commands.merge_file(commands.Sweep(seeds=(7,)), file)
+    merged = parsed("sweep", str(file), "--seeds", "7")
     assert (merged.task, merged.seeds, merged.preset) == (("maze2d-umaze",), (7,), ("best-smoke", "iql-smoke"))
     assert (merged.max_concurrent, merged.cpus, str(merged.out)) == (3, 2.0, "sweeps/file")
     assert merged.set == ("critic.expectile=0.9", "evaluation.grid_beta=1,3")
+
+
+def parsed(*words):
+    """Return the command of these words, as the command line makes it."""
+    return cli._parse(commands.Sweep, words[0], list(words[1:]))
+
+
+def test_a_flag_wins_even_if_it_is_the_default_or_empty(tmp_path):
+    file = write_toml(
+        tmp_path,
+        """seeds = [1, 2]
+        preset = ["best-paper"]
+        cpus = 2
+        dataset = ["a/b-v0"]
+        source = "minari"
+        set.critic.expectile = 0.9
+        """,
+    )
+    given = ["--seeds", "0", "--preset", "quick", "--cpus", "1", "--dataset", "--source", "", "--set"]
+    command = parsed("sweep", str(file), *given)
+    assert dataclasses.replace(command, file=None) == commands.Sweep()
+    assert parsed("sweep", str(file)).cpus == 2.0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_sweep_file_may_come_from_another_system(encoding, tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_bytes('seeds = [3]\r\nset."critic.expectile" = 0.9 # größer\r\n'.encode(encoding))
+    assert (commands.read_file(file).seeds, commands.read_file(file).set) == ((3,), ("critic.expectile=0.9",))
+
+
+def test_a_sweep_file_in_an_old_code_page_is_refused_by_name(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_bytes("# größer".encode("latin-1"))
+    with pytest.raises(
+        ConfigError, match=r"sweep file .*sweep.toml is not UTF-8 \(.* byte 0xf6 .*\): save it as UTF-8"
+    ):
+        commands.read_file(file)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +130,7 @@ def test_a_sweep_file_says_what_the_flags_say_and_a_flag_wins(tmp_path):
 def test_a_sweep_file_with_a_mistake_is_refused_by_name(text, message, tmp_path, capsys):
     file = write_toml(tmp_path, text)
     with pytest.raises(ConfigError, match=message):
-        commands.merge_file(commands.Sweep(), file)
+        commands.read_file(file)
     assert cli.run(["sweep", str(file)]) == 2
     assert str(file) in " ".join(capsys.readouterr().err.split("\n"))
     assert cli.run(["sweep", str(tmp_path / "none.toml")]) == 2

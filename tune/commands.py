@@ -20,6 +20,7 @@ from aepo import config as configs
 from aepo.config import RunConfig
 from aepo.console import emit_json, emit_table, err
 from aepo.errors import ConfigError, IncompleteError
+from aepo.textfile import read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +101,15 @@ class Sweep:
 
     def run(self) -> int:
         """Carry the sweep out, or look at it; return the exit status, 3 if a planned run has no result."""
-        wanted = self if self.file is None or self.file.suffix == ".json" else merge_file(self, self.file)
         if sum((self.status, self.watch, self.stop, self.dry_run)) > 1:
             raise ConfigError("--dry-run, --status, --watch and --stop are different commands; give one")
         if self.status or self.watch or self.stop:
-            return wanted._look()
-        return wanted._carry_out()
+            return self._look()
+        return self._carry_out()
+
+    def defaults(self) -> "Sweep | None":
+        """Return what the sweep file says, for flags that are not given; none = there is no such file."""
+        return None if self.file is None or self.file.suffix == ".json" else read_file(self.file)
 
     @property
     def manifest(self) -> Path | None:
@@ -263,19 +267,17 @@ class Sweep:
         return rows
 
 
-def merge_file(command: Sweep, file: Path) -> Sweep:
-    """Return the command with what a TOML file says where no flag was given.
+def read_file(file: Path) -> Sweep:
+    """Return the command that a TOML file describes.
 
     Raises:
         ConfigError: if the file cannot be read, or has an unknown or mistyped name.
     """
     try:
-        values = tomllib.loads(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"no sweep file {file} ({error.strerror})") from error
-    except ValueError as error:
+        values = tomllib.loads(read_text(file, "sweep file"))
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file} is no TOML: {error}") from error
-    fields = {field.name: field.default for field in dataclasses.fields(Sweep)}
+    fields = [field.name for field in dataclasses.fields(Sweep)]
     known = [name for name in fields if name not in ("file", "dry_run", "yes", "status", "watch", "stop", "json")]
     values = {name.replace("-", "_"): value for name, value in values.items()}
     if unknown := [name for name in values if name not in known]:
@@ -289,8 +291,7 @@ def merge_file(command: Sweep, file: Path) -> Sweep:
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise ConfigError(f"{file}: {'; '.join(problems)}") from None
-    given = {name: getattr(command, name) for name, default in fields.items() if getattr(command, name) != default}
-    return dataclasses.replace(parsed, **given)
+    return dataclasses.replace(parsed, file=file)
 
 
 def _duration(seconds: float | None) -> str | None:
