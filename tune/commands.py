@@ -4,7 +4,6 @@ import dataclasses
 import os
 import shutil
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,6 +18,7 @@ from rich.prompt import Confirm
 from aepo import config as configs
 from aepo.config import RunConfig
 from aepo.console import emit_json, emit_table, err
+from aepo.documents import read_toml
 from aepo.errors import ConfigError, IncompleteError
 
 
@@ -269,12 +269,7 @@ def merge_file(command: Sweep, file: Path) -> Sweep:
     Raises:
         ConfigError: if the file cannot be read, or has an unknown or mistyped name.
     """
-    try:
-        values = tomllib.loads(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"no sweep file {file} ({error.strerror})") from error
-    except ValueError as error:
-        raise ConfigError(f"{file} is no TOML: {error}") from error
+    values = read_toml(file, kind="sweep file")
     fields = {field.name: field.default for field in dataclasses.fields(Sweep)}
     known = [name for name in fields if name not in ("file", "dry_run", "yes", "status", "watch", "stop", "json")]
     values = {name.replace("-", "_"): value for name, value in values.items()}
