@@ -14,6 +14,7 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
+import faulthandler
 import fnmatch
 import json
 import math
@@ -157,6 +158,7 @@ def _become_child(work: Path, body: Callable[[Path], dict[str, Any]]) -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.disable()  # pytest has it on, and it writes past us
         warnings.resetwarnings()  # as Python itself has them and shows them, whatever pytest does with them
         warnings.showwarning = _show_warning
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
