@@ -529,7 +529,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
         ("energy", "target", EnergyConfig, unused_of_target),
     ):
         if f"{group}.{choice}" in overrides:  # what only the preset set and this choice lacks is no contradiction
-            for name in unused(overrides[f"{group}.{choice}"]):
+            for name in unused(str(overrides[f"{group}.{choice}"])):
                 if f"{group}.{name}" not in overrides:
                     values[group][name] = _default(config_class, name)
     changed = from_dict(values)
