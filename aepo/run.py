@@ -174,6 +174,11 @@ def execute(
     """
     ended = read_result(folder)
     if ended is not None and ended["status"] == "finished":
+        if ended["fingerprint"] != config.fingerprint:
+            raise CheckpointError(
+                f"{folder / RESULT} is of run {ended['fingerprint']}, wanted {config.fingerprint}: foreign; "
+                f"delete {folder} to repeat the run"
+            )
         return ended
     with _recorded(config, folder) as facts:
         num_evaluated = len(config.rounds) - 1  # the last round ends with the result

@@ -139,7 +139,7 @@ def test_any_words_are_settings_or_a_config_error(data, method):
     base = config_of(method)
     key = data.draw(st.sampled_from(configs.settings(base)))
     try:
-        config = configs.with_overrides(base, {key: data.draw(st.text() | NUMBERS)})
+        config = configs.with_overrides(base, {key: data.draw(st.text() | NUMBERS | ANY)})
     except ConfigError:
         return
     for stage in config.stages.values():
@@ -152,6 +152,8 @@ def test_any_words_are_settings_or_a_config_error(data, method):
     [
         {"critic.num_layers": "9223372036854775808"},
         {"critic.num_layers": "1001"},
+        {"energy.target": 0},
+        {"critic.learner": ["expectile"]},
         {"critic.batch_size": "1" + "0" * 400},
         {"behavior.hidden_size": "2147483647"},
         {"evaluation.num_episodes": "2147483648"},
@@ -194,6 +196,17 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     older = {key: value for key, value in result.items() if key not in ("grid", "steps_reused", "folder")}
     rundir.write_json(tmp_path / rundir.RESULT, older)
     assert rundir.read_result(tmp_path) == older
+
+
+def test_the_result_of_another_run_is_not_taken_for_this_ones(tmp_path):
+    from aepo import run
+
+    config, other = config_of(), config_of("td3bc")
+    rundir.write_json(tmp_path / rundir.RESULT, result_of(tmp_path, config))
+    store, cpu = run.FolderStore(tmp_path), torch.device("cpu")
+    assert run.execute(config, tmp_path, store, device=cpu)["score"] == 1.0
+    with pytest.raises(CheckpointError, match=f"is of run {config.fingerprint}, wanted {other.fingerprint}"):
+        run.execute(other, tmp_path, store, device=cpu)
 
 
 @same_folder
