@@ -41,7 +41,7 @@ class _Row(TypedDict):
     time: Annotated[float, Field(ge=0, le=1e11)]
     """Seconds since the epoch."""
     stage: str
-    step: Annotated[int, Field(ge=1, le=MAX_COUNT)]
+    step: _Count
     num_steps: _Count
     metrics: dict[str, float]
 
