@@ -37,8 +37,9 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
         CheckpointError: if the fields, or the shapes in them, are those of another run.
     """
     names = {field.name for field in dataclasses.fields(state)}
-    if set(saved) != names:
-        raise CheckpointError(f"checkpoint holds {sorted(saved)}, wanted {sorted(names)}: of another version")
+    if not isinstance(saved, dict) or set(saved) != names:
+        held = sorted(map(str, saved)) if isinstance(saved, dict) else f"a {type(saved).__name__}"
+        raise CheckpointError(f"checkpoint holds {held}, wanted {sorted(names)}: of another version")
     for name in names:
         value, part = getattr(state, name), saved[name]
         try:
@@ -52,7 +53,7 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
                 value.copy_(part)
             else:
                 setattr(state, name, type(value)(part))
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"checkpoint does not fit this run at {name!r}: {reason}") from error
 

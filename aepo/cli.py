@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from aepo import __version__
 from aepo.console import err, results_only
-from aepo.errors import AEPOError
+from aepo.errors import AEPOError, from_machine
 
 COMMANDS = {
     "quickstart": (
@@ -77,6 +77,9 @@ def run(argv: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
+        if (known := from_machine(error)) is not None:
+            err.print(f"[red]error:[/] {escape(str(known))} (--debug shows where)", soft_wrap=True)
+            return known.exit_status
         text = escape(f"{type(error).__name__}: {' '.join(str(error).split())}")
         err.print(f"[red]unexpected error:[/] {text} (--debug shows where)", soft_wrap=True)
         return 1

@@ -1,6 +1,7 @@
 """`aepo train`, `aepo evaluate` and `aepo toy`: one run, one policy, one bench, without Ray."""
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -76,6 +77,9 @@ class Train:
         if min(self.threads, self.eval_processes) < 1:
             got = f"{self.threads} and {self.eval_processes}"
             raise ConfigError(f"--threads and --eval-processes must be at least 1, got {got}")
+        _check_cores(self.threads, self.eval_processes)
+        if not 0 <= self.checkpoint_s < math.inf:
+            raise ConfigError(f"--checkpoint-s must be a number of seconds from 0, got {self.checkpoint_s}")
         from aepo import config as configs
         from aepo import run, rundir, tasks
         from aepo.presets import preset
@@ -115,6 +119,7 @@ class Train:
         return 0
 
 
+MAX_CORES = 1024
 EVALUATION_COLUMNS = ["method", "beta", "guidance_scale", "score", "return_mean", "return_std", "num_episodes"]
 
 
@@ -208,6 +213,7 @@ class Evaluate:
         if min(self.num_episodes, self.threads, self.eval_processes) < 1:
             got = f"{self.num_episodes}, {self.threads} and {self.eval_processes}"
             raise ConfigError(f"--num-episodes, --threads and --eval-processes must be at least 1, got {got}")
+        _check_cores(self.threads, self.eval_processes)
         if self.figure is not None and len(self.num_steps) > 1:
             raise ConfigError("--figure draws beta and guidance scale: give one of --num-steps")
         from aepo import run, rundir
@@ -318,6 +324,7 @@ class Toy:
                 raise ConfigError(f"unknown {unknown[0]!r}; known: {', '.join(known)}")
         if min(self.steps, self.threads) < 1 or not self.betas or min(self.betas) <= 0:
             raise ConfigError("--steps and --threads must be at least 1 and every beta above 0")
+        _check_cores(self.threads)
         for variant in variants:
             for beta in self.betas:
                 check_beta(energy_config(variant, self.steps), beta)
@@ -340,6 +347,12 @@ class Toy:
             emit_table("sliced Wasserstein-2 to the exact policy", _as_table(rows))
             err.print(f"scatter plots: {self.out}", soft_wrap=True)
         return 0
+
+
+def _check_cores(*numbers: int) -> None:
+    """Raise a ConfigError for more threads or processes than any machine has: libraries crash, or try to start them."""
+    if max(numbers) > MAX_CORES:
+        raise ConfigError(f"threads and processes must be at most {MAX_CORES}, got {max(numbers)}")
 
 
 def _as_table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

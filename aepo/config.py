@@ -42,19 +42,26 @@ VarianceEstimate = Literal["time", "learned"]
 CriticLearner = Literal["expectile", "softmax_in_support"]
 """How stage 2 values the next state: IQL's expectile regression [M6], or QGPO's backup over cloned actions [M8]."""
 Precision = Literal["float32", "tf32", "bfloat16"]
+MAX_COUNT = 2**31 - 1
+"""Of anything that is counted: seeds, steps, samples; what libraries take in 32 bits, and more than anybody has."""
 Activation = Literal["silu", "relu"]
 """Between a network's layers; where a gradient by the action is used, SiLU gives a smooth one."""
 
 
 def _check(config: object, **ranges: str) -> None:
-    """Raise a ConfigError for the first field outside its interval, written as in '(0, 1]'."""
+    """Raise a ConfigError for the first field outside its interval, written as in '(0, 1]'.
+
+    A whole number without an upper end has MAX_COUNT.
+    """
     for name, interval in ranges.items():
         value = getattr(config, name)
+        if isinstance(value, int):
+            interval = interval.replace("inf)", f"{MAX_COUNT}]")
         low, high = (float(end) for end in interval[1:-1].split(","))
         above = value >= low if interval[0] == "[" else value > low
         below = value <= high if interval[-1] == "]" else value < high
-        if not (above and below) or not math.isfinite(value):
-            raise ConfigError(f"{type(config).__name__}: {name} must be in {interval}, got {value}")
+        if not (above and below):
+            raise ConfigError(f"{type(config).__name__}: {name} must be in {interval}, got {str(value)[:40]}")
 
 
 def _check_choice(config: object, **choices: Any) -> None:
@@ -134,7 +141,7 @@ class StageConfig:
     without it gains nothing, not even where avx512_bf16 is listed (AMD Zen 4), and may lose a fifth (Ice Lake)."""
 
     def __post_init__(self) -> None:
-        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, inf)", num_layers="[1, inf)")
+        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, 1000000]", num_layers="[1, 1000]")
         _check(self, learning_rate="(0, 1]")
         _check_choice(self, precision=Precision)
 
@@ -338,7 +345,8 @@ class EvaluationConfig:
         _check(self, horizon="[0, inf)", num_grid_episodes="[1, inf)")
         if bool(self.grid_beta) != bool(self.grid_guidance_scale):
             raise ConfigError("a heat map wants both evaluation.grid_beta and evaluation.grid_guidance_scale")
-        if self.grid_beta and (min(self.grid_beta) <= 0 or min(self.grid_guidance_scale) < 0):
+        betas, scales = self.grid_beta, self.grid_guidance_scale
+        if not all(0 < beta < math.inf for beta in betas) or not all(0 <= scale < math.inf for scale in scales):
             raise ConfigError("evaluation.grid_beta must be above 0 and evaluation.grid_guidance_scale not below it")
 
 
@@ -362,7 +370,7 @@ class RunConfig:
     stages and ends with an evaluation, so that a search can compare runs early; one round is the paper's pipeline."""
 
     def __post_init__(self) -> None:
-        _check(self, seed="[0, 2147483647]")
+        _check(self, seed="[0, inf)")
         if CLASSES.get(self.method) is not type(self):
             raise ConfigError(f"{type(self).__name__}: method {self.method!r} does not have these stages")
         shares = (0.0, *self.rounds)
@@ -481,10 +489,12 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: for an unknown, missing or mistyped key, or a value out of range.
     """
-    if (method := values.get("method")) not in CLASSES:
-        raise ConfigError(f"method must be one of {', '.join(CLASSES)}, got {method!r}")
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a config is an object of settings, got {str(values)[:40]!r}")
+    if not isinstance(method := values.get("method"), str) or method not in CLASSES:
+        raise ConfigError(f"method must be one of {', '.join(CLASSES)}, got {str(method)[:40]!r}")
     try:
-        return _adapter(str(method)).validate_python(dict(values))
+        return _adapter(method).validate_python(dict(values))
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}"
@@ -519,7 +529,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
         ("energy", "target", EnergyConfig, unused_of_target),
     ):
         if f"{group}.{choice}" in overrides:  # what only the preset set and this choice lacks is no contradiction
-            for name in unused(overrides[f"{group}.{choice}"]):
+            for name in unused(str(overrides[f"{group}.{choice}"])):
                 if f"{group}.{name}" not in overrides:
                     values[group][name] = _default(config_class, name)
     changed = from_dict(values)

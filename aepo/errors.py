@@ -35,7 +35,7 @@ class TrainingError(AEPOError):
 
 
 class ResourceError(AEPOError):
-    """Too little memory, too few cores, or a program that this machine lacks."""
+    """Too little memory, too few cores, a file that this machine does not give, or a program that it lacks."""
 
     exit_status = 6
 
@@ -48,3 +48,24 @@ class IncompleteError(AEPOError):
     """A sweep or a report in which planned runs failed or are missing."""
 
     exit_status = 3
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is that memory was asked for and not given; torch has no type for it on the CPU."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(
+            words in said for words in ("allocate memory", "out of memory", "not enough memory", "size calculation")
+        )
+    )
+
+
+def from_machine(error: BaseException) -> ResourceError | None:
+    """Return in one line what the machine has refused: memory, a file, a folder; None for an error of another kind."""
+    if is_out_of_memory(error):
+        return ResourceError(f"out of memory: {' '.join(str(error).split())[:200] or 'nothing more is known'}")
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return ResourceError(f"{place}{' '.join(error.strerror.split())[:200]}")
+    return None

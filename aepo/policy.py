@@ -22,6 +22,7 @@ from aepo import config as configs
 from aepo.config import GuidedConfig, IQLConfig, RunConfig, SamplingConfig, TD3BCConfig
 from aepo.data.transitions import Spaces
 from aepo.diffusion import sampler
+from aepo.documents import parse_json
 from aepo.errors import CheckpointError, ConfigError
 from aepo.networks import Actor, GaussianActor, TwinQ
 from aepo.pipeline import GuidedState, IQLState, PipelineState, TD3BCState
@@ -111,17 +112,18 @@ class Policy(nn.Module, abc.ABC):
             raise CheckpointError(f"{path} cannot be read as a policy: {error}") from error
         if FORMAT not in metadata:
             raise CheckpointError(f"{path} is no {FORMAT}: its metadata hold {sorted(metadata) or 'nothing'}")
-        facts = json.loads(metadata[FORMAT])
-        if facts["digest"] != _digest(tensors):
-            raise CheckpointError(f"{path} has been changed since it was written: its digest differs")
         try:
+            facts = parse_json(metadata[FORMAT])
+            if facts["digest"] != _digest(tensors):
+                raise CheckpointError(f"{path} has been changed since it was written: its digest differs")
             spaces = Spaces(
                 **{field.name: tensors[field.name] for field in dataclasses.fields(Spaces) if field.name in tensors}
             )
             policy = Policy.make(configs.from_dict(facts["config"]), spaces)
             policy.load_state_dict(tensors)
-        except (ConfigError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not hold the policy that it names: {error}") from error
+        except (ConfigError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{path} does not hold the policy that it names: {reason}") from error
         return policy.to(device)
 
 

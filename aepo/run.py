@@ -26,7 +26,15 @@ from aepo import checkpoint, kernels, parallel, pipeline
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.data.transitions import Transitions, cache_folder, load_transitions
-from aepo.errors import AEPOError, CheckpointError, DataError, Interrupted, ResourceError
+from aepo.errors import (
+    AEPOError,
+    CheckpointError,
+    DataError,
+    Interrupted,
+    ResourceError,
+    from_machine,
+    is_out_of_memory,
+)
 from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
 from aepo.policy import GuidedPolicy, Policy
@@ -87,15 +95,18 @@ class Spool:
     """The run's metrics.jsonl, open for appending; every (stage, step) stands in it once, and each evaluated round."""
 
     def __init__(self, path: Path, config: RunConfig):
-        """Open it, cutting off a last line that a crash has torn."""
+        """Open it, cutting off a last line that a crash has torn.
+
+        Raises:
+            CheckpointError: if it cannot be read, or has rows that are none, or of another method.
+        """
         self._config = config
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
-        self._file.seek(0)
-        text = self._file.read()
-        whole = text.rfind(b"\n") + 1
+        rows, whole = read_spool(path)
+        if foreign := [row["stage"] for row in rows if row["stage"] not in config.stages]:
+            raise CheckpointError(f"{path} has rows of a stage {foreign[0]!r}, which {config.method} does not have")
+        self._file = path.open("ab")
         self._file.truncate(whole)
-        rows = [json.loads(line) for line in text[:whole].splitlines()]
         self._last = self._place(rows[-1]) if rows else (0, 0, 0)
         self.rounds = {int(row["metrics"][ROUND]): row for row in rows if ROUND in row["metrics"]}
         """Number, from 1, of an evaluated round -> its row."""
@@ -172,6 +183,11 @@ def execute(
     """
     ended = read_result(folder)
     if ended is not None and ended["status"] == "finished":
+        if ended["fingerprint"] != config.fingerprint:
+            raise CheckpointError(
+                f"{folder / RESULT} is of run {ended['fingerprint']}, wanted {config.fingerprint}: foreign; "
+                f"delete {folder} to repeat the run"
+            )
         check_unchanged(config, str(ended["dataset_digest"]), folder)
         return ended
     with _recorded(config, folder) as facts:
@@ -238,7 +254,7 @@ def _recorded(config: RunConfig, folder: Path) -> Iterator[dict[str, Any]]:
     try:
         with kernels.using(_agreed(_backend_of(config, folder))):
             yield {**describe(config, folder), "started_at": started_at}
-    except (AEPOError, MemoryError, torch.OutOfMemoryError, OSError) as error:
+    except (AEPOError, MemoryError, RuntimeError, OSError) as error:
         if not (known := _as_known(error, folder)):
             raise
         record_failure(config, folder, f"{type(known).__name__}: {known}", started_at=started_at)
@@ -297,9 +313,9 @@ def _as_known(error: BaseException, folder: Path) -> AEPOError | None:
     """Return what a repetition would meet again, None for what may have been an accident."""
     if isinstance(error, AEPOError):
         return error
-    if not isinstance(error, OSError):
-        return ResourceError(f"out of memory: {error}")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_out_of_memory(error):
+        return from_machine(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"no space left for {folder}; make room, then repeat with --retry-failed")
     return None
 
@@ -620,7 +636,10 @@ def _check_saved(saved: dict[str, Any] | None, config: RunConfig, data: Transiti
             f"{config.data.dataset} has changed since the checkpoint was written "
             f"({saved.get('dataset_digest')} then, {data.digest} now); train into another folder"
         )
-    return float(saved["seconds"])
+    seconds, reused = saved.get("seconds"), saved.get("steps_reused", 0)
+    if not (isinstance(seconds, float) and isinstance(reused, int) and "state" in saved):
+        raise CheckpointError(f"the checkpoint of {config.name} lacks its state or seconds: of another version")
+    return seconds
 
 
 def set_up_torch(threads: int) -> None:

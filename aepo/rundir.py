@@ -11,10 +11,14 @@ import subprocess
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from aepo import __version__
-from aepo.config import RunConfig
+from aepo.config import MAX_COUNT, RunConfig
+from aepo.documents import parse_json
 from aepo.errors import CheckpointError
 
 RESULT, CONFIG, METRICS, POLICY = "result.json", "config.json", "metrics.jsonl", "policy.safetensors"
@@ -25,16 +29,124 @@ COMMIT = "COMMIT"
 """Beside the packages, in packed code."""
 
 
+_STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+"""Types and finite numbers as they are written; what other versions wrote besides is kept."""
+_Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+
+
+@with_config(_STRICT)
+class _Row(TypedDict):
+    """A line of a metrics file."""
+
+    time: Annotated[float, Field(ge=0, le=1e11)]
+    """Seconds since the epoch."""
+    stage: str
+    step: _Count
+    num_steps: _Count
+    metrics: dict[str, float]
+
+
+@with_config(_STRICT)
+class _Evaluation(TypedDict):
+    method: str
+    beta: float | None
+    guidance_scale: float | None
+    score: float | None
+    return_mean: float
+    return_std: float
+    num_episodes: _Count
+    episode_returns: list[float]
+
+
+@with_config(_STRICT)
+class _Point(TypedDict):
+    stage: str
+    step: _Count
+    score: float | None
+    return_mean: float
+
+
+@with_config(_STRICT)
+class _Cell(TypedDict):
+    beta: float
+    guidance_scale: float
+    score: float | None
+    return_mean: float
+    num_episodes: _Count
+
+
+@with_config(_STRICT)
+class _Result(TypedDict):
+    """What `describe` gives, and what a run adds to it."""
+
+    run: str
+    task: str
+    suite: str
+    source: str
+    dataset: str
+    dataset_digest: str | None
+    env_id: str | None
+    ref_min: float | None
+    ref_max: float | None
+    seed: _Count
+    fingerprint: str
+    method: str
+    preset: str
+    status: Literal["finished", "failed"]
+    error: str | None
+    score: float | None
+    return_mean: float | None
+    num_episodes: _Count | None
+    steps: Annotated[int, Field(ge=0)]
+    steps_reused: NotRequired[Annotated[int, Field(ge=0)]]
+    seconds: float
+    evaluations: list[_Evaluation]
+    curve: list[_Point]
+    grid: NotRequired[list[_Cell]]
+    commit: str | None
+    version: str
+    machine: str
+    started_at: str | None
+    folder: NotRequired[str]
+
+
+_ROW, _RESULT = TypeAdapter(_Row), TypeAdapter(_Result)
+
+
+def parse_rows(path: Path, lines: bytes) -> list[dict[str, Any]]:
+    """Return the rows that stand in whole lines of a metrics file.
+
+    Raises:
+        CheckpointError: for a line that is none.
+    """
+    rows: list[dict[str, Any]] = []
+    for line in lines.splitlines():
+        try:
+            rows.append(dict(_ROW.validate_json(line)))
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{path}: {line[:60].decode(errors='replace')!r} is no row of metrics ({_first(error)}); "
+                f"delete {path.parent} to repeat the run"
+            ) from None
+    return rows
+
+
 def read_spool(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Return the whole rows of a metrics file after a byte offset, and the offset behind them."""
+    """Return the whole rows of a metrics file after a byte offset, and the offset behind them.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or a line is no row.
+    """
     try:
         with path.open("rb") as file:
             file.seek(offset)
             text = file.read()
     except FileNotFoundError:
         return [], offset
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     whole = text.rfind(b"\n") + 1
-    return [json.loads(line) for line in text[:whole].splitlines()], offset + whole
+    return parse_rows(path, text[:whole]), offset + whole
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -43,15 +155,21 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: if the file is not a result.
     """
+    path = folder / RESULT
     try:
-        result = json.loads((folder / RESULT).read_text())
-        assert isinstance(result, dict)
-        assert {"status", "fingerprint"} <= set(result)
+        return dict(_RESULT.validate_json(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (ValueError, AssertionError) as error:
-        raise CheckpointError(f"{folder / RESULT} is not a result; delete {folder} to repeat the run") from error
-    return result
+    except ValidationError as error:
+        reason = _first(error)
+    except OSError as error:
+        reason = str(error.strerror)
+    raise CheckpointError(f"{path} is not a result ({reason}); delete {folder} to repeat the run")
+
+
+def _first(error: ValidationError) -> str:
+    item = error.errors(include_input=False, include_url=False)[0]
+    return ": ".join([*(["/".join(map(str, item["loc"]))] if item["loc"] else []), item["msg"]])
 
 
 def read_document(path: Path, *, kind: str, version: int, field: str) -> dict[str, Any]:
@@ -67,12 +185,16 @@ def read_document(path: Path, *, kind: str, version: int, field: str) -> dict[st
         CheckpointError: if there is none, or of another version.
     """
     try:
-        document: dict[str, Any] = json.loads(path.read_text())
+        document: dict[str, Any] = parse_json(path.read_bytes())
         assert document["format"] == version, f"format {document['format']}, wanted {version}"
         len(document[field])
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is not a {kind}: it has no {path.name}") from None
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not a {kind} of this version: it has no {error}") from error
+    except (ValueError, TypeError, AssertionError) as error:
         raise CheckpointError(f"{path} is not a {kind} of this version: {error}") from error
     return document
 

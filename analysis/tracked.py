@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -44,6 +45,9 @@ def read_experiment(name: str, tracking_uri: str, *, allow_missing: bool) -> lis
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         raise ConfigError(f"no server to look for {name!r} on; give --tracking-uri, or set MLFLOW_TRACKING_URI")
+    file = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not file.is_file():  # MLflow would make it, or try to for minutes
+        raise DataError(f"no MLflow store {file}; wanted the mlflow.db of a sweep, as sqlite:///sweeps/mazes/mlflow.db")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -51,6 +55,7 @@ def read_experiment(name: str, tracking_uri: str, *, allow_missing: bool) -> lis
         logging.getLogger(logger).setLevel(logging.WARNING)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         client = MlflowClient(uri)
@@ -69,7 +74,7 @@ def read_experiment(name: str, tracking_uri: str, *, allow_missing: bool) -> lis
         for sweep in sweeps:
             known = {run.data.tags["aepo.run"] for run in trained if _sweep(run) == _sweep(sweep)}
             rows += _not_begun(client, sweep, known, allow_missing=allow_missing)
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:  # the latter from a file that is no database
         raise DataError(f"MLflow does not answer as wanted: {_without_secrets(str(error), uri)}") from error
     return rows
 

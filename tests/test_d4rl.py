@@ -332,6 +332,11 @@ DAMAGED = {
     "actions nan": (spoiled("actions", (299, 0), np.nan), "actions: a value that is not finite.* row 299"),
     "actions outside": (spoiled("actions", (5, 1), 1.5), "rows 0 to 70: actions: 1 values outside"),
     "successor nan": (spoiled("next_observations", (70, 0), -np.inf), "next_observations: a value"),
+    "beyond float32": (
+        instead("rewards", np.full(300, 1e39)),
+        "rewards: a value that is not finite, the first in row 0",
+    ),
+    "half a flag": (instead("timeouts", np.full(300, 0.5)), "timeouts: 0.5, wanted 0 or 1"),
     "short rewards": (instead("rewards", np.zeros(299)), r"rewards: shape \(299,\), wanted 300 rows"),
     "short terminals": (instead("terminals", np.zeros((300, 2), bool)), "terminals: shape"),
     "short successors": (instead("next_observations", np.zeros((299, 11))), "next_observations: shape"),
@@ -355,6 +360,11 @@ def test_a_damaged_file_is_refused_by_file_and_field_and_leaves_nothing(damage, 
     assert cli.run(["data", "import", "d4rl", str(path), "--task", "hopper-medium-v2"]) == 3
     assert "Traceback" not in capsys.readouterr().err
     assert minari.list_local_datasets() == {}
+
+
+def test_the_mean_return_of_large_rewards_is_their_mean(tmp_path):
+    path = write_file(tmp_path / "hopper.hdf5", "hopper-medium-v2", rewards=np.full(300, 3e38, np.float32))
+    assert 1e40 < import_file(path, tasks.find("hopper-medium-v2")).mean_return < 1e41
 
 
 def test_actions_outside_are_clipped_when_asked(tmp_path):

@@ -80,6 +80,9 @@ def test_an_unknown_schema_version_is_refused(sweep, uri, monkeypatch):
 
 
 def test_what_is_not_there_is_said(uri, tmp_path):
+    from mlflow import MlflowClient
+
+    MlflowClient(uri).search_experiments()  # makes the store
     with pytest.raises(DataError, match=r"no experiment 'nothing'; it has Default"):
         load_runs("mlflow:nothing", tracking_uri=uri)
     with pytest.raises(DataError, match="no run that"):

@@ -5,7 +5,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,8 @@ class _Seen:
     """(time, step) of the newest rows of the current stage."""
     score: float | None = None
     result: dict[str, Any] | None = None
+    problem: str | None = None
+    """Why the run's files cannot be read."""
 
 
 class Board:
@@ -109,7 +111,13 @@ class Board:
             seen = self._seen[name]
             if seen.result is not None:
                 continue
-            rows, seen.offset = rundir.read_spool(folder / rundir.METRICS, seen.offset)
+            try:
+                rows, seen.offset = rundir.read_spool(folder / rundir.METRICS, seen.offset)
+                result = rundir.read_result(folder)
+            except AEPOError as error:  # of one run, and the others can be shown
+                seen.problem = str(error)
+                continue
+            seen.problem = None
             for row in rows:
                 if seen.last is not None and row["stage"] != seen.last["stage"]:
                     self._learn(seen.first.pop(seen.last["stage"]), seen.last)
@@ -119,11 +127,10 @@ class Board:
                 seen.score = row["metrics"].get("eval/score", seen.score)
                 seen.reached[row["stage"]] = row["step"]
                 seen.last = row
-            with suppress(AEPOError):  # an unreadable result is said when the rows are collected
-                if (result := rundir.read_result(folder)) is not None:
-                    seen.result = {key: result.get(key) for key in KEPT}
-                    seen.recent.clear()
-                    seen.first.clear()
+            if result is not None:
+                seen.result = {key: result.get(key) for key in KEPT}
+                seen.recent.clear()
+                seen.first.clear()
 
     @property
     def plan(self) -> dict[str, tuple[RunConfig, Path]]:
@@ -143,6 +150,10 @@ class Board:
     def result(self, name: str) -> dict[str, Any] | None:
         """Return the result of a run, None if it has not ended."""
         return self._seen[name].result
+
+    def problem(self, name: str) -> str | None:
+        """Return why a run's files cannot be read, None if they can."""
+        return self._seen[name].problem
 
     def rows(self) -> dict[str, dict[str, str]]:
         """Return run name -> stage, step, rate, time left and last score, as text, of the runs that have started."""
@@ -187,7 +198,7 @@ class Board:
         if step == num_steps and seen.last["stage"] == list(config.stages)[-1]:
             return row | {"stage": "evaluating"}
         (time_0, step_0), (time_1, step_1) = seen.recent[0], seen.recent[-1]
-        if time_1 <= time_0:
+        if time_1 <= time_0 or step_1 <= step_0:
             return row
         rate = (step_1 - step_0) / (time_1 - time_0)
         seconds = (num_steps - step) / rate
@@ -238,7 +249,7 @@ def status(sweep: Path, plan: Sequence[RunConfig]) -> list[dict[str, Any]]:
         state = result["status"] if result else "running" if driven else "interrupted"
         failed = state == "failed"
         cells = here | ({"stage": ""} if result else {})
-        error = result["error"] if result else None
+        error = result["error"] if result else board.problem(name)
         rows.append({**row, "state": state, **cells, "error": error, "log": _last_lines(folder) if failed else []})
     return rows
 

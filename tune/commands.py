@@ -4,7 +4,6 @@ import dataclasses
 import os
 import shutil
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,8 +18,8 @@ from rich.prompt import Confirm
 from aepo import config as configs
 from aepo.config import RunConfig
 from aepo.console import emit_json, emit_table, err
+from aepo.documents import read_toml
 from aepo.errors import ConfigError, IncompleteError
-from aepo.textfile import read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,10 +272,7 @@ def read_file(file: Path) -> Sweep:
     Raises:
         ConfigError: if the file cannot be read, or has an unknown or mistyped name.
     """
-    try:
-        values = tomllib.loads(read_text(file, "sweep file"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is no TOML: {error}") from error
+    values = read_toml(file, kind="sweep file")
     fields = [field.name for field in dataclasses.fields(Sweep)]
     known = [name for name in fields if name not in ("file", "dry_run", "yes", "status", "watch", "stop", "json")]
     values = {name.replace("-", "_"): value for name, value in values.items()}

@@ -102,7 +102,10 @@ def read_planned(sweep: Path, name: str) -> RunConfig:
     runs = _document(sweep)["runs"]
     if name not in runs:
         raise CheckpointError(f"{sweep / MANIFEST} plans no run {name}")
-    return configs.from_dict(runs[name])
+    try:
+        return configs.from_dict(runs[name])
+    except ConfigError as error:
+        raise CheckpointError(f"{sweep} holds a run that is not of this version: {error}") from error
 
 
 def read_digests(sweep: Path) -> dict[str, str]:
@@ -112,12 +115,18 @@ def read_digests(sweep: Path) -> dict[str, str]:
         CheckpointError: if the manifest is not of this version.
     """
     path = sweep if sweep.suffix == ".json" else sweep / MANIFEST
-    return dict(_document(sweep).get("data", {})) if path.exists() else {}
+    return dict(_document(sweep)["data"]) if path.exists() else {}
 
 
 def _document(sweep: Path) -> dict[str, Any]:
     path = sweep if sweep.suffix == ".json" else sweep / MANIFEST
-    return rundir.read_document(path, kind="sweep", version=FORMAT, field="runs")
+    document = rundir.read_document(path, kind="sweep", version=FORMAT, field="runs")
+    digests = document.setdefault("data", {})
+    if not isinstance(document["runs"], dict) or not isinstance(digests, dict):
+        raise CheckpointError(f"{path} is not a sweep of this version: runs and data are objects with names")
+    if odd := [name for name, digest in digests.items() if not isinstance(digest, str)]:
+        raise CheckpointError(f"{path} is not a sweep of this version: the digest of {odd[0]!r} is no text")
+    return document
 
 
 def pending(sweep: Path, plan: Sequence[RunConfig], *, retry_failed: bool) -> list[RunConfig]:

@@ -5,7 +5,6 @@ a search which is broken off and continued draws what it would have drawn.
 """
 
 import dataclasses
-import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -23,8 +22,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from aepo import config as configs
 from aepo.config import GuidedConfig, RunConfig
+from aepo.documents import read_toml
 from aepo.errors import ConfigError
-from aepo.textfile import read_text
 
 Sampler = Literal["tpe", "random"]
 GRID = ("sampling.beta", "sampling.guidance_scale")
@@ -98,10 +97,7 @@ def read_space(path: Path, bases: Sequence[RunConfig]) -> Space:
         ConfigError: if the file cannot be read, a setting is unknown, a value out of its range, or a pair of
             a target and a learner contradicts itself.
     """
-    try:
-        document = tomllib.loads(read_text(path, "search space"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no TOML: {error}") from error
+    document = read_toml(path, kind="search space")
     varied: dict[str, BaseDistribution] = {}
     grid: dict[str, tuple[float, ...]] = {}
     for group, settings in document.items():

@@ -308,7 +308,9 @@ def import_file(file: Path, task: Task, *, overwrite: bool = False, clip_actions
         published_num_rows=task.steps,
         num_steps=num_steps,
         num_episodes=len(bounds),
-        mean_return=float(sum(arrays["rewards"][start:stop].sum() for start, stop in bounds) / len(bounds)),
+        mean_return=float(
+            sum(arrays["rewards"][start:stop].sum(dtype=np.float64) for start, stop in bounds) / len(bounds)
+        ),
         env_id=task.env_id,
         ref_min=task.ref_min,
         ref_max=task.ref_max,
@@ -353,9 +355,13 @@ def read_file(file: Path) -> dict[str, Any]:
         wanted = (num_rows,) if name in ("rewards", "terminals", "timeouts") else (num_rows, *array.shape[1:2])
         if array.shape != wanted or (name not in ("rewards", "terminals", "timeouts") and array.ndim != 2):
             raise DataError(f"{file}: {name}: shape {array.shape}, wanted {num_rows} rows as observations have")
-        finite_N = np.isfinite(array.reshape(num_rows, -1)).all(axis=1)
-        if not finite_N.all() and name != "infos/goal":
-            raise DataError(f"{file}: {name}: a value that is not finite, the first in row {np.argmin(finite_N)}")
+        good_N = (np.abs(array.reshape(num_rows, -1)) <= np.finfo(np.float32).max).all(axis=1)
+        if not good_N.all() and name != "infos/goal":
+            row = np.argmin(good_N)
+            raise DataError(f"{file}: {name}: a value that is not finite, the first in row {row} (in float32)")
+        if name in ("terminals", "timeouts") and not np.isin(array, (0, 1)).all():
+            odd = array[np.argmin(np.isin(array, (0, 1)))]
+            raise DataError(f"{file}: {name}: {odd:g}, wanted 0 or 1")
     return arrays
 
 

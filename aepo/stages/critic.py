@@ -265,4 +265,5 @@ def advantage_scale(state: CriticState, data: Transitions, *, num_samples: int =
     Q is divided by it, so that one beta means the same on every task (method sheet, stage 2).
     """
     index_M = torch.arange(0, len(data), max(1, len(data) // num_samples), device=data.rows_ND.device)
-    return advantages(state.q, state, data, index_M).std(correction=min(1, len(index_M) - 1)).clamp(min=1e-6)
+    u_M = advantages(state.q, state, data, index_M)
+    return u_M.std(correction=min(1, len(u_M) - 1)).clamp(min=1e-6)  # of one transition there is no spread
