@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from aepo import __version__
 from aepo.console import err, results_only
-from aepo.errors import AEPOError
+from aepo.errors import AEPOError, of_system
 
 COMMANDS = {
     "quickstart": (
@@ -36,7 +36,7 @@ COMMANDS = {
 
 EXIT_STATUS = """exit status:
   0 success                 1 unexpected error   2 wrong flag or setting   3 data or runs missing or unusable
-  4 bad checkpoint or policy file                5 training failed         6 machine too small, no cluster"""
+  4 bad checkpoint or policy file                5 training failed         6 machine or disk too small, no cluster"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,23 +70,29 @@ def run(argv: list[str]) -> int:
         )
         with results_only():
             return int(command.run())
-    except AEPOError as error:
-        if debug:
-            raise
-        err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
-        return error.exit_status
     except BrokenPipeError:  # `aepo ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if debug:
             raise
+        if known := _as_known(error):
+            line = str(known).replace("\n", "\\n")  # names of files may have such
+            err.print(f"[red]error:[/] {escape(line)}", soft_wrap=True)
+            return known.exit_status
         text = escape(f"{type(error).__name__}: {' '.join(str(error).split())}")
         err.print(f"[red]unexpected error:[/] {text} (--debug shows where)", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         err.print("stopped; the same command continues where this one ended")
         return 130
+
+
+def _as_known(error: Exception) -> AEPOError | None:
+    """Return what users can understand and mend, None for what nobody expected."""
+    if isinstance(error, OSError):
+        return of_system(error)
+    return error if isinstance(error, AEPOError) else None
 
 
 def _help() -> str:

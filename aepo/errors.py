@@ -3,6 +3,16 @@
 Every message says what was got, what was wanted and what to do next, in one line.
 """
 
+import errno
+import os
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a quota, a limit on the size of files."""
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Another user's, or a disk that may only be read."""
+MISPLACED = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+"""A path that cannot be what it was to be."""
+
 
 class AEPOError(Exception):
     """A failure that the user can understand and mend; the base of all others."""
@@ -35,9 +45,13 @@ class TrainingError(AEPOError):
 
 
 class ResourceError(AEPOError):
-    """Too little memory, too few cores, or a program that this machine lacks."""
+    """Too little memory or space, too few cores, or a program or a permission that this machine lacks."""
 
     exit_status = 6
+
+
+class BusyError(ResourceError):
+    """A folder in which another process is at work; nothing in it was touched."""
 
 
 class Interrupted(Exception):  # no error: the run goes on when it is started again
@@ -48,3 +62,24 @@ class IncompleteError(AEPOError):
     """A sweep or a report in which planned runs failed or are missing."""
 
     exit_status = 3
+
+
+def lacks_space(error: BaseException) -> bool:
+    """Return whether something could not be written for want of space.
+
+    HDF5 and safetensors write by themselves and raise types of their own, with the system's words in the text.
+    """
+    return getattr(error, "errno", None) in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE)
+
+
+def of_system(error: OSError) -> AEPOError | None:
+    """Return the known error for what the operating system refused; None if it may be a fault of this program."""
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    if lacks_space(error):
+        what = error.strerror or " ".join(str(error).split())
+        return ResourceError(f"{where}{what}; make room, then give the same command again")
+    if where and error.errno in FORBIDDEN:
+        return ResourceError(f"{where}{error.strerror}; name a place that this user may write to")
+    if where and error.errno in MISPLACED:
+        return ConfigError(f"{where}{error.strerror}; name another place")
+    return None
