@@ -2,12 +2,13 @@
 
     config.json  metrics.jsonl  policy.safetensors  result.json  [grid.png]      (checkpoint: where its store puts it)
 
+One process at a time carries a run out (run.lock).
+
 The metrics file is a spool: one line per log, written once even if steps are repeated after a crash, read by
 whoever tracks the run. The result file comes last and makes the run finished.
 """
 
 import dataclasses
-import errno
 import itertools
 import json
 import os
@@ -23,9 +24,9 @@ from numpy.typing import NDArray
 
 from aepo import checkpoint, kernels, parallel, pipeline
 from aepo.config import RunConfig
-from aepo.console import err
+from aepo.console import say, warn
 from aepo.data.transitions import Transitions, cache_folder, load_transitions
-from aepo.errors import AEPOError, CheckpointError, Interrupted, ResourceError
+from aepo.errors import AEPOError, CheckpointError, Interrupted, ResourceError, lacks_space
 from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
 from aepo.policy import GuidedPolicy, Policy
@@ -33,10 +34,13 @@ from aepo.rundir import (
     CONFIG,
     GRID,
     KERNELS,
+    LOCK,
+    LOOK_S,
     METRICS,
     POLICY,
     RESULT,
     describe,
+    hold,
     read_document,
     read_result,
     read_spool,
@@ -150,6 +154,7 @@ def execute(
     on_progress: Callable[[Progress], bool | None] | None = None,
     stage_store: StageStore | None = None,
     eval_processes: int = 1,
+    wait_s: float = LOOK_S,
 ) -> dict[str, Any]:
     """Train, evaluate and return the result; from the last checkpoint if there is one, at once if it has ended.
 
@@ -164,23 +169,43 @@ def execute(
         on_progress: called at every Progress; True asks the run to stop.
         stage_store: where stages that other runs have trained are, and this one's go.
         eval_processes: how many step the environments of an evaluation, >= 1; nothing but seconds depends on it.
+        wait_s: seconds to wait for another process that carries the run out.
 
     Raises:
         AEPOError: what failed, in one line.
+        BusyError: if another process carries the run out; nothing was touched.
         Interrupted: if it was asked to stop, after a checkpoint.
     """
-    ended = read_result(folder)
-    if ended is not None and ended["status"] == "finished":
-        return ended
-    with _recorded(config, folder) as facts:
-        num_evaluated = len(config.rounds) - 1  # the last round ends with the result
-        with _Training(
-            config, folder, store, device, checkpoint_s, on_progress, stage_store, eval_processes, num_evaluated
-        ) as training:
-            outcome = training.conclude(training.until(len(config.rounds)))
-    result = {**facts, **outcome, "status": "finished", "error": None}
-    write_json(folder / RESULT, result)
+    if (result := _finished(folder)) is not None:
+        return result
+    with _owned(folder, wait_s):
+        if (result := _finished(folder)) is not None:  # by the one that was waited for
+            return result
+        (folder / RESULT).unlink(missing_ok=True)  # of a failure, which is repeated
+        with _recorded(config, folder) as facts:
+            num_evaluated = len(config.rounds) - 1  # the last round ends with the result
+            with _Training(
+                config, folder, store, device, checkpoint_s, on_progress, stage_store, eval_processes, num_evaluated
+            ) as training:
+                outcome = training.conclude(training.until(len(config.rounds)))
+            result = {**facts, **outcome, "status": "finished", "error": None}
+            write_json(folder / RESULT, result)
     return result
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """Return the result of a finished run, None if it has not ended or failed; errors as `read_result`."""
+    result = read_result(folder)
+    return result if result is not None and result["status"] == "finished" else None
+
+
+@contextmanager
+def _owned(folder: Path, wait_s: float) -> Iterator[None]:
+    """Be the process that works in a run's folder, which is made; errors as `hold`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    advice = "wait until that has ended, or end it, or train into another folder"
+    with hold(folder / LOCK, what=f"{folder} is being trained", advice=advice, wait_s=wait_s):
+        yield
 
 
 def advance(
@@ -194,6 +219,7 @@ def advance(
     on_progress: Callable[[Progress], bool | None] | None = None,
     stage_store: StageStore | None = None,
     eval_processes: int = 1,
+    wait_s: float = LOOK_S,
 ) -> dict[str, float]:
     """Train to the end of a round, evaluate there and return the metrics; at once if that round has ended before.
 
@@ -209,6 +235,7 @@ def advance(
         on_progress: as `execute`.
         stage_store: as `execute`.
         eval_processes: as `execute`.
+        wait_s: as `execute`.
 
     Returns:
         `eval/score` where there are references, `eval/return_mean`, and `steps_reused`, gradient steps that the stage
@@ -216,6 +243,7 @@ def advance(
         return) of each cell, and `eval/beta` and `eval/guidance_scale` of the best, whose score it is.
     """
     with (
+        _owned(folder, wait_s),
         _recorded(config, folder),
         _Training(
             config, folder, store, device, checkpoint_s, on_progress, stage_store, eval_processes, num_rounds
@@ -230,16 +258,18 @@ def advance(
 @contextmanager
 def _recorded(config: RunConfig, folder: Path) -> Iterator[dict[str, Any]]:
     """Give what is known of a run at its start; what fails in the body for good becomes the run's result."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, dataclasses.asdict(config))
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     try:
+        write_json(folder / CONFIG, dataclasses.asdict(config))
         with kernels.using(_agreed(_backend_of(config, folder))):
             yield {**describe(config, folder), "started_at": started_at}
     except (AEPOError, MemoryError, torch.OutOfMemoryError, OSError) as error:
         if not (known := _as_known(error, folder)):
             raise
-        record_failure(config, folder, f"{type(known).__name__}: {known}", started_at=started_at)
+        try:
+            record_failure(config, folder, f"{type(known).__name__}: {known}", started_at=started_at)
+        except OSError as other:  # a full disk: the run then counts as not ended, and the same command goes on
+            warn(f"the failure is not recorded in {folder}: {other.strerror}")
         raise known from error
 
 
@@ -261,7 +291,8 @@ def _noted(config: RunConfig, folder: Path) -> kernels.Backend | None:
             that it has taken.
     """
     rows = folder / METRICS
-    if not (folder / checkpoint.FILE).exists() and not (rows.exists() and rows.stat().st_size):
+    saved = any((folder / name).exists() for name in (checkpoint.FILE, checkpoint.PREVIOUS))
+    if not saved and not (rows.exists() and rows.stat().st_size):
         return None  # nothing was computed, whatever is noted
     path = folder / KERNELS
     # without a note it is from before this was written down
@@ -297,8 +328,8 @@ def _as_known(error: BaseException, folder: Path) -> AEPOError | None:
         return error
     if not isinstance(error, OSError):
         return ResourceError(f"out of memory: {error}")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(f"no space left for {folder}; make room, then repeat with --retry-failed")
+    if lacks_space(error):
+        return ResourceError(f"no space left for {error.filename or folder}; make room and start the run again")
     return None
 
 
@@ -337,8 +368,10 @@ class _Training:
     def __exit__(self, *_: object) -> None:
         if self._reuse is not None:
             self._reuse.close()
-        self.spool.close()
-        self._evaluator.close()
+        try:
+            self.spool.close()  # writes what is left, which a full disk refuses
+        finally:
+            self._evaluator.close()
 
     def until(self, num_rounds: int) -> pipeline.PipelineState:
         """Train to the end of a round and return the state there.
@@ -352,7 +385,7 @@ class _Training:
             if self._saved is not None:
                 checkpoint.restore(state, self._saved["state"])
                 reached = ", ".join(f"{name} step {getattr(state, name).step:,}" for name in self._config.stages)
-                err.print(f"{self._config.name} continues behind {reached}", soft_wrap=True)
+                say(f"{self._config.name} continues behind {reached}")
             if self._settle(state, 0, num_rounds) == num_rounds:
                 return state
             resume = checkpoint.collect(state)
@@ -452,7 +485,10 @@ class _Training:
         evaluations = [evaluate(each, self._evaluator, num_episodes=num_episodes, seed=seed) for each in policies]
         grid = _evaluate_grid(policy, self._evaluator, config) if isinstance(policy, GuidedPolicy) else []
         if grid:
-            draw_grid(grid, self._folder / GRID, title=f"{config.task}, seed {config.seed}")
+            try:
+                draw_grid(grid, self._folder / GRID, title=f"{config.task}, seed {config.seed}")
+            except OSError as error:  # the result has its numbers
+                warn(f"no heat map in {self._folder}: {error.strerror}")
         final = {key: evaluations[0][key] for key in ("score", "return_mean")}
         curve = [
             {
