@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from aepo import __version__
 from aepo.console import err, results_only
-from aepo.errors import AEPOError, of_system
+from aepo.errors import AEPOError, ResourceError, of_system
 
 COMMANDS = {
     "quickstart": (
@@ -92,6 +92,8 @@ def _as_known(error: Exception) -> AEPOError | None:
     """Return what users can understand and mend, None for what nobody expected."""
     if isinstance(error, OSError):
         return of_system(error)
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, called by Ray and MLflow
+        return ResourceError("this user has no home, where Ray and MLflow keep files; set HOME to a folder")
     return error if isinstance(error, AEPOError) else None
 
 

@@ -249,6 +249,14 @@ def test_what_the_system_refuses_is_a_known_error_of_every_command(code, kind, m
     assert of_system(OSError(errno.EACCES, "of a socket")) is None
 
 
+def test_a_command_that_needs_a_home_says_so(monkeypatch, capsys):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(f"uid not found: {uid}")))
+    monkeypatch.setattr("aepo.commands.Toy.run", lambda _: pathlib.Path.home())
+    assert cli.run(["toy"]) == ResourceError.exit_status
+    assert "error: this user has no home" in capsys.readouterr().err
+
+
 # -- caches and other users --------------------------------------------------------------------------------
 
 
