@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aepo.console import err
+from aepo.console import warn
 from aepo.errors import CheckpointError
 from aepo.rundir import write_atomically
 
@@ -95,7 +95,7 @@ def load(folder: Path) -> dict[str, Any] | None:
             problems.append(str(error))
             continue
         for problem in problems:
-            err.print(f"[yellow]warning:[/] {problem}; going on from the one before it")
+            warn(f"{problem}; going on from the one before it")
         return content
     if problems:
         raise CheckpointError(f"{'; '.join(problems)}; delete {folder} to start this run anew")

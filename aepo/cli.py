@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from aepo import __version__
 from aepo.console import err, results_only
-from aepo.errors import AEPOError, from_machine
+from aepo.errors import AEPOError, ResourceError, from_machine
 
 COMMANDS = {
     "quickstart": (
@@ -37,7 +37,7 @@ COMMANDS = {
 
 EXIT_STATUS = """exit status:
   0 success                 1 unexpected error   2 wrong flag or setting   3 data or runs missing or unusable
-  4 bad checkpoint or policy file                5 training failed         6 machine too small, no cluster"""
+  4 bad checkpoint or policy file                5 training failed         6 machine or disk too small, no cluster"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,19 +66,15 @@ def run(argv: list[str]) -> int:
         command = _parse(getattr(importlib.import_module(module), attribute), name, rest)
         with results_only():
             return int(command.run())
-    except AEPOError as error:
-        if debug:
-            raise
-        err.print(f"[red]error:[/] {escape(' '.join(str(error).splitlines()))}", soft_wrap=True)
-        return error.exit_status
     except BrokenPipeError:  # `aepo ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if debug:
             raise
-        if (known := from_machine(error)) is not None:
-            err.print(f"[red]error:[/] {escape(str(known))} (--debug shows where)", soft_wrap=True)
+        if known := _as_known(error):
+            line = str(known).replace("\n", "\\n")  # names of files may have such
+            err.print(f"[red]error:[/] {escape(line)}", soft_wrap=True)
             return known.exit_status
         text = escape(f"{type(error).__name__}: {' '.join(str(error).split())}")
         err.print(f"[red]unexpected error:[/] {text} (--debug shows where)", soft_wrap=True)
@@ -97,6 +93,15 @@ def _parse(kind: Any, name: str, words: list[str]) -> Any:
     command = parsed()
     defaults = command.defaults() if hasattr(command, "defaults") else None
     return command if defaults is None else parsed(default=defaults)
+
+
+def _as_known(error: Exception) -> AEPOError | None:
+    """Return what users can understand and mend, None for what nobody expected."""
+    if isinstance(error, AEPOError):
+        return error
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, called by Ray and MLflow
+        return ResourceError("this user has no home, where Ray and MLflow keep files; set HOME to a folder")
+    return from_machine(error)
 
 
 def _help() -> str:

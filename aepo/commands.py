@@ -3,14 +3,15 @@
 import dataclasses
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aepo.console import emit_json, emit_table, err
-from aepo.errors import CheckpointError, ConfigError
+from aepo.console import emit_json, emit_table, err, say
+from aepo.errors import AEPOError, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from aepo.policy import Policy
@@ -81,7 +82,7 @@ class Train:
         if not 0 <= self.checkpoint_s < math.inf:
             raise ConfigError(f"--checkpoint-s must be a number of seconds from 0, got {self.checkpoint_s}")
         from aepo import config as configs
-        from aepo import run, rundir, tasks
+        from aepo import run, tasks
         from aepo.presets import preset
         from aepo.store import StageStore
 
@@ -89,23 +90,24 @@ class Train:
             raise ConfigError("--source chooses among the data of a --task; --dataset is one data set")
         task = tasks.find(self.task, self.source) if self.task else tasks.for_dataset(self.dataset)
         config = configs.with_overrides(preset(self.preset, task, self.seed), configs.parse_overrides(self.set))
+        if self.stage_store is not None and self.stage_store.exists() and not self.stage_store.is_dir():
+            raise ConfigError(f"--stage-store {self.stage_store} is a file; wanted a folder, or none yet")
         run.set_up_torch(self.threads)
-        folder = self.out / config.name
+        device, folder = run.select_device(self.device), self.out / config.name
         with StageBars(config) as bars:
             try:
                 result = run.execute(
                     config,
                     folder,
                     run.FolderStore(folder),
-                    device=run.select_device(self.device),
+                    device=device,
                     checkpoint_s=self.checkpoint_s,
                     on_progress=bars.update,
                     stage_store=StageStore(self.stage_store) if self.stage_store is not None else None,
                     eval_processes=self.eval_processes,
                 )
-            except Exception:
-                failed = rundir.read_result(folder) if folder.is_dir() else None
-                if self.json and failed is not None:
+            except (AEPOError, OSError) as error:
+                if self.json and (failed := _failure(folder, error)) is not None:
                     emit_json({key: failed[key] for key in (*RESULT_KEYS, "error")})
                 raise
         if self.json:
@@ -115,11 +117,32 @@ class Train:
                 f"{config.task}, seed {config.seed} ({config.data.source} data {config.data.dataset})",
                 [{key: row[key] for key in EVALUATION_COLUMNS} for row in result["evaluations"]],
             )
-            err.print(f"run, policy and result: {folder}", soft_wrap=True)
+            say(f"run, policy and result: {folder}")
         return 0
 
 
 MAX_CORES = 1024
+
+
+def _check_place(path: Path) -> None:
+    """Raise an OSError, before anything is computed, for a file that cannot be written; make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
+
+
+def _failure(folder: Path, error: Exception) -> dict[str, Any] | None:
+    """Return the result that a run has left of this error, None if it has left none."""
+    from aepo import rundir
+
+    with suppress(AEPOError, OSError):
+        result = rundir.read_result(folder)
+        return result if result is not None and result["error"] == f"{type(error).__name__}: {error}" else None
+    return None
+
+
 EVALUATION_COLUMNS = ["method", "beta", "guidance_scale", "score", "return_mean", "return_std", "num_episodes"]
 
 
@@ -216,6 +239,8 @@ class Evaluate:
         _check_cores(self.threads, self.eval_processes)
         if self.figure is not None and len(self.num_steps) > 1:
             raise ConfigError("--figure draws beta and guidance scale: give one of --num-steps")
+        if self.figure is not None:
+            _check_place(self.figure)
         from aepo import run, rundir
         from aepo.evaluate import Evaluator, draw_grid
         from aepo.policy import GuidedPolicy, Policy
@@ -238,9 +263,6 @@ class Evaluate:
             names = {"task": config.task, "seed": config.seed, "fingerprint": config.fingerprint}
             rows.append({**names, "num_steps": steps, **row})
         evaluator.close()
-        if self.figure is not None:
-            draw_grid(rows, self.figure, title=f"{config.task}, seed {config.seed}, {self.num_episodes} episodes each")
-            err.print(f"heat map: {self.figure}", soft_wrap=True)
         if self.json:
             emit_json(rows)
         else:
@@ -248,6 +270,9 @@ class Evaluate:
                 f"{config.task}, seed {config.seed}, {self.num_episodes} episodes each",
                 [{key: row[key] for key in (*EVALUATION_COLUMNS, "num_steps")} for row in rows],
             )
+        if self.figure is not None:  # last: no numbers are lost with it
+            draw_grid(rows, self.figure, title=f"{config.task}, seed {config.seed}, {self.num_episodes} episodes each")
+            say(f"heat map: {self.figure}")
         return 0
 
     def _settings(self, policy: "Policy") -> "list[Policy]":
@@ -329,6 +354,7 @@ class Toy:
             for beta in self.betas:
                 check_beta(energy_config(variant, self.steps), beta)
         set_up_torch(self.threads)
+        self.out.mkdir(parents=True, exist_ok=True)
         jobs = [(name, variant) for name in names for variant in ("none", *variants)]
         bench: Bench | None = None
         rows: list[dict[str, Any]] = []
@@ -339,13 +365,12 @@ class Toy:
             if not err.is_terminal:
                 err.print(f"{name}: {variant}")
             if variant == jobs[-1][1]:
-                self.out.mkdir(parents=True, exist_ok=True)
                 bench.draw(self.out / f"{name}.png")
         if self.json:
             emit_json(rows)
         else:
             emit_table("sliced Wasserstein-2 to the exact policy", _as_table(rows))
-            err.print(f"scatter plots: {self.out}", soft_wrap=True)
+            say(f"scatter plots: {self.out}")
         return 0
 
 
@@ -424,8 +449,8 @@ class StorePrune:
         """Delete and print what was deleted; return the exit status."""
         from aepo.store import StageStore
 
-        if self.max_mb < 0:
-            raise ConfigError(f"--max-mb must not be below 0, got {self.max_mb}")
+        if not 0 <= self.max_mb < math.inf:
+            raise ConfigError(f"--max-mb must be a number not below 0, got {self.max_mb}")
         _stored(self.folder)
         deleted = StageStore(self.folder).prune(int(self.max_mb * 1e6))
         rows = [{"key": entry.key, "mb": entry.num_bytes / 1e6} for entry in deleted]

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from aepo.errors import ConfigError
+from aepo.names import bounded
 from aepo.tasks import ReturnRule, RewardRule, Source, check_references
 
 Method = Literal["aepo", "aepo-analytic", "qgpo", "iql", "td3bc"]
@@ -398,7 +399,7 @@ class RunConfig:
     def name(self) -> str:
         """`{task}-s{seed}-{fingerprint}`, safe as the name of a folder."""
         task = re.sub(r"[^A-Za-z0-9_-]+", "-", self.task).strip("-")
-        return f"{task}-s{self.seed}-{self.fingerprint}"
+        return f"{bounded(task)}-s{self.seed}-{self.fingerprint}"
 
     @property
     def num_steps(self) -> int:

@@ -15,8 +15,18 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 """Progress, hints and messages."""
+
+
+def say(text: str) -> None:
+    """Print a message on standard error, brackets as they are: it may hold names and paths that users gave."""
+    err.print(text, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning on standard error, brackets as they are."""
+    err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
 
 _results: TextIO | None = None
@@ -46,13 +56,13 @@ def emit_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[
     A cell may be a rich Text, which keeps its style.
     """
     columns = list(columns or (rows[0].keys() if rows else []))
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
     for column in columns:
         numeric = bool(rows) and all(isinstance(row[column], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_shown(row[column]) for column in columns))
-    console = Console(file=_results, highlight=False, soft_wrap=True)
+    console = Console(file=_results, highlight=False, emoji=False, soft_wrap=True)
     console.width = console.width if console.is_terminal else 200
     console.print(table)
 

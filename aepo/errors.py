@@ -3,6 +3,16 @@
 Every message says what was got, what was wanted and what to do next, in one line.
 """
 
+import errno
+import os
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a quota, a limit on the size of files."""
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Another user's, or a disk that may only be read."""
+MISPLACED = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+"""A path that cannot be what it was to be."""
+
 
 class AEPOError(Exception):
     """A failure that the user can understand and mend; the base of all others."""
@@ -35,9 +45,13 @@ class TrainingError(AEPOError):
 
 
 class ResourceError(AEPOError):
-    """Too little memory, too few cores, a file that this machine does not give, or a program that it lacks."""
+    """Too little memory or space, too few cores, or a program, a file or a permission that this machine lacks."""
 
     exit_status = 6
+
+
+class BusyError(ResourceError):
+    """A folder in which another process is at work; nothing in it was touched."""
 
 
 class Interrupted(Exception):  # no error: the run goes on when it is started again
@@ -61,11 +75,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def from_machine(error: BaseException) -> ResourceError | None:
-    """Return in one line what the machine has refused: memory, a file, a folder; None for an error of another kind."""
+def lacks_space(error: BaseException) -> bool:
+    """Return whether something could not be written for want of space.
+
+    HDF5 and safetensors write by themselves and raise types of their own, with the system's words in the text.
+    """
+    return getattr(error, "errno", None) in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE)
+
+
+def from_machine(error: BaseException) -> AEPOError | None:
+    """Return in one line what the machine has refused: memory, space, a file; None for an error of another kind."""
     if is_out_of_memory(error):
         return ResourceError(f"out of memory: {' '.join(str(error).split())[:200] or 'nothing more is known'}")
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename is not None else ""
-        return ResourceError(f"{place}{' '.join(error.strerror.split())[:200]}")
-    return None
+    if not isinstance(error, OSError):
+        return None
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    what = " ".join((error.strerror or str(error)).split())[:200]
+    if lacks_space(error):
+        return ResourceError(f"{where}{what}; make room, then give the same command again")
+    if where and error.errno in FORBIDDEN:
+        return ResourceError(f"{where}{what}; name a place that this user may write to")
+    if where and error.errno in MISPLACED:
+        return ConfigError(f"{where}{what}; name another place")
+    return ResourceError(f"{where}{what}") if where else None

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aepo.config import Activation, Precision
+from aepo.console import warn
 from aepo.errors import ConfigError
 from aepo.rundir import write_atomically
 
@@ -132,16 +133,26 @@ def choose(own: Path) -> Backend:
     Raises:
         ConfigError: if it exists and is no table.
     """
-    for row in (*read_own(own), *read_table(files("aepo").joinpath("kernels.csv").read_text())):
+    try:
+        rows = read_own(own)
+    except PermissionError as error:  # in a shared cache, another user's
+        _warn_once(f"{own} is not heeded: {error.strerror}")
+        rows = []
+    for row in (*rows, *read_table(files("aepo").joinpath("kernels.csv").read_text())):
         if row.is_of(processor()):
             return "onednn" if row.gain > MIN_GAIN and has_onednn() else "torch"
     return "torch"
 
 
+_warn_once = cache(warn)
+
+
 def read_own(path: Path) -> list[Measured]:
-    """Return the rows of a user's own table, none if there is no such file; errors as `choose`."""
+    """Return the rows of a user's own table, none if there is no such file; errors as `choose`, and PermissionError."""
     try:
         return read_table(path.read_text()) if path.exists() else []
+    except PermissionError:
+        raise
     except (ConfigError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is {error}; delete it, `aepo doctor --measure` writes it") from error
 

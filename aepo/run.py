@@ -2,12 +2,13 @@
 
     config.json  metrics.jsonl  policy.safetensors  result.json  [grid.png]      (checkpoint: where its store puts it)
 
+One process at a time carries a run out (run.lock).
+
 The metrics file is a spool: one line per log, written once even if steps are repeated after a crash, read by
 whoever tracks the run. The result file comes last and makes the run finished.
 """
 
 import dataclasses
-import errno
 import itertools
 import json
 import os
@@ -20,11 +21,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.markup import escape
 
 from aepo import checkpoint, kernels, parallel, pipeline
 from aepo.config import RunConfig
-from aepo.console import err
+from aepo.console import say, warn
 from aepo.data.transitions import Transitions, cache_folder, load_transitions
 from aepo.errors import (
     AEPOError,
@@ -34,6 +34,7 @@ from aepo.errors import (
     ResourceError,
     from_machine,
     is_out_of_memory,
+    lacks_space,
 )
 from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
@@ -42,10 +43,13 @@ from aepo.rundir import (
     CONFIG,
     GRID,
     KERNELS,
+    LOCK,
+    LOOK_S,
     METRICS,
     POLICY,
     RESULT,
     describe,
+    hold,
     read_document,
     read_result,
     read_spool,
@@ -162,6 +166,7 @@ def execute(
     on_progress: Callable[[Progress], bool | None] | None = None,
     stage_store: StageStore | None = None,
     eval_processes: int = 1,
+    wait_s: float = LOOK_S,
 ) -> dict[str, Any]:
     """Train, evaluate and return the result; from the last checkpoint if there is one, at once if it has ended.
 
@@ -176,29 +181,55 @@ def execute(
         on_progress: called at every Progress; True asks the run to stop.
         stage_store: where stages that other runs have trained are, and this one's go.
         eval_processes: how many step the environments of an evaluation, >= 1; nothing but seconds depends on it.
+        wait_s: seconds to wait for another process that carries the run out.
 
     Raises:
         AEPOError: what failed, in one line.
+        BusyError: if another process carries the run out; nothing was touched.
         Interrupted: if it was asked to stop, after a checkpoint.
     """
-    ended = read_result(folder)
-    if ended is not None and ended["status"] == "finished":
-        if ended["fingerprint"] != config.fingerprint:
-            raise CheckpointError(
-                f"{folder / RESULT} is of run {ended['fingerprint']}, wanted {config.fingerprint}: foreign; "
-                f"delete {folder} to repeat the run"
-            )
-        check_unchanged(config, str(ended["dataset_digest"]), folder)
-        return ended
-    with _recorded(config, folder) as facts:
-        num_evaluated = len(config.rounds) - 1  # the last round ends with the result
-        with _Training(
-            config, folder, store, device, checkpoint_s, on_progress, stage_store, eval_processes, num_evaluated
-        ) as training:
-            outcome = training.conclude(training.until(len(config.rounds)))
-    result = {**facts, **outcome, "status": "finished", "error": None}
-    write_json(folder / RESULT, result)
+    if (result := _finished(config, folder)) is not None:
+        return result
+    with _owned(folder, wait_s):
+        if (result := _finished(config, folder)) is not None:  # by the one that was waited for
+            return result
+        (folder / RESULT).unlink(missing_ok=True)  # of a failure, which is repeated
+        with _recorded(config, folder) as facts:
+            num_evaluated = len(config.rounds) - 1  # the last round ends with the result
+            with _Training(
+                config, folder, store, device, checkpoint_s, on_progress, stage_store, eval_processes, num_evaluated
+            ) as training:
+                outcome = training.conclude(training.until(len(config.rounds)))
+            result = {**facts, **outcome, "status": "finished", "error": None}
+            write_json(folder / RESULT, result)
     return result
+
+
+def _finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """Return the result of a finished run, None if it has not ended or failed.
+
+    Raises:
+        CheckpointError: if the file is no result, or one of another run or of other data.
+    """
+    result = read_result(folder)
+    if result is None or result["status"] != "finished":
+        return None
+    if result["fingerprint"] != config.fingerprint:
+        raise CheckpointError(
+            f"{folder / RESULT} is of run {result['fingerprint']}, wanted {config.fingerprint}: foreign; "
+            f"delete {folder} to repeat the run"
+        )
+    check_unchanged(config, str(result["dataset_digest"]), folder)
+    return result
+
+
+@contextmanager
+def _owned(folder: Path, wait_s: float) -> Iterator[None]:
+    """Be the process that works in a run's folder, which is made; errors as `hold`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    advice = "wait until that has ended, or end it, or train into another folder"
+    with hold(folder / LOCK, what=f"{folder} is being trained", advice=advice, wait_s=wait_s):
+        yield
 
 
 def advance(
@@ -212,6 +243,7 @@ def advance(
     on_progress: Callable[[Progress], bool | None] | None = None,
     stage_store: StageStore | None = None,
     eval_processes: int = 1,
+    wait_s: float = LOOK_S,
 ) -> dict[str, float]:
     """Train to the end of a round, evaluate there and return the metrics; at once if that round has ended before.
 
@@ -227,6 +259,7 @@ def advance(
         on_progress: as `execute`.
         stage_store: as `execute`.
         eval_processes: as `execute`.
+        wait_s: as `execute`.
 
     Returns:
         `eval/score` where there are references, `eval/return_mean`, and `steps_reused`, gradient steps that the stage
@@ -234,6 +267,7 @@ def advance(
         return) of each cell, and `eval/beta` and `eval/guidance_scale` of the best, whose score it is.
     """
     with (
+        _owned(folder, wait_s),
         _recorded(config, folder),
         _Training(
             config, folder, store, device, checkpoint_s, on_progress, stage_store, eval_processes, num_rounds
@@ -248,16 +282,18 @@ def advance(
 @contextmanager
 def _recorded(config: RunConfig, folder: Path) -> Iterator[dict[str, Any]]:
     """Give what is known of a run at its start; what fails in the body for good becomes the run's result."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, dataclasses.asdict(config))
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     try:
+        write_json(folder / CONFIG, dataclasses.asdict(config))
         with kernels.using(_agreed(_backend_of(config, folder))):
             yield {**describe(config, folder), "started_at": started_at}
     except (AEPOError, MemoryError, RuntimeError, OSError) as error:
         if not (known := _as_known(error, folder)):
             raise
-        record_failure(config, folder, f"{type(known).__name__}: {known}", started_at=started_at)
+        try:
+            record_failure(config, folder, f"{type(known).__name__}: {known}", started_at=started_at)
+        except OSError as other:  # a full disk: the run then counts as not ended, and the same command goes on
+            warn(f"the failure is not recorded in {folder}: {other.strerror}")
         raise known from error
 
 
@@ -279,7 +315,8 @@ def _noted(config: RunConfig, folder: Path) -> kernels.Backend | None:
             that it has taken.
     """
     rows = folder / METRICS
-    if not (folder / checkpoint.FILE).exists() and not (rows.exists() and rows.stat().st_size):
+    saved = any((folder / name).exists() for name in (checkpoint.FILE, checkpoint.PREVIOUS))
+    if not saved and not (rows.exists() and rows.stat().st_size):
         return None  # nothing was computed, whatever is noted
     path = folder / KERNELS
     # without a note it is from before this was written down
@@ -315,8 +352,9 @@ def _as_known(error: BaseException, folder: Path) -> AEPOError | None:
         return error
     if is_out_of_memory(error):
         return from_machine(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(f"no space left for {folder}; make room, then repeat with --retry-failed")
+    if lacks_space(error):
+        place = getattr(error, "filename", None) or folder
+        return ResourceError(f"no space left for {place}; make room and start the run again")
     return None
 
 
@@ -355,8 +393,10 @@ class _Training:
     def __exit__(self, *_: object) -> None:
         if self._reuse is not None:
             self._reuse.close()
-        self.spool.close()
-        self._evaluator.close()
+        try:
+            self.spool.close()  # writes what is left, which a full disk refuses
+        finally:
+            self._evaluator.close()
 
     def until(self, num_rounds: int) -> pipeline.PipelineState:
         """Train to the end of a round and return the state there.
@@ -370,7 +410,7 @@ class _Training:
             if self._saved is not None:
                 checkpoint.restore(state, self._saved["state"])
                 reached = ", ".join(f"{name} step {getattr(state, name).step:,}" for name in self._config.stages)
-                err.print(f"{self._config.name} continues behind {reached}", soft_wrap=True)
+                say(f"{self._config.name} continues behind {reached}")
             if self._settle(state, 0, num_rounds) == num_rounds:
                 return state
             resume = checkpoint.collect(state)
@@ -470,7 +510,10 @@ class _Training:
         evaluations = [evaluate(each, self._evaluator, num_episodes=num_episodes, seed=seed) for each in policies]
         grid = _evaluate_grid(policy, self._evaluator, config) if isinstance(policy, GuidedPolicy) else []
         if grid:
-            draw_grid(grid, self._folder / GRID, title=f"{config.task}, seed {config.seed}")
+            try:
+                draw_grid(grid, self._folder / GRID, title=f"{config.task}, seed {config.seed}")
+            except OSError as error:  # the result has its numbers
+                warn(f"no heat map in {self._folder}: {error.strerror}")
         final = {key: evaluations[0][key] for key in ("score", "return_mean")}
         curve = [
             {
@@ -543,9 +586,9 @@ def prepare(config: RunConfig, eval_processes: int = 1) -> tuple[Transitions, Ev
         evaluator.close()
         raise
     if data.note:
-        err.print(f"{config.data.dataset}: {data.note}", markup=False, soft_wrap=True)
+        say(f"{config.data.dataset}: {data.note}")
     for doubt in doubts:
-        err.print(f"[yellow]warning:[/] {escape(f'{config.data.dataset}: {doubt}')}", soft_wrap=True)
+        warn(f"{config.data.dataset}: {doubt}")
     return data, evaluator
 
 

@@ -1,30 +1,40 @@
 """A run's folder: what its files are called, and how they are read and written. No torch, so that looking is quick.
 
-config.json  kernels.json  metrics.jsonl  state.ckpt  policy.safetensors  result.json  [grid.png]  [log.txt]
+config.json  kernels.json  metrics.jsonl  state.ckpt  policy.safetensors  result.json  [grid.png]  [log.txt]  run.lock
 """
 
+import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, TextIO
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from aepo import __version__
 from aepo.config import MAX_COUNT, RunConfig
+from aepo.console import say
 from aepo.documents import parse_json
-from aepo.errors import CheckpointError
+from aepo.errors import FORBIDDEN, BusyError, CheckpointError
+from aepo.names import bounded
 
 RESULT, CONFIG, METRICS, POLICY = "result.json", "config.json", "metrics.jsonl", "policy.safetensors"
 GRID = "grid.png"
 KERNELS = "kernels.json"
 """How the run's steps are computed (aepo/kernels.py)."""
+LOCK = "run.lock"
+"""Held by the process that carries the run out; names it."""
+LOOK_S = 1.0
+"""For so long a lock may be held by one that only looks, or is about to end."""
 COMMIT = "COMMIT"
 """Beside the packages, in packed code."""
 
@@ -160,6 +170,8 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         return dict(_RESULT.validate_json(path.read_bytes()))
     except FileNotFoundError:
         return None
+    except NotADirectoryError:  # somebody's file in the place of the folder: not ours to delete
+        raise
     except ValidationError as error:
         reason = _first(error)
     except OSError as error:
@@ -247,15 +259,35 @@ def write_json(path: Path, document: Any) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that after a crash is either whole or as it was before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a new file beside `path` that takes its place at the block's end: whole, or not at all.
+
+    It may be read by whom the umask says, even if the library that writes it makes files for their owner alone.
+    """
+    place = f"{os.uname().nodename}.{os.getpid()}.{next(_numbers)}"  # shared folders: process ids repeat elsewhere
+    temporary = path.with_name(f".{bounded(path.name)}.{place}")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        temporary.unlink(missing_ok=True)  # of a killed process with the same id
+        with temporary.open("xb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777
+        yield temporary
+        with temporary.open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & 0o777 != mode:
+                os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before says more
+            temporary.unlink(missing_ok=True)
+
+
+_numbers = itertools.count()
+"""Of the temporary files of this process, whose threads may write the same file."""
 
 
 @cache
@@ -292,3 +324,44 @@ def try_lock(descriptor: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def open_lock(path: Path) -> TextIO:
+    """Return a lock file, made if there is none; another user's is opened to be read, which is enough to lock it."""
+    try:
+        return path.open("a+")
+    except OSError as error:
+        if error.errno not in FORBIDDEN:
+            raise
+        return path.open("r")
+
+
+@contextlib.contextmanager
+def hold(path: Path, *, what: str, advice: str, wait_s: float = LOOK_S) -> Iterator[None]:
+    """Hold a lock file for as long as the block lasts. It goes with the process: nothing that was killed holds one.
+
+    Args:
+        path: the file; its folder must exist.
+        what: what another process is then doing, for the message: "runs/x is being trained".
+        advice: what to do then.
+        wait_s: seconds to wait for it.
+
+    Raises:
+        BusyError: if another process holds it for so long; it is told who, if that is known.
+    """
+    with open_lock(path) as file:
+        begin, told = time.monotonic(), False
+        while not try_lock(file.fileno()):
+            file.seek(0)
+            holder = " ".join(file.read().split()) or "another process"
+            waited = time.monotonic() - begin
+            if waited >= wait_s:
+                raise BusyError(f"{what} already, by {holder}; {advice}")
+            if waited >= LOOK_S and not told:
+                say(f"{what} already, by {holder}; waiting for {wait_s:.0f} s at most")
+                told = True
+            time.sleep(0.1)
+        with contextlib.suppress(OSError):  # a full disk, another user's file: held all the same
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
+        yield

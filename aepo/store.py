@@ -20,9 +20,9 @@ import torch
 
 from aepo import checkpoint, kernels
 from aepo.config import GuidedConfig, RunConfig
-from aepo.console import err
+from aepo.console import say, warn
 from aepo.errors import CheckpointError
-from aepo.rundir import try_lock, write_atomically
+from aepo.rundir import open_lock, try_lock, write_atomically
 
 FORMAT = 1
 SUFFIX = ".stage"
@@ -87,20 +87,25 @@ class StageStore:
         """Nothing is made before something is stored."""
         self.folder = folder
         self._held: dict[str, TextIO] = {}
+        self._has_warned = False
 
     def claim(self, key: str) -> dict[str, Any] | None:
         """Return a stored stage; else None, and the right to train it, which `publish` or `release` give back.
 
-        Waits while another process trains it.
+        Waits while another process trains it. A store that cannot be written to costs time, not the run.
         """
         if (found := self._read(key)) is not None:
             return found
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = (self.folder / f"{key}.lock").open("a")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open_lock(self.folder / f"{key}.lock")
+        except OSError as error:
+            self._warn(f"stages are not shared in {self.folder}: {error.strerror}")
+            return None
         told = False
         while not try_lock(file.fileno()):
             if not told:
-                err.print(f"waiting for a stage that another run trains ({key})")
+                say(f"waiting for a stage that another run trains ({key})")
                 told = True
             time.sleep(0.5)
         if (found := self._read(key)) is not None:
@@ -115,7 +120,7 @@ class StageStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path(key), checkpoint.to_bytes(content))
         except OSError as error:
-            err.print(f"[yellow]warning:[/] the stage was not stored in {self.folder}: {error}")
+            self._warn(f"the stage was not stored in {self.folder}: {error}")
         self.release(key)
 
     def release(self, key: str) -> None:
@@ -153,13 +158,23 @@ class StageStore:
             content = checkpoint.from_bytes(path.read_bytes(), path)
         except FileNotFoundError:
             return None
+        except OSError as error:  # another user's, say
+            self._warn(f"{path}: {error.strerror}; the stage is trained again")
+            return None
         except CheckpointError as error:
-            err.print(f"[yellow]warning:[/] {error}; the stage is trained again")
-            path.unlink(missing_ok=True)
+            warn(f"{error}; the stage is trained again")
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
         return content
+
+    def _warn(self, text: str) -> None:
+        """Say once what goes wrong with the folder."""
+        if not self._has_warned:
+            warn(text)
+        self._has_warned = True
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}{SUFFIX}"

@@ -296,7 +296,7 @@ def _show(folder: Path, *, as_json: bool) -> int:
     elif rows:
         emit_table(f"cluster in {folder}", rows)
     else:
-        err.print(f"no cluster is up in {folder}", soft_wrap=True)
+        err.print(f"no cluster is up in {folder}", markup=False, soft_wrap=True)
     return 0 if rows and all(row["state"] == "up" for row in rows) else 6
 
 

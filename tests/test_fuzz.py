@@ -116,7 +116,7 @@ BROKEN = {
     "a file above": (write("../../../x"), "wrote or removed w/o/x"),
     "a warning": (warn, "a warning: RuntimeWarning: overflow"),
     "a traceback": (lambda: print("Traceback (most recent call last):", file=sys.stderr) or 0, "a traceback"),
-    "two lines": (die(ConfigError("one\ntwo")), "1 lines of error"),
+    "two lines": (lambda: print("error: one", "two", sep="\n", file=sys.stderr) or 2, "1 lines of error"),
     "a status without a word": (lambda: 3, "0 lines of error"),
     "a score that is none": (write_result(float("nan")), "a finished result that is not finite"),
 }

@@ -16,7 +16,7 @@ from rich.table import Table
 from aepo import rundir
 from aepo.config import RunConfig
 from aepo.console import err
-from aepo.errors import AEPOError, ResourceError
+from aepo.errors import AEPOError
 from tune.plan import RUN_FOLDERS, STOP
 
 COLUMNS = ("stage", "step", "steps/s", "left", "score")
@@ -36,34 +36,21 @@ def driving(sweep: Path) -> Iterator[None]:
     """Hold the sweep's folder: one process at a time carries a sweep out; the lock goes with the process.
 
     Raises:
-        ResourceError: if another process does.
+        BusyError: if another process does.
     """
     sweep.mkdir(parents=True, exist_ok=True)
-    with (sweep / LOCK).open("a+") as file:
-        for _ in range(10):  # one that only looks is gone by then
-            if held := rundir.try_lock(file.fileno()):
-                break
-            time.sleep(0.1)
-        if not held:
-            file.seek(0)
-            raise ResourceError(
-                f"{sweep} is carried out already, by {file.read().strip() or 'another process'}; "
-                f"aepo sweep --watch --out {sweep} shows it, --stop ends it"
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+    advice = f"aepo sweep --watch --out {sweep} shows it, --stop ends it"
+    with rundir.hold(sweep / LOCK, what=f"{sweep} is carried out", advice=advice):
         (sweep / STOP).unlink(missing_ok=True)
         yield
 
 
 def is_driven(sweep: Path) -> bool:
     """Return whether a process carries the sweep out now."""
-    try:
-        with (sweep / LOCK).open("r+") as file:
-            return not rundir.try_lock(file.fileno())
-    except FileNotFoundError:
+    if not (sweep / LOCK).exists():
         return False
+    with rundir.open_lock(sweep / LOCK) as file:
+        return not rundir.try_lock(file.fileno())
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ from rich.prompt import Confirm
 
 from aepo import config as configs
 from aepo.config import RunConfig
-from aepo.console import emit_json, emit_table, err
+from aepo.console import emit_json, emit_table, err, say, warn
 from aepo.documents import read_toml
 from aepo.errors import ConfigError, IncompleteError
 
@@ -158,9 +158,9 @@ class Sweep:
         emit_table(f"{self.out}: {counts}", [{k: v for k, v in row.items() if k not in hidden} for row in rows])
         for row in rows:
             if row["error"]:
-                err.print(f"{row['run']}: {row['error']}", markup=False, soft_wrap=True)
+                say(f"{row['run']}: {row['error']}")
                 for line in row["log"]:
-                    err.print(f"    {line}", markup=False, soft_wrap=True)
+                    say(f"    {line}")
         return 0
 
     def _carry_out(self) -> int:
@@ -206,8 +206,8 @@ class Sweep:
             digests=read_digests(manifest) if manifest is not None else None,
         )
         print_rows(rows, as_json=self.json)
-        err.print(f"tables and figures:  aepo report {self.out}", soft_wrap=True)
-        err.print(f"MLflow page:         {page_command(uri)}", soft_wrap=True)
+        say(f"tables and figures:  aepo report {self.out}")
+        say(f"MLflow page:         {page_command(uri)}")
         check_complete(rows)
         return 0
 
@@ -262,7 +262,7 @@ class Sweep:
         for dataset in dict.fromkeys(config.data.dataset for config in plan if config not in here):
             from aepo.data.library import remedy
 
-            err.print(f"[yellow]missing:[/] {dataset}; {remedy(dataset)}", soft_wrap=True)
+            warn(f"missing: {dataset}; {remedy(dataset)}")
         return rows
 
 

@@ -1,7 +1,6 @@
 """Rows of runs.parquet: one per planned run, whether it finished, failed or is missing."""
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,10 +111,8 @@ def each_row(
 def write_rows(sweep: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write runs.parquet atomically and return its path; of thousands of rows a few are in memory at a time."""
     path = sweep / RUNS
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     remaining = iter(rows)
-    with pq.ParquetWriter(temporary, SCHEMA) as writer:
+    with rundir.replacing(path) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
         while some := [dict(row) for row in itertools.islice(remaining, ROWS_AT_ONCE)]:
             writer.write_table(pa.Table.from_pylist(some, schema=SCHEMA))
-    temporary.replace(path)
     return path

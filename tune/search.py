@@ -21,7 +21,7 @@ from rich.table import Table
 from aepo import config as configs
 from aepo import rundir
 from aepo.config import RunConfig
-from aepo.console import err
+from aepo.console import err, say
 from aepo.errors import ConfigError, IncompleteError
 from tune.board import Board, driving
 from tune.plan import RUN_FOLDERS, STAGES, STOP, read_digests, write_manifest
@@ -249,10 +249,7 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
     }
     open_ = sum(trial["state"] in OPEN for trial in record.trials)
     missing = max(0, spec.trials - len(record.trials))
-    err.print(
-        f"{spec.trials} trials in {search}: {len(record.trials) - open_} ended, {open_} under way, {missing} to draw",
-        soft_wrap=True,
-    )
+    say(f"{spec.trials} trials in {search}: {len(record.trials) - open_} ended, {open_} under way, {missing} to draw")
     if not open_ and not missing:
         return
     examples = [_example(spec, base) for base in bases]

@@ -9,7 +9,7 @@ from rich.prompt import Confirm
 
 from aepo import config as configs
 from aepo import tasks
-from aepo.console import emit_json, emit_table, err
+from aepo.console import emit_json, emit_table, err, say
 from aepo.errors import ConfigError, IncompleteError
 from aepo.presets import preset
 
@@ -196,8 +196,8 @@ class Search:
         else:
             emit_table("trials", trial_rows(document))
             emit_table("found against the preset, on fresh seeds", confirm_rows(document))
-        err.print(f"settings as a sweep:  aepo sweep {self.out}/found.toml --seeds 0 1 2 3 4", soft_wrap=True)
-        err.print(f"report:               aepo report {self.out}", soft_wrap=True)
+        say(f"settings as a sweep:  aepo sweep {self.out}/found.toml --seeds 0 1 2 3 4")
+        say(f"report:               aepo report {self.out}")
         return 0
 
 

@@ -6,6 +6,8 @@ trials have ended without a result.
 
 import dataclasses
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ from rich.table import Table
 
 from aepo import parallel, run, rundir
 from aepo.config import RunConfig
-from aepo.console import err
+from aepo.console import err, say, warn
 from aepo.errors import DataError, ResourceError
 from tune.board import LINE_INTERVAL_S, Board, driving
 from tune.estimate import memory_gib, work
@@ -97,7 +99,7 @@ def _drive(
     tracker = Tracker(sweep, plan, uri=tracking_uri)
     errors: dict[str, str] = {}
     ended = len(plan) - len(waiting)
-    err.print(f"{len(plan)} runs planned in {sweep}: {ended} ended, {len(waiting)} to do", soft_wrap=True)
+    say(f"{len(plan)} runs planned in {sweep}: {ended} ended, {len(waiting)} to do")
     if waiting:
         for config in waiting:
             if retry_failed:
@@ -222,9 +224,13 @@ def on_ray(resources: Resources, plan: Sequence[RunConfig]) -> Iterator[int]:
 
     from tune.trainable import free_orphans
 
-    where = {"address": resources.address} if resources.address else {"address": "local", "include_dashboard": False}
-    ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+    # Ray lets everybody write to its folders, code and sockets among them: they lie in one that only this user may
+    # enter, with a short name, because paths of sockets have 107 bytes at most
+    temp = "" if resources.address else tempfile.mkdtemp(prefix="aepo-", dir=os.environ.get("RAY_TMPDIR") or "/tmp")
+    private_ray = {"address": "local", "include_dashboard": False, "_temp_dir": f"{temp}/ray"}
+    where = {"address": resources.address} if resources.address else private_ray
     try:
+        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         memory = max(memory_gib(config, resources.runner) for config in plan)
         slots = _slots(ray.nodes(), resources, memory)  # type: ignore[no-untyped-call]
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
@@ -232,6 +238,8 @@ def on_ray(resources: Resources, plan: Sequence[RunConfig]) -> Iterator[int]:
             yield min(slots, resources.max_concurrent or slots)
     finally:
         ray.shutdown()
+        if temp:
+            shutil.rmtree(temp, ignore_errors=True)
 
 
 def _slots(nodes: Sequence[dict[str, Any]], resources: Resources, memory: float) -> int:
@@ -338,7 +346,7 @@ def _reporting(watch: Callable[[], None]) -> None:
     try:
         watch()
     except Exception as error:  # the sweep outlives its display; the last shipment sends what this one missed
-        err.print(f"[yellow]warning:[/] the display stopped: {type(error).__name__}: {error}", soft_wrap=True)
+        warn(f"the display stopped: {type(error).__name__}: {error}")
 
 
 def _last_line(error: BaseException) -> str:

@@ -26,6 +26,9 @@ from tune.plan import RUN_FOLDERS, STOP, read_planned
 MAX_WORKER_FAILURES = 3
 STOP_INTERVAL_S = 1.0
 """Between two looks for the file that asks a sweep to stop."""
+WAIT_S = 120.0
+"""For the worker that this one replaces, if it has not ended: an orphan does within seconds, and a network file system
+takes back the locks of a node that is gone after a minute and a half."""
 
 
 class SlimTrainer(v2.DataParallelTrainer):
@@ -193,7 +196,7 @@ def _execute(values: dict[str, Any]) -> None:
 def _perform(values: dict[str, Any], how: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
     """Return what `how`, run.execute or run.advance, returns of a planned run; None if it failed or was stopped."""
     from aepo import run, rundir
-    from aepo.errors import AEPOError, Interrupted
+    from aepo.errors import AEPOError, BusyError, Interrupted
     from aepo.store import StageStore
 
     sweep = Path(values["sweep"])
@@ -213,7 +216,7 @@ def _perform(values: dict[str, Any], how: Callable[..., dict[str, Any]]) -> dict
         return _is_stopped(values)
 
     with (
-        (folder / "log.txt").open("a", buffering=1) as log,
+        (folder / "log.txt").open("a", buffering=1, errors="backslashreplace") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
@@ -228,7 +231,10 @@ def _perform(values: dict[str, Any], how: Callable[..., dict[str, Any]]) -> dict
                 on_progress=stop,
                 stage_store=StageStore(Path(values["stages"])) if values["stages"] else None,
                 eval_processes=num_cores,
+                wait_s=WAIT_S,
             )
+        except BusyError:  # the result is the other's to write; Ray tries again, and in the end says why
+            raise
         except AEPOError as error:  # stands in result.json; a repetition would meet it again
             log.write(f"failed: {error}\n")
         except Interrupted as message:

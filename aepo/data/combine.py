@@ -11,9 +11,18 @@ from typing import Any
 from rich.progress import track
 
 from aepo.console import err
-from aepo.data.episodes import DAMAGE, one_line
-from aepo.data.staging import check_id, facts_of, library_path, locked_staging, open_whole, publish, say_left_alone
-from aepo.errors import ConfigError, DataError
+from aepo.data.episodes import DAMAGE, data_file, one_line
+from aepo.data.staging import (
+    check_id,
+    check_room,
+    facts_of,
+    library_path,
+    locked_staging,
+    open_whole,
+    publish,
+    say_left_alone,
+)
+from aepo.errors import ConfigError, DataError, lacks_space
 from aepo.tasks import check_references
 
 
@@ -63,6 +72,7 @@ def combine(
     Raises:
         ConfigError: if the references are not two finite numbers in ascending order.
         DataError: if an id is none, a part is missing or broken, or the parts differ in spaces or environments.
+        ResourceError: if the disk is full.
     """
     for name in (dataset_id, *parts):
         check_id(name)
@@ -89,11 +99,14 @@ def combine(
             shutil.rmtree(folder / "data", ignore_errors=True)  # of a killed process
             (folder / "data").mkdir()
             file = folder / "data" / "main_data.hdf5"
+            check_room(folder, sum(data_file(dataset).stat().st_size for dataset in datasets))
             metadata |= _copy_episodes(dataset_id, datasets, file)
             metadata["dataset_size"] = round(file.stat().st_size / 1e6, 1)
             (folder / "data" / "metadata.json").write_text(json.dumps(metadata))
             published = publish(folder, dataset_id, overwrite=overwrite)
         except DAMAGE as error:
+            if lacks_space(error):
+                raise
             raise DataError(f"{dataset_id} was not combined of {', '.join(parts)}: {one_line(error)}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)

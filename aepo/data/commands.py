@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import track
 
 from aepo import tasks
-from aepo.console import emit_json, emit_table, err
+from aepo.console import emit_json, emit_table, err, say
 from aepo.data.episodes import action_bounds, check_episode, read_episodes, rewards_of, scalar_observations
 from aepo.data.library import local_datasets, open_dataset, remedy
 from aepo.errors import ConfigError, DataError
@@ -240,10 +240,10 @@ class Stats:
         data = load_transitions(task.dataset, observation_keys=task.observation_keys, reward_rule=task.reward_rule)
         _emit(task.dataset, {"dataset": task.dataset, **summarise(data)}, as_json=self.json)
         for line in filter(None, (data.note, data.doubt)):
-            err.print(line, markup=False, soft_wrap=True)
+            say(line)
         if self.figure is not None:
             draw(data, self.figure, title=task.dataset)
-            err.print(f"histograms: {self.figure}", soft_wrap=True)
+            say(f"histograms: {self.figure}")
         return 0
 
 
@@ -277,7 +277,7 @@ class Verify:
             for doubt in doubts:
                 err.print(f"[yellow]doubt:[/] {escape(doubt)}", soft_wrap=True)
             for problem in problems:
-                err.print(problem, markup=False, soft_wrap=True)
+                say(problem)
         if problems:
             raise DataError(f"{facts['dataset']} has {len(problems)} problems; the first: {problems[0]}")
         err.print("no problem found")

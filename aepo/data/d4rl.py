@@ -31,7 +31,7 @@ from gymnasium.wrappers import FilterObservation, FlattenObservation
 from numpy.typing import NDArray
 
 import aepo
-from aepo.console import err
+from aepo.console import warn
 from aepo.data.episodes import DAMAGE, action_bounds, find_problems, one_line
 from aepo.data.pointmaze import REQUIREMENTS
 from aepo.data.staging import progress_bars, staged, write_episodes
@@ -281,7 +281,7 @@ def import_file(file: Path, task: Task, *, overwrite: bool = False, clip_actions
             raise DataError(f"{file}: no transition: its {len(arrays['rewards'])} rows have no successor")
         doubts = _doubts(task, layout, arrays, env)
         for doubt in doubts:
-            err.print(f"[yellow]warning:[/] {file}: {doubt}", soft_wrap=True)
+            warn(f"{file}: {doubt}")
         with progress_bars() as bar:
             write_episodes(
                 _episodes(file, task, layout, arrays, bounds, env),

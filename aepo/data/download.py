@@ -9,7 +9,6 @@ huggingface_hub 2.4, which deletes what an interrupted transfer has received.
 """
 
 import dataclasses
-import errno
 import hashlib
 import importlib
 import json
@@ -25,7 +24,7 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from aepo.console import err
+from aepo.console import err, say
 from aepo.data.episodes import one_line
 from aepo.data.staging import (
     check_id,
@@ -36,7 +35,7 @@ from aepo.data.staging import (
     publish,
     say_left_alone,
 )
-from aepo.errors import AEPOError, ConfigError, DataError, ResourceError
+from aepo.errors import AEPOError, ConfigError, DataError, ResourceError, lacks_space
 
 TIMEOUT_S = 10.0
 """Seconds that a server may take to accept a connection, and between two pieces of an answer."""
@@ -200,10 +199,9 @@ def _download_one(
     progress.remove_task(bar)
     seconds = time.perf_counter() - begin_s
     summary = _downloaded(dataset_id, downloaded=published, num_bytes=num_received, download_s=seconds)
-    err.print(
+    say(
         f"{dataset_id}: {summary.num_steps:,} steps, {total / 1e6:,.1f} MB, {num_received / 1e6:,.1f} of them received "
-        f"in {seconds:.1f} s",
-        soft_wrap=True,
+        f"in {seconds:.1f} s"
     )
     return summary
 
@@ -283,7 +281,7 @@ def _fetch(file: _File, part: Path, *, received: Callable[[int], None], stop: th
             if _size(part) < file.num_bytes:
                 raise ConnectionError(f"the answer ended after {_size(part):,} of {file.num_bytes:,} bytes")
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and lacks_space(error):
                 raise ResourceError(f"{part.parent}: {error.strerror}; make room, give the command again") from error
             num_tries = 1 if _size(part) > before else num_tries + 1
             if num_tries >= TRIES or stop.wait(WAIT_S):

@@ -40,8 +40,8 @@ from gymnasium.wrappers import FilterObservation, FlattenObservation
 from numpy.typing import NDArray
 
 import aepo
-from aepo.console import err
-from aepo.data.staging import progress_bars, staged, write_episodes
+from aepo.console import say
+from aepo.data.staging import destination, progress_bars, staged, write_episodes
 from aepo.data.steering import Cell, Controller, Navigator, Position, steer_depth_first, steer_shortest, wander
 from aepo.errors import ConfigError, DataError, ResourceError
 from aepo.tasks import Task
@@ -53,6 +53,8 @@ NOISE_STD = 0.5
 """Standard deviation of the Gaussian noise on each entry of an action, before clipping to -1..1; D4RL's, Minari's."""
 EPISODE_STEPS = 1_000
 """Steps of a maze2d data episode: few and long ones, because Minari reads 3 ms per episode."""
+STEP_BYTES = 64
+"""Of a recorded step in a file."""
 REFERENCE_SEED = 0
 """Seeds the reference episodes. They describe the evaluation, not the data: all seeds share one scale."""
 REQUIREMENTS = ("gymnasium-robotics>=1.4.2,<1.5", "mujoco>=3.3.7,<3.12")
@@ -220,8 +222,8 @@ def collect(
 
     Raises:
         ConfigError: if the task cannot be collected or a number is out of range.
-        DataError: if something that cannot be read lies where the data set belongs.
-        ResourceError: if the environments cannot be imported.
+        DataError: if something that cannot be read lies where the data set belongs, or it cannot be written there.
+        ResourceError: if the environments cannot be imported, or the disk is full.
     """
     if task.task not in GOAL_CELLS or task.suite not in PROTOCOLS:
         raise ConfigError(
@@ -233,20 +235,17 @@ def collect(
             f"got {num_steps}, {seed} and {num_reference_episodes}"
         )
     _import_environments()
-    from minari.storage.datasets_root_dir import get_dataset_path
-
     protocol = PROTOCOLS[task.suite]
-    path = get_dataset_path(task.dataset).resolve()
+    path = destination(task.dataset)
     if path.exists() and not overwrite:
         found = _summary(path, task)
-        err.print(
+        say(
             f"{found.dataset} is there ({found.num_steps:,} steps, seed {found.seed}) and was left alone; "
-            "--overwrite replaces it",
-            soft_wrap=True,
+            "--overwrite replaces it"
         )
         return found
 
-    with staged(task.dataset, overwrite=overwrite), progress_bars() as bar:
+    with staged(task.dataset, overwrite=overwrite, num_bytes=STEP_BYTES * num_steps), progress_bars() as bar:
         data_env, eval_env = _make_environments(task, protocol)
         navigator = Navigator(data_env.unwrapped.maze.maze_map)
         clock_s = [time.perf_counter()]

@@ -1,6 +1,11 @@
-"""New data sets appear whole or not at all: they are made in a hidden folder of Minari's library and then renamed."""
+"""New data sets appear whole or not at all: they are made in a hidden folder and then renamed.
+
+The folder lies beside the place of the data set, where it may: a namespace of the library, or a data set, can be a
+symbolic link to another disk, to which nothing can be renamed from the library's own.
+"""
 
 import contextlib
+import errno
 import functools
 import itertools
 import math
@@ -8,23 +13,27 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aepo.console import err
+from aepo.console import err, say
 from aepo.data.episodes import DAMAGE, one_line, read_episode
-from aepo.errors import DataError
+from aepo.errors import AEPOError, DataError, ResourceError, lacks_space
+from aepo.names import bounded
 from aepo.rundir import try_lock
 
 CHUNK_EPISODES = 100
 """Written episodes between two updates of a progress bar."""
+EPISODE_BYTES = 32_768
+"""Of an episode in HDF5 beside its arrays, at most; 14,000 to 21,000 were measured."""
 
 
 @contextlib.contextmanager
-def staged(dataset_id: str, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(dataset_id: str, *, overwrite: bool = False, num_bytes: int = 0) -> Iterator[Path]:
     """Yield the place of a data set; one that is made within the block appears there at the block's end.
 
     Until then it lies in a hidden folder, and MINARI_DATASETS_PATH and `tempfile.tempdir` of this process point there:
@@ -34,17 +43,26 @@ def staged(dataset_id: str, *, overwrite: bool = False) -> Iterator[Path]:
     Args:
         dataset_id: Minari id.
         overwrite: replace a data set that is there; without it, one that another process was faster to make is kept.
+        num_bytes: what the data set will take at least, as far as that is known.
+
+    Raises:
+        DataError: before the block, if the place cannot be written to.
+        ResourceError: before the block, if there is no room for so much, or if there is none later.
     """
     from minari.dataset.minari_dataset import parse_dataset_id
     from minari.namespace import create_namespace, list_local_namespaces
-    from minari.storage.datasets_root_dir import get_dataset_path
 
-    path = get_dataset_path(dataset_id).resolve()
+    path = destination(dataset_id)
     namespace = parse_dataset_id(dataset_id)[0]
-    if namespace is not None and namespace not in list_local_namespaces():
-        create_namespace(namespace)
+    try:
+        if namespace is not None and namespace not in list_local_namespaces():
+            create_namespace(namespace)
+        staging = tempfile.TemporaryDirectory(prefix=".making-", dir=path.parent)
+    except OSError as error:
+        raise _unwritable(error, path) from error
     library, tempdir = os.environ.get("MINARI_DATASETS_PATH"), tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=get_dataset_path()) as folder:
+    with staging as folder, _saying_what_is_full(path):
+        check_room(Path(folder), num_bytes)
         os.environ["MINARI_DATASETS_PATH"] = tempfile.tempdir = folder
         try:
             yield path
@@ -54,14 +72,47 @@ def staged(dataset_id: str, *, overwrite: bool = False) -> Iterator[Path]:
                 del os.environ["MINARI_DATASETS_PATH"]
             else:
                 os.environ["MINARI_DATASETS_PATH"] = library
-        if overwrite or not path.exists():
-            if path.exists():
-                path.rename(Path(folder) / "replaced")
-            (Path(folder) / dataset_id).rename(path)
+        publish(Path(folder) / dataset_id, dataset_id, overwrite=overwrite)
+
+
+@contextlib.contextmanager
+def _saying_what_is_full(path: Path) -> Iterator[None]:
+    """Raise a ResourceError for want of space, whichever library meets it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # HDF5 raises both
+        if not lacks_space(error):
+            raise
+        raise _full(path) from error
+
+
+def _full(path: Path) -> ResourceError:
+    return ResourceError(
+        f"no space left for {path}; make room, or set MINARI_DATASETS_PATH to a larger disk, and repeat"
+    )
+
+
+def _unwritable(error: Exception, path: Path) -> AEPOError:
+    if lacks_space(error):
+        return _full(path)
+    return DataError(f"{one_line(error)}; make the library writable, or set MINARI_DATASETS_PATH")
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raise an OSError unless so much may be written into a folder now, quotas and limits of this process included.
+
+    HDF5 must not meet a full disk: it ends the process with a fault of memory.
+    """
+    if num_bytes:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
 
 
 def write_episodes(episodes: Iterable[Any], *, advance: Callable[[int], None], **metadata: Any) -> Any:
     """Write Minari's episode buffers into its library and return the data set.
+
+    Raises:
+        OSError: if there is no room for the next of them.
 
     Args:
         episodes: `EpisodeBuffer`s, read as they are written.
@@ -73,6 +124,7 @@ def write_episodes(episodes: Iterable[Any], *, advance: Callable[[int], None], *
     dataset: Any = None
     waiting = iter(episodes)
     while chunk := list(itertools.islice(waiting, CHUNK_EPISODES)):
+        check_room(library_path(""), sum(map(_num_bytes, chunk)))
         if dataset is not None:
             dataset.update_dataset_from_buffer(chunk)
         else:
@@ -82,6 +134,19 @@ def write_episodes(episodes: Iterable[Any], *, advance: Callable[[int], None], *
                 dataset = minari.create_dataset_from_buffers(buffer=chunk, **metadata)
         advance(len(chunk))
     return dataset
+
+
+def _num_bytes(episode: Any) -> int:
+    """Return about how much an `EpisodeBuffer` takes in a file."""
+    parts = [episode.observations, episode.actions, episode.rewards, episode.terminations, episode.truncations]
+    arrays = []
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Mapping):
+            parts += part.values()
+        else:
+            arrays.append(np.asarray(part))
+    return EPISODE_BYTES + sum(array.nbytes for array in arrays)
 
 
 @contextlib.contextmanager
@@ -117,6 +182,21 @@ def library_path(dataset_id: str) -> Path:
         raise DataError(f"no Minari library here ({one_line(error)}); set MINARI_DATASETS_PATH") from error
 
 
+def destination(dataset_id: str) -> Path:
+    """Return the folder of a data set, symbolic links followed; the one above it is made.
+
+    Raises:
+        DataError: if it cannot be.
+    """
+    path = library_path(dataset_id)
+    try:
+        path = path.resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise _unwritable(error, path) from error
+    return path
+
+
 def open_whole(folder: Path, dataset_id: str, *, remedy: str = "--overwrite replaces it") -> Any:
     """Return the `minari.MinariDataset` in a folder.
 
@@ -138,7 +218,7 @@ def open_whole(folder: Path, dataset_id: str, *, remedy: str = "--overwrite repl
 
 def say_left_alone(dataset_id: str) -> None:
     """Tell of a data set that was wanted, is there, and was not replaced."""
-    err.print(f"{dataset_id} is there and was left alone; --overwrite replaces it", soft_wrap=True)
+    say(f"{dataset_id} is there and was left alone; --overwrite replaces it")
 
 
 @contextlib.contextmanager
@@ -146,34 +226,71 @@ def locked_staging(dataset_id: str, doing: str) -> Iterator[Path]:
     """Yield the hidden folder in which a data set is made; no other process has it at the same time.
 
     It outlives a failure. Minari lists no hidden folders, and no id has a dot.
+
+    Raises:
+        DataError: if the place cannot be written to, or another process has it.
+        ResourceError: if the disk is full.
     """
-    folder = library_path("") / f".{doing}.{dataset_id.replace('/', '.')}"
+    path = destination(dataset_id)
+    folder = path.parent / f".{doing}.{bounded(dataset_id.replace('/', '.'))}"
     try:
         folder.mkdir(exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise DataError(f"{one_line(error)}; make the library writable, or set MINARI_DATASETS_PATH") from error
+        raise _unwritable(error, path) from error
     try:
         if not try_lock(handle):
             raise DataError(f"another process is {doing} it in {folder}; wait until that has ended")
-        yield folder
+        with _saying_what_is_full(path):
+            yield folder
     finally:
         os.close(handle)
 
 
 def publish(folder: Path, dataset_id: str, *, overwrite: bool) -> bool:
-    """Move a complete data set to its place; return whether it is the one that is there now."""
-    path, replaced = library_path(dataset_id), folder.with_name(f"{folder.name}.replaced")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Move a complete data set to its place; return whether it is the one that is there now.
+
+    What it replaces is put back if it cannot be moved.
+    """
+    path, replaced = destination(dataset_id), folder.with_name(f"{bounded(folder.name)}.replaced")
     if path.exists() and not overwrite:  # another process was faster
         shutil.rmtree(folder, ignore_errors=True)
         return False
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
-        path.rename(replaced)
-    folder.rename(path)
+        _move(path, replaced)
+    try:
+        _move(folder, path)
+    except OSError:
+        if replaced.exists():
+            _move(replaced, path)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
     return True
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a folder; copy it first where that is to another file system, so that it appears whole there too.
+
+    Folders beside each other can be on two: one of them is where something is mounted, or a layer of a container.
+    """
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        partial = target.with_name(f".moving.{bounded(target.name)}")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            shutil.copytree(source, partial)
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(source)
 
 
 def facts_of(dataset: Any) -> dict[str, Any]:

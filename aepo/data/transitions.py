@@ -5,12 +5,10 @@ that a batch is one gather. Rows are stored as recorded; normalisation is one af
 the decoded rows are one memory-mapped file that all trials of a machine share.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aepo.console import err
+from aepo.console import err, warn
 from aepo.data.episodes import (
     accepted,
     action_bounds,
@@ -38,6 +36,7 @@ from aepo.data.episodes import (
 )
 from aepo.data.library import open_dataset
 from aepo.errors import DataError, ResourceError
+from aepo.rundir import replacing
 from aepo.tasks import RewardRule
 
 CACHE_FORMAT = 5
@@ -233,10 +232,19 @@ def load_transitions(
 
 
 def cache_folder() -> Path:
-    """Return where decoded data sets lie: $AEPO_CACHE, else aepo/ in the user's cache folder."""
+    """Return where decoded data sets lie: $AEPO_CACHE, else aepo/ in the user's cache folder.
+
+    A relative XDG_CACHE_HOME is ignored, as its specification says. A user without a home has Debian's /nonexistent.
+    """
     if folder := os.environ.get("AEPO_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aepo"
+    if (base := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
+        return base / "aepo"
+    try:
+        home = Path.home()
+    except RuntimeError:  # no HOME, and no entry among the users
+        home = Path("/nonexistent")
+    return home / ".cache" / "aepo"
 
 
 def content_digest(dataset: Any) -> str:
@@ -432,12 +440,9 @@ def _read_cache(path: Path) -> tuple[Tensor, Tensor, dict[str, str]] | None:
 
 
 def _write_cache(path: Path, rows_ND: Tensor, ends_E: Tensor, facts: dict[str, str]) -> None:
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"rows": rows_ND, "episode_ends": ends_E}, temporary, metadata=facts)
-        temporary.replace(path)
-    except OSError as error:  # a full or read-only disk costs time, not the run
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        err.print(f"[yellow]warning:[/] no cache of decoded data in {path.parent}: {one_line(error)}")
+        with replacing(path) as temporary:
+            save_file({"rows": rows_ND, "episode_ends": ends_E}, temporary, metadata=facts)
+    except (OSError, SafetensorError) as error:  # a full or read-only disk costs time, not the run
+        warn(f"no cache of decoded data in {path.parent} ({one_line(error)}); AEPO_CACHE names another folder")
