@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import tyro
 from rich.markup import escape
@@ -62,12 +63,7 @@ def run(argv: list[str]) -> int:
         return 2
     try:
         module, _, attribute = COMMANDS[name][0].partition(":")
-        command = tyro.cli(
-            getattr(importlib.import_module(module), attribute),
-            prog=f"aepo {name}",
-            args=rest,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        command = parse(getattr(importlib.import_module(module), attribute), f"aepo {name}", rest)
         with results_only():
             return int(command.run())
     except AEPOError as error:
@@ -87,6 +83,19 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         err.print("stopped; the same command continues where this one ended")
         return 130
+
+
+def parse(kind: Any, prog: str, words: list[str]) -> Any:
+    """Return a command with its flags; where its class has `from_file`, what a file says is the flags' default.
+
+    So a flag that is given wins, whatever it says: the parser knows which are given, a comparison afterwards does not.
+    """
+    if not hasattr(kind, "from_file"):
+        return tyro.cli(kind, prog=prog, args=words, config=(tyro.conf.FlagCreatePairsOff,))
+    command = tyro.cli(kind, prog=prog, args=words)
+    return (
+        command if command.file is None else tyro.cli(kind, prog=prog, args=words, default=kind.from_file(command.file))
+    )
 
 
 def _help() -> str:

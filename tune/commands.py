@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +20,13 @@ from aepo import config as configs
 from aepo.config import RunConfig
 from aepo.console import emit_json, emit_table, err
 from aepo.errors import ConfigError, IncompleteError
+from aepo.textfile import read_text
+
+
+Switch: TypeAlias = tyro.conf.FlagCreatePairsOff[bool]
+"""A flag that no file sets: there is no --no-... of it."""
+PLANNING = ("task", "suite", "source", "dataset", "seeds", "preset", "set")
+"""Flags that say which runs there are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +69,15 @@ class Sweep:
     theirs."""
     out: Path = Path("sweeps/default")
     """Folder of the sweep; on a cluster one that all nodes see."""
-    dry_run: bool = False
+    dry_run: Switch = False
     """Show the plan with its estimate and start nothing."""
-    yes: bool = False
+    yes: Switch = False
     """Start without asking."""
-    status: bool = False
+    status: Switch = False
     """Show where every run of --out stands, of failed ones why, and start nothing; from any terminal."""
-    watch: bool = False
+    watch: Switch = False
     """The same as a live table, until the sweep ends."""
-    stop: bool = False
+    stop: Switch = False
     """Ask the process that carries --out out to end: every run stores a checkpoint first."""
     address: str = ""
     """Address of a Ray cluster; none = a private Ray on this machine while the sweep runs."""
@@ -95,17 +102,46 @@ class Sweep:
     """MLflow store or server; none = MLFLOW_TRACKING_URI, or else a SQLite file in the sweep's folder."""
     retry_failed: bool = False
     """Run again what failed before."""
-    json: bool = False
+    json: Switch = False
     """Print one JSON document on standard output and nothing else."""
 
     def run(self) -> int:
         """Carry the sweep out, or look at it; return the exit status, 3 if a planned run has no result."""
-        wanted = self if self.file is None or self.file.suffix == ".json" else merge_file(self, self.file)
         if sum((self.status, self.watch, self.stop, self.dry_run)) > 1:
             raise ConfigError("--dry-run, --status, --watch and --stop are different commands; give one")
         if self.status or self.watch or self.stop:
-            return wanted._look()
-        return wanted._carry_out()
+            return self._look()
+        return self._carry_out()
+
+    @staticmethod
+    def from_file(file: Path) -> "Sweep":
+        """Return the sweep of a TOML file, or of a manifest, of which no flag says which runs there are.
+
+        Raises:
+            ConfigError: if the file cannot be read, or has an unknown or mistyped name.
+        """
+        if file.suffix == ".json":
+            return Sweep(file=file, seeds=(), preset=())
+        try:
+            values = tomllib.loads(read_text(file))
+        except OSError as error:
+            raise ConfigError(f"no sweep file {file} ({error.strerror})") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{file} is no TOML: {error}") from error
+        names = [field.name for field in dataclasses.fields(Sweep)]
+        known = [name for name in names if name not in ("file", "dry_run", "yes", "status", "watch", "stop", "json")]
+        values = {name.replace("-", "_"): value for name, value in values.items()}
+        if unknown := [name for name in values if name not in known]:
+            near = get_close_matches(unknown[0], known, n=1) or known
+            raise ConfigError(f"{file}: no setting {unknown[0]!r}; did you mean {' or '.join(near)}?")
+        if isinstance(values.get("set"), dict):
+            flat = configs.flatten(values["set"])
+            values["set"] = [f"{key}={_word(value)}" for key, value in flat.items()]
+        try:
+            return TypeAdapter(Sweep).validate_python({"file": file, **values})
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+            raise ConfigError(f"{file}: {'; '.join(problems)}") from None
 
     @property
     def manifest(self) -> Path | None:
@@ -126,10 +162,8 @@ class Sweep:
                 source=self.source,
                 suites=self.suite,
             )
-        if self.task or self.suite or self.dataset or self.set:
-            raise ConfigError(
-                f"{self.manifest} says which runs there are; leave out --task, --suite, --dataset and --set"
-            )
+        if given := [f"--{name}" for name in PLANNING if getattr(self, name)]:
+            raise ConfigError(f"{self.manifest} says which runs there are; leave out {', '.join(given)}")
         return read_manifest(self.manifest)
 
     def _look(self) -> int:
@@ -261,36 +295,6 @@ class Sweep:
 
             err.print(f"[yellow]missing:[/] {dataset}; {remedy(dataset)}", soft_wrap=True)
         return rows
-
-
-def merge_file(command: Sweep, file: Path) -> Sweep:
-    """Return the command with what a TOML file says where no flag was given.
-
-    Raises:
-        ConfigError: if the file cannot be read, or has an unknown or mistyped name.
-    """
-    try:
-        values = tomllib.loads(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"no sweep file {file} ({error.strerror})") from error
-    except ValueError as error:
-        raise ConfigError(f"{file} is no TOML: {error}") from error
-    fields = {field.name: field.default for field in dataclasses.fields(Sweep)}
-    known = [name for name in fields if name not in ("file", "dry_run", "yes", "status", "watch", "stop", "json")]
-    values = {name.replace("-", "_"): value for name, value in values.items()}
-    if unknown := [name for name in values if name not in known]:
-        near = get_close_matches(unknown[0], known, n=1) or known
-        raise ConfigError(f"{file}: no setting {unknown[0]!r}; did you mean {' or '.join(near)}?")
-    if isinstance(values.get("set"), dict):
-        flat = configs.flatten(values["set"])
-        values["set"] = [f"{key}={_word(value)}" for key, value in flat.items()]
-    try:
-        parsed = TypeAdapter(Sweep).validate_python(values)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"{file}: {'; '.join(problems)}") from None
-    given = {name: getattr(command, name) for name, default in fields.items() if getattr(command, name) != default}
-    return dataclasses.replace(parsed, **given)
 
 
 def _duration(seconds: float | None) -> str | None:
