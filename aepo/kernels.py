@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from aepo.config import Activation, Precision
 from aepo.errors import ConfigError
 from aepo.rundir import write_atomically
+from aepo.textfile import read_text
 
 ARITHMETIC = 2
 """Raised by every change to the bits of a training step: what was begun under another number is never continued."""
@@ -140,10 +141,17 @@ def choose(own: Path) -> Backend:
 
 def read_own(path: Path) -> list[Measured]:
     """Return the rows of a user's own table, none if there is no such file; errors as `choose`."""
+    advice = "delete it, `aepo doctor --measure` writes it"
     try:
-        return read_table(path.read_text()) if path.exists() else []
-    except (ConfigError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is {error}; delete it, `aepo doctor --measure` writes it") from error
+        text = read_text(path)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); {advice}") from error
+    try:
+        return read_table(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is {error}; {advice}") from error
 
 
 def keep(path: Path, row: Measured) -> None:

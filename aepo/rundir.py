@@ -16,6 +16,7 @@ from typing import Any
 from aepo import __version__
 from aepo.config import RunConfig
 from aepo.errors import CheckpointError
+from aepo.textfile import read_text
 
 RESULT, CONFIG, METRICS, POLICY = "result.json", "config.json", "metrics.jsonl", "policy.safetensors"
 GRID = "grid.png"
@@ -44,7 +45,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         CheckpointError: if the file is not a result.
     """
     try:
-        result = json.loads((folder / RESULT).read_text())
+        result = json.loads(read_text(folder / RESULT))
         assert isinstance(result, dict)
         assert {"status", "fingerprint"} <= set(result)
     except FileNotFoundError:
@@ -67,11 +68,13 @@ def read_document(path: Path, *, kind: str, version: int, field: str) -> dict[st
         CheckpointError: if there is none, or of another version.
     """
     try:
-        document: dict[str, Any] = json.loads(path.read_text())
+        document: dict[str, Any] = json.loads(read_text(path))
         assert document["format"] == version, f"format {document['format']}, wanted {version}"
         len(document[field])
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is not a {kind}: it has no {path.name}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(f"{path} is not a {kind} of this version: {error}") from error
     return document

@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from aepo import config as configs
 from aepo.config import GuidedConfig, RunConfig
 from aepo.errors import ConfigError
+from aepo.textfile import read_text
 
 Sampler = Literal["tpe", "random"]
 GRID = ("sampling.beta", "sampling.guidance_scale")
@@ -98,10 +99,10 @@ def read_space(path: Path, bases: Sequence[RunConfig]) -> Space:
             a target and a learner contradicts itself.
     """
     try:
-        document = tomllib.loads(path.read_text())
+        document = tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"no search space {path} ({error.strerror})") from error
-    except ValueError as error:
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is no TOML: {error}") from error
     varied: dict[str, BaseDistribution] = {}
     grid: dict[str, tuple[float, ...]] = {}
