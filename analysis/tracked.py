@@ -154,6 +154,7 @@ def _row(client: "MlflowClient", run: "Run") -> dict[str, Any]:
         "commit": tags.get("aepo.commit"),
         "started_at": None,
         "mlflow_run_id": run_id,
+        "settings": json.dumps({key: value for key, value in params.items() if key != "seed"}, sort_keys=True),
     }
 
 
@@ -176,7 +177,7 @@ def _not_begun(client: "MlflowClient", sweep: "Run", known: set[str], *, allow_m
     nothing = dict.fromkeys(
         [
             *("dataset_digest", "env_id", "ref_min", "ref_max", "error", "score", "return_mean", "num_episodes"),
-            *("steps", "seconds", "evaluations", "curve", "commit", "started_at", "mlflow_run_id"),
+            *("steps", "seconds", "evaluations", "curve", "commit", "started_at", "mlflow_run_id", "settings"),
         ]
     )
     return [

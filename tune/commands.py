@@ -22,7 +22,6 @@ from aepo.console import emit_json, emit_table, err
 from aepo.errors import ConfigError, IncompleteError
 from aepo.textfile import read_text
 
-
 Switch: TypeAlias = tyro.conf.FlagCreatePairsOff[bool]
 """A flag that no file sets: there is no --no-... of it."""
 PLANNING = ("task", "suite", "source", "dataset", "seeds", "preset", "set")
