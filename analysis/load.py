@@ -79,8 +79,8 @@ SCHEMA = pa.schema(
 )
 """Columns of runs.parquet, one row per planned run; further columns are ignored."""
 OPTIONAL = {"grid": pa.list_(pa.struct(list(_GRID.items()))), "folder": pa.string(), "settings": pa.string()}
-"""Columns that a table may lack: evaluations over beta and guidance scale, where the run lies in its sweep, and all of its
-settings but the seed, as a JSON object of texts."""
+"""Columns that a table may lack: evaluations over beta and guidance scale, where the run lies in its sweep, and all of
+its settings but the seed, as a JSON object of texts."""
 
 _STATUSES = ("finished", "failed", "missing")
 _NESTED = ("evaluations", "curve", "grid")

@@ -60,7 +60,8 @@ def read_experiment(name: str, tracking_uri: str, *, allow_missing: bool) -> lis
             raise DataError(f"MLflow has no experiment {name!r}; it has {', '.join(names)}")
         runs = list(_search(client, experiment.experiment_id))
         sweeps = [run for run in runs if "aepo.sweep" in run.data.tags and "aepo.run" not in run.data.tags]
-        trained = [run for run in runs if "aepo.run" in run.data.tags]
+        planned = [run for run in runs if run.data.tags.get("aepo.planned") != "false"]
+        trained = [run for run in planned if "aepo.run" in run.data.tags]
         if not trained:
             raise DataError(f"the experiment {name!r} has no run that `aepo sweep` has tracked")
         with ThreadPoolExecutor(THREADS) as pool:

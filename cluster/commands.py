@@ -128,6 +128,8 @@ class Submit:
     """Folder on the cluster, instead of the file's."""
     retry_failed: bool = False
     """Run again what failed before."""
+    only: bool = False
+    """Let the folder plan these runs alone, as `aepo sweep --only`."""
     places: int = 0
     """Runs at once that there shall be room for at the start, where nodes come on demand: the cluster's autoscaler is
     asked for them and waited for, a quarter of an hour at most."""
@@ -149,6 +151,7 @@ class Submit:
         sweep = Sweep.from_file(self.file)
         out = sweep.out if self.out is None else self.out
         sweep = dataclasses.replace(sweep, out=out, retry_failed=self.retry_failed or sweep.retry_failed)
+        sweep = dataclasses.replace(sweep, only=self.only or sweep.only)
         plan = sweep.plan()
         client = jobs.connect(self.address)
         name, is_new = jobs.submit(client, self.file, sweep, plan, places=self.places)

@@ -101,6 +101,9 @@ class Sweep:
     """MLflow store or server; none = MLFLOW_TRACKING_URI, or else a SQLite file in the sweep's folder."""
     retry_failed: bool = False
     """Run again what failed before."""
+    only: bool = False
+    """Let --out plan these runs alone. Without it the folder keeps what it has planned before, but for other settings
+    of the same task and method; files of runs that are no longer planned stay."""
     json: Switch = False
     """Print one JSON document on standard output and nothing else."""
 
@@ -233,6 +236,7 @@ class Sweep:
             resources,
             tracking_uri=uri,
             retry_failed=self.retry_failed,
+            only=self.only,
             digests=read_digests(manifest) if manifest is not None else None,
         )
         print_rows(rows, as_json=self.json)
@@ -244,7 +248,10 @@ class Sweep:
     def _show_plan(self, plan: Sequence[RunConfig], waiting: Sequence[RunConfig]) -> list[dict[str, Any]]:
         """Print the plan, a row per task and method, with what it is estimated to take; return the rows."""
         from tune.estimate import memory_gib, seconds_per_run
+        from tune.plan import describe_leaving, grow
 
+        if leaving := grow(self.out.resolve(), plan, only=self.only)[1]:
+            err.print(describe_leaving(leaving), markup=False, soft_wrap=True)
         here = [config for config in plan if _is_here(config.data.dataset)]
         seconds = seconds_per_run([config for config in here if config in waiting], cpus=self.cpus, gpus=self.gpus)
         rows: list[dict[str, Any]] = []

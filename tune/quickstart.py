@@ -49,7 +49,7 @@ class Quickstart:
             collect(tasks.find(name), num_steps=self.env_steps, seed=0)
         plan = make_plan(TASKS, (), SEEDS, presets=(self.preset,), overrides={})
         uri = default_uri(self.out)
-        rows = run_sweep(self.out, plan, Resources(checkpoint_s=20.0), tracking_uri=uri)
+        rows = run_sweep(self.out, plan, Resources(checkpoint_s=20.0), tracking_uri=uri, only=True)
         check_complete(rows)
         # the report is a program of its own: between scheduling and analysis stands a table, not code
         report = [sys.executable, "-m", "aepo", "report", str(self.out), *(["--json"] if self.json else [])]

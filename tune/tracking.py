@@ -42,6 +42,8 @@ BATCH = 1000
 PAGE = 200
 """Runs per answer of a search."""
 TAG, SWEEP = "aepo.run", "aepo.sweep"
+PLANNED, NUM_PLANNED = "aepo.planned", "aepo.num_planned"
+"""Of a run: false once its sweep plans it no more. Of the sweep: how many it plans."""
 TAGGED = ("task", "suite", "seed", "fingerprint", "method", "preset")
 MEASURED = ("env_id", "ref_min", "ref_max")
 """Of a result, as tags: what the settings do not say."""
@@ -186,9 +188,15 @@ class Tracker:
         self._tags[SWEEP] = identity
         found = {entry.data.tags.get(TAG, ""): entry for entry in self._search(f"tags.`{SWEEP}` = '{identity}'")}
         parent = found.pop("", None)
+        for name, entry in found.items():
+            if (planned := str(name in self._folders).lower()) != entry.data.tags.get(PLANNED, "true"):
+                client.set_tag(entry.info.run_id, PLANNED, planned)
+        num_planned = str(len(self._folders))
+        if parent is not None and parent.data.tags.get(NUM_PLANNED) != num_planned:
+            client.set_tag(parent.info.run_id, NUM_PLANNED, num_planned)
         if parent is None:
             tags = {**self._tags, "aepo.host": platform.node(), "aepo.machine": platform.platform()}
-            tags["aepo.num_planned"] = str(len(self._folders))
+            tags[NUM_PLANNED] = num_planned
             parent = client.create_run(self._experiment, tags=tags, run_name=self._sweep.name)
         elif parent.info.status != "RUNNING":
             client.update_run(parent.info.run_id, status="RUNNING")
