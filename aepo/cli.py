@@ -63,7 +63,7 @@ def run(argv: list[str]) -> int:
         return 2
     try:
         module, _, attribute = COMMANDS[name][0].partition(":")
-        command = _parse(getattr(importlib.import_module(module), attribute), name, rest)
+        command = parse(getattr(importlib.import_module(module), attribute), f"aepo {name}", rest)
         with results_only():
             return int(command.run())
     except BrokenPipeError:  # `aepo ... | head`
@@ -84,15 +84,17 @@ def run(argv: list[str]) -> int:
         return 130
 
 
-def _parse(kind: Any, name: str, words: list[str]) -> Any:
-    """Return the command of these words; a flag that is given wins over the file that the command names."""
+def parse(kind: Any, prog: str, words: list[str]) -> Any:
+    """Return a command with its flags; where its class has `from_file`, what a file says is the flags' default.
 
-    def parsed(**default: Any) -> Any:
-        return tyro.cli(kind, prog=f"aepo {name}", args=words, config=(tyro.conf.FlagCreatePairsOff,), **default)
-
-    command = parsed()
-    defaults = command.defaults() if hasattr(command, "defaults") else None
-    return command if defaults is None else parsed(default=defaults)
+    So a flag that is given wins, whatever it says: the parser knows which are given, a comparison afterwards does not.
+    """
+    if not hasattr(kind, "from_file"):
+        return tyro.cli(kind, prog=prog, args=words, config=(tyro.conf.FlagCreatePairsOff,))
+    command = tyro.cli(kind, prog=prog, args=words)
+    return (
+        command if command.file is None else tyro.cli(kind, prog=prog, args=words, default=kind.from_file(command.file))
+    )
 
 
 def _as_known(error: Exception) -> AEPOError | None:

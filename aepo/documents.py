@@ -1,6 +1,5 @@
 """JSON and TOML as people and programs have left them: whatever stands there, it is a document or an error of ours."""
 
-import codecs
 import json
 import tomllib
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aepo.errors import ConfigError
+from aepo.textfile import read_text
 
 MAX_DEPTH = 50
 """Levels of a document; ours have seven at most. What walks through one may then call itself."""
@@ -23,7 +23,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_toml(path: Path, *, kind: str) -> dict[str, Any]:
-    """Return a TOML document, as any editor stores it: UTF-8, with or without a byte order mark, or UTF-16 with it.
+    """Return a TOML document, as any editor stores it.
 
     Args:
         path: the file.
@@ -33,14 +33,11 @@ def read_toml(path: Path, *, kind: str) -> dict[str, Any]:
         ConfigError: if it cannot be read, is no TOML, or nested more deeply than MAX_DEPTH.
     """
     try:
-        content = path.read_bytes()
+        document: dict[str, Any] = _parsed(tomllib.loads, read_text(path))
     except OSError as error:
         raise ConfigError(f"no {kind} {path} ({error.strerror})") from error
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    try:
-        document: dict[str, Any] = _parsed(tomllib.loads, content.decode(encoding).replace("\r\n", "\n"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{kind} {path} is not UTF-8 ({error}): save it as UTF-8") from error
+    except ConfigError:  # which is a ValueError
+        raise
     except ValueError as error:
         raise ConfigError(f"{path} is no TOML: {error}") from error
     return document

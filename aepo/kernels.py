@@ -29,6 +29,7 @@ from aepo.config import Activation, Precision
 from aepo.console import warn
 from aepo.errors import ConfigError
 from aepo.rundir import write_atomically
+from aepo.textfile import read_text
 
 ARITHMETIC = 2
 """Raised by every change to the bits of a training step: what was begun under another number is never continued."""
@@ -150,10 +151,12 @@ _warn_once = cache(warn)
 def read_own(path: Path) -> list[Measured]:
     """Return the rows of a user's own table, none if there is no such file; errors as `choose`, and PermissionError."""
     try:
-        return read_table(path.read_text()) if path.exists() else []
+        return read_table(read_text(path))
+    except FileNotFoundError:
+        return []
     except PermissionError:
         raise
-    except (ConfigError, OSError, UnicodeDecodeError) as error:
+    except (ConfigError, OSError) as error:
         raise ConfigError(f"{path} is {error}; delete it, `aepo doctor --measure` writes it") from error
 
 

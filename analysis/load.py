@@ -5,6 +5,7 @@ sweep's folder, its runs.parquet, or `mlflow:EXPERIMENT`.
 """
 
 import itertools
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,9 @@ SCHEMA = pa.schema(
     + [pa.field(name, kind) for name, kind in _NULLABLE.items()]
 )
 """Columns of runs.parquet, one row per planned run; further columns are ignored."""
-OPTIONAL = {"grid": pa.list_(pa.struct(list(_GRID.items()))), "folder": pa.string()}
-"""Columns that a table may lack: evaluations over beta and guidance scale, and where the run lies in its sweep."""
+OPTIONAL = {"grid": pa.list_(pa.struct(list(_GRID.items()))), "folder": pa.string(), "settings": pa.string()}
+"""Columns that a table may lack: evaluations over beta and guidance scale, where the run lies in its sweep, and all of
+its settings but the seed, as a JSON object of texts."""
 
 _STATUSES = ("finished", "failed", "missing")
 _NESTED = ("evaluations", "curve", "grid")
@@ -240,6 +242,7 @@ def _conform(table: pa.Table, source: str) -> pa.Table:
 def _check_runs(runs: pd.DataFrame) -> None:
     if twice := list(runs["run"][runs["run"].duplicated()]):
         raise DataError(f"run {_named(twice)} stands twice in the given sweeps, wanted once; give each sweep once")
+    _check_settings(runs[runs["settings"].notna()])
     again = runs[runs.duplicated(["task", "method", "seed"])]
     if twice := [f"task {row.task} has two runs of {row.method} with seed {row.seed}" for row in again.itertuples()]:
         raise DataError(
@@ -250,6 +253,20 @@ def _check_runs(runs: pd.DataFrame) -> None:
         raise DataError(f"{_named(wrong, '; ')}, wanted one of {', '.join(_STATUSES)}")
     _check_equal(runs, ["task"], "suite", "source", "dataset")
     _check_equal(runs[runs["preset"] != ""], ["task", "method"], "preset")
+
+
+def _check_settings(runs: pd.DataFrame) -> None:
+    """Check that a task's runs of one method have equal settings, whatever their seeds."""
+    kinds = runs.drop_duplicates(["task", "method", "settings"])
+    for (task, method), group in kinds[kinds.duplicated(["task", "method"], keep=False)].groupby(["task", "method"]):
+        one, other = (json.loads(text) for text in group["settings"].iloc[:2])
+        names = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+        values = [f"{name} ({one.get(name, 'none')} and {other.get(name, 'none')})" for name in names]
+        first, second = group["run"].iloc[:2]
+        raise DataError(
+            f"the runs of {task} {method} differ in settings, {first} and {second} in {_named(values)}; a mean needs "
+            "equal ones: report them one by one"
+        )
 
 
 def _check_results(finished: pd.DataFrame) -> None:

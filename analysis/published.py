@@ -13,8 +13,10 @@ import math
 import re
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 
 from aepo.errors import ConfigError, DataError
+from aepo.textfile import read_text
 
 SCORES, SOURCES = "published.csv", "published_sources.csv"
 UNKNOWN = "AEPO"
@@ -199,7 +201,8 @@ def _version(task: str) -> str:
 
 def _rows(name: str, kind: type) -> list[tuple[int, dict[str, str]]]:
     wanted = {field.name for field in dataclasses.fields(kind)}
-    reader = csv.DictReader(io.StringIO(files("analysis").joinpath(name).read_text(encoding="utf-8")), strict=True)
+    text = read_text(Path(str(files("analysis").joinpath(name))))
+    reader = csv.DictReader(io.StringIO(text), strict=True)
     if set(reader.fieldnames or ()) != wanted:
         raise DataError(f"{name} has columns {reader.fieldnames}, wanted {sorted(wanted)}")
     rows = [(reader.line_num, row) for row in reader]

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from aepo.console import emit_json, emit_table, emit_text, err
 from aepo.errors import ConfigError, DataError, IncompleteError
+from aepo.textfile import read_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -332,7 +333,7 @@ def _manifests(paths: Sequence[Path]) -> dict[str, Any]:
     for path in paths:
         file = (path if path.is_dir() else path.parent) / MANIFEST
         try:
-            document = json.loads(file.read_text(encoding="utf-8"))
+            document = json.loads(read_text(file))
             methods: dict[str, Any] = {}
             for name, settings in document["runs"].items():
                 methods.setdefault(settings["method"], {"run": name, **settings})

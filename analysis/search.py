@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aepo.errors import ConfigError, DataError
+from aepo.textfile import read_text
 
 if TYPE_CHECKING:
     import optuna
@@ -86,7 +87,7 @@ def write_search_report(search: Path, out: Path, *, against: Path | None = None)
 def _read(search: Path) -> dict[str, Any]:
     path = search / RECORD
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(read_text(path))
         assert document["format"] == FORMAT
         assert isinstance(document["trials"], list)
     except FileNotFoundError:

@@ -65,7 +65,8 @@ def read_experiment(name: str, tracking_uri: str, *, allow_missing: bool) -> lis
             raise DataError(f"MLflow has no experiment {name!r}; it has {', '.join(names)}")
         runs = list(_search(client, experiment.experiment_id))
         sweeps = [run for run in runs if "aepo.sweep" in run.data.tags and "aepo.run" not in run.data.tags]
-        trained = [run for run in runs if "aepo.run" in run.data.tags]
+        planned = [run for run in runs if run.data.tags.get("aepo.planned") != "false"]
+        trained = [run for run in planned if "aepo.run" in run.data.tags]
         if not trained:
             raise DataError(f"the experiment {name!r} has no run that `aepo sweep` has tracked")
         with ThreadPoolExecutor(THREADS) as pool:
@@ -159,6 +160,7 @@ def _row(client: "MlflowClient", run: "Run") -> dict[str, Any]:
         "commit": tags.get("aepo.commit"),
         "started_at": None,
         "mlflow_run_id": run_id,
+        "settings": json.dumps({key: value for key, value in params.items() if key != "seed"}, sort_keys=True),
     }
 
 
@@ -181,7 +183,7 @@ def _not_begun(client: "MlflowClient", sweep: "Run", known: set[str], *, allow_m
     nothing = dict.fromkeys(
         [
             *("dataset_digest", "env_id", "ref_min", "ref_max", "error", "score", "return_mean", "num_episodes"),
-            *("steps", "seconds", "evaluations", "curve", "commit", "started_at", "mlflow_run_id"),
+            *("steps", "seconds", "evaluations", "curve", "commit", "started_at", "mlflow_run_id", "settings"),
         ]
     )
     return [

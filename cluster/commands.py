@@ -128,6 +128,8 @@ class Submit:
     """Folder on the cluster, instead of the file's."""
     retry_failed: bool = False
     """Run again what failed before."""
+    only: bool = False
+    """Let the folder plan these runs alone, as `aepo sweep --only`."""
     places: int = 0
     """Runs at once that there shall be room for at the start, where nodes come on demand: the cluster's autoscaler is
     asked for them and waited for, a quarter of an hour at most."""
@@ -139,17 +141,17 @@ class Submit:
     def run(self) -> int:
         """Submit or join, follow, and return the sweep's exit status."""
         from cluster import jobs
-        from tune.commands import Sweep, read_file
+        from tune.commands import Sweep
 
         if not self.file.is_file():
             hint = "; `aepo jobs` looks after jobs" if str(self.file) in JOB_WORDS else ""
             raise ConfigError(f"no sweep file {self.file}{hint}")
         if self.places < 0:
             raise ConfigError("--places must not be below 0")
-        sweep = Sweep(file=self.file) if self.file.suffix == ".json" else read_file(self.file)
-        sweep = dataclasses.replace(
-            sweep, out=self.out or sweep.out, retry_failed=self.retry_failed or sweep.retry_failed
-        )
+        sweep = Sweep.from_file(self.file)
+        out = sweep.out if self.out is None else self.out
+        sweep = dataclasses.replace(sweep, out=out, retry_failed=self.retry_failed or sweep.retry_failed)
+        sweep = dataclasses.replace(sweep, only=self.only or sweep.only)
         plan = sweep.plan()
         client = jobs.connect(self.address)
         name, is_new = jobs.submit(client, self.file, sweep, plan, places=self.places)
@@ -322,11 +324,11 @@ class ClusterDoctor:
         """Print one row per check; return 6 if one failed."""
         from cluster import jobs
         from cluster.fitness import examine_cluster
-        from tune.commands import read_file
+        from tune.commands import Sweep
 
         datasets = []
         if self.file is not None:
-            datasets = [config.data.dataset for config in read_file(self.file).plan()]
+            datasets = [config.data.dataset for config in Sweep.from_file(self.file).plan()]
         client = jobs.connect(self.address)
         checks = examine_cluster(client, jobs.jobs_server(self.address), datasets)
         rows = [dataclasses.asdict(check) for check in checks]

@@ -144,6 +144,7 @@ def submit(
         err.print(f"code and sweep file: {size / 1e6:.2f} MB in {sum(1 for _ in folder.rglob('*.*'))} files")
         words = ["python", "-m", "aepo", "sweep", f"sweep{file.suffix}", "--yes", "--address", "auto"]
         words += ["--retry-failed"] if sweep.retry_failed else []
+        words += ["--only"] if sweep.only else []
         room = f"python -m cluster.reserve {places} {sweep.cpus:g} {sweep.gpus:g} && " if places else ""
         try:
             client.submit_job(

@@ -16,7 +16,7 @@ import yaml
 from aepo import __version__
 from cluster import services
 from cluster.services import Place
-from tune.commands import read_file
+from tune.commands import Sweep
 
 ROOT = Path(__file__).parent.parent
 KUBERNETES = ROOT / "cluster" / "kubernetes"
@@ -252,7 +252,7 @@ def test_the_rayjob_has_the_pods_of_the_raycluster_and_a_sweep_that_is_one():
     head = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     assert head["containers"][0]["env"] == cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
     assert "--out /shared/" in job["entrypoint"]
-    assert len(read_file(KUBERNETES / "job" / "sweep.toml").plan()) == 12
+    assert len(Sweep.from_file(KUBERNETES / "job" / "sweep.toml").plan()) == 12
 
 
 # SLURM and the cloud

@@ -75,12 +75,12 @@ def test_every_command_of_the_readme_runs(make_dataset, tmp_path, monkeypatch):
 
 
 def test_the_sweep_file_of_the_operations_page_is_one(tmp_path):
-    from tune.commands import read_file
+    from tune.commands import Sweep
     from tune.plan import make_plan
 
     text = (ROOT / "docs" / "operations.md").read_text()
     (tmp_path / "mazes.toml").write_text(text.split("```toml\n")[1].partition("```")[0])
-    command = read_file(tmp_path / "mazes.toml")
+    command = Sweep.from_file(tmp_path / "mazes.toml")
     overrides = dict(word.split("=") for word in command.set)
     plan = make_plan(command.task, (), command.seeds, presets=command.preset, overrides=overrides)
     assert len(plan) == 24

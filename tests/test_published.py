@@ -45,6 +45,16 @@ def test_a_broken_table_is_refused_by_line(tmp_path, monkeypatch, line, message)
         pub.published.__wrapped__()
 
 
+def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path, monkeypatch):
+    text = "suite,task,method,mean,std,source\r\nmaze2d,t-v1,M,1,,S\r\n"
+    (tmp_path / pub.SCORES).write_bytes(text.encode("utf-8-sig"))
+    text = "key,checkpoint,own,others,spread,seeds,source\ns,last,M,rerun,std,4,S\n"
+    (tmp_path / pub.SOURCES).write_bytes(text.encode("utf-16"))
+    monkeypatch.setattr(pub, "files", lambda _: tmp_path)
+    (cell,) = pub.published.__wrapped__()
+    assert (cell.suite, cell.task, cell.mean) == ("maze2d", "t-v1", 1.0)
+
+
 def test_columns_are_found_by_method_and_source():
     (name, cells), (blank, none) = pub.find_columns(["iql@CORL-last", "AEPO"]).items()
     assert (name, len(cells), blank, none) == ("IQL@corl-last", 30, "AEPO", [])

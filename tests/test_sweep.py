@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from aepo import cli, run
 from aepo.errors import CheckpointError, ConfigError, DataError, Interrupted, ResourceError
@@ -58,6 +61,10 @@ def write_toml(tmp_path, text):
     return tmp_path / "sweep.toml"
 
 
+def parse(*words):
+    return cli.parse(commands.Sweep, "aepo sweep", list(words))
+
+
 def test_a_sweep_file_says_what_the_flags_say_and_a_flag_wins(tmp_path):
     file = write_toml(
         tmp_path,
@@ -72,48 +79,49 @@ def test_a_sweep_file_says_what_the_flags_say_and_a_flag_wins(tmp_path):
         set.evaluation.grid_beta = [1, 3]
         """,
     )
-    merged = parsed("sweep", str(file), "--seeds", "7")
+    merged = parse(str(file), "--seeds", "7")
     assert (merged.task, merged.seeds, merged.preset) == (("maze2d-umaze",), (7,), ("best-smoke", "iql-smoke"))
     assert (merged.max_concurrent, merged.cpus, str(merged.out)) == (3, 2.0, "sweeps/file")
     assert merged.set == ("critic.expectile=0.9", "evaluation.grid_beta=1,3")
 
 
-def parsed(*words):
-    """Return the command of these words, as the command line makes it."""
-    return cli._parse(commands.Sweep, words[0], list(words[1:]))
+FLAGS = {
+    "seeds": st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    "preset": st.lists(st.sampled_from(["quick", "best-paper"]), max_size=2).map(tuple),
+    "set": st.lists(st.sampled_from(["critic.expectile=0.9", "sampling.beta=1"]), max_size=2).map(tuple),
+    "tracking_uri": st.sampled_from(["", "sqlite:///a.db"]),
+    "runner": st.sampled_from(["train", "inline"]),
+    "cpus": st.sampled_from([1.0, 2.5]),
+    "max_concurrent": st.integers(0, 3),
+    "out": st.sampled_from(["sweeps/default", "sweeps/other"]).map(Path),
+    "reuse_stages": st.booleans(),
+    "retry_failed": st.booleans(),
+}
 
 
-def test_a_flag_wins_even_if_it_is_the_default_or_empty(tmp_path):
-    file = write_toml(
-        tmp_path,
-        """seeds = [1, 2]
-        preset = ["best-paper"]
-        cpus = 2
-        dataset = ["a/b-v0"]
-        source = "minari"
-        set.critic.expectile = 0.9
-        """,
-    )
-    given = ["--seeds", "0", "--preset", "quick", "--cpus", "1", "--dataset", "--source", "", "--set"]
-    command = parsed("sweep", str(file), *given)
-    assert dataclasses.replace(command, file=None) == commands.Sweep()
-    assert parsed("sweep", str(file)).cpus == 2.0
+def as_words(name, value):
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-")]
+    return [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_a_sweep_file_may_come_from_another_system(encoding, tmp_path):
-    file = tmp_path / "sweep.toml"
-    file.write_bytes('seeds = [3]\r\nset."critic.expectile" = 0.9 # größer\r\n'.encode(encoding))
-    assert (commands.read_file(file).seeds, commands.read_file(file).set) == ((3,), ("critic.expectile=0.9",))
+def as_toml(value):
+    return json.dumps(list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value)
 
 
-def test_a_sweep_file_in_an_old_code_page_is_refused_by_name(tmp_path):
-    file = tmp_path / "sweep.toml"
-    file.write_bytes("# größer".encode("latin-1"))
-    with pytest.raises(
-        ConfigError, match=r"sweep file .*sweep.toml is not UTF-8 \(.* byte 0xf6 .*\): save it as UTF-8"
-    ):
-        commands.read_file(file)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(file=st.fixed_dictionaries({}, optional=FLAGS), flags=st.fixed_dictionaries({}, optional=FLAGS))
+def test_a_flag_that_is_given_wins_whatever_it_says(file, flags, tmp_path):
+    place = write_toml(tmp_path, "".join(f"{name} = {as_toml(value)}\n" for name, value in file.items()))
+    words = [word for name, value in flags.items() for word in as_words(name, value)]
+    assert parse(str(place), *words) == dataclasses.replace(commands.Sweep(file=place), **{**file, **flags})
+
+
+def test_flags_that_say_which_runs_there_are_are_refused_beside_a_manifest(sweep, capsys):
+    manifest = str(sweep[0] / "sweep.json")
+    assert cli.run(["sweep", manifest, "--dry-run", "--seeds", "0", "--preset", "quick"]) == 2
+    assert "leave out --seeds, --preset" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +138,7 @@ def test_a_sweep_file_in_an_old_code_page_is_refused_by_name(tmp_path):
 def test_a_sweep_file_with_a_mistake_is_refused_by_name(text, message, tmp_path, capsys):
     file = write_toml(tmp_path, text)
     with pytest.raises(ConfigError, match=message):
-        commands.read_file(file)
+        commands.Sweep.from_file(file)
     assert cli.run(["sweep", str(file)]) == 2
     assert str(file) in " ".join(capsys.readouterr().err.split("\n"))
     assert cli.run(["sweep", str(tmp_path / "none.toml")]) == 2
@@ -217,7 +225,7 @@ def test_the_manifest_plans_the_same_runs_again_and_knows_their_data(sweep, tmp_
 def test_a_tracking_address_that_is_none_is_refused_before_anything_starts(make_dataset, tmp_path, capsys):
     words = ["sweep", "--dataset", make_dataset(), "--preset", "smoke", "--out", str(tmp_path / "sweep")]
     assert cli.run([*words, "--tracking-uri", "htp://x"]) == 2
-    assert "begins with 'htp'; wanted sqlite, http" in capsys.readouterr().err.replace("\n", " ")
+    assert "begins with 'htp', wanted sqlite, http" in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "sweep").exists()
 
 

@@ -38,11 +38,22 @@ def test_mlflow_and_the_folder_say_the_same(sweep, uri, tmp_path, monkeypatch):
     monkeypatch.setattr(tracked, "PAGE", 1)  # every run is a page of its own
     both = [load_runs(source, tracking_uri=uri), load_runs(folder)]
     columns = ["run", "task", "suite", "source", "dataset", "dataset_digest", "env_id", "ref_min", "ref_max", "seed"]
-    columns += ["fingerprint", "method", "preset", "status", "score", "return_mean", "steps", "commit", "mlflow_run_id"]
+    columns += [
+        "fingerprint",
+        "method",
+        "preset",
+        "status",
+        "score",
+        "return_mean",
+        "steps",
+        "commit",
+        "mlflow_run_id",
+        "settings",
+    ]
     ours, theirs = (runs[columns].astype(object).where(runs[columns].notna(), None).to_dict("records") for runs in both)
     for row in (*ours, *theirs):
         if row["status"] == "missing":  # the folder does not know of steps either
-            row["steps"] = row["commit"] = None
+            row["steps"] = row["commit"] = row["settings"] = None
     assert ours == theirs
     assert [runs["status"].to_list().count("missing") for runs in both] == [1, 1]
     measured = [evaluations(runs)[["run", "method", "beta", "guidance_scale", "score", "return_mean"]] for runs in both]

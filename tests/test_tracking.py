@@ -1,5 +1,6 @@
 """What MLflow holds of a sweep, whatever happens in between: nothing lost, nothing twice, in order."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,7 +21,7 @@ import torch
 
 from aepo import config as configs
 from aepo import run, tasks
-from aepo.errors import DataError
+from aepo.errors import ConfigError, DataError
 from aepo.policy import Policy
 from aepo.presets import preset
 from tests.conftest import random_transitions, wait_for, write_pendulum
@@ -520,3 +521,70 @@ def test_a_server_killed_amid_a_shipment_has_every_row_once_and_in_order_in_the_
 
 def test_flatten_gives_dotted_keys():
     assert configs.flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}
+
+
+@pytest.mark.parametrize("name", ["a b", "50%20x", "q?z", "x#y", "é", "%41"])
+def test_a_sweeps_own_store_lies_in_its_folder_whatever_that_is_called(name, tmp_path):
+    from tune.tracking import own_uri
+
+    folder = tmp_path / name
+    folder.mkdir()
+    assert Tracker(folder, [], uri=own_uri(folder)).ship()
+    assert (folder / "mlflow.db").is_file()
+
+
+def test_a_moved_sweep_keeps_its_files_with_it(tmp_path):
+    from mlflow import MlflowClient
+
+    from tune.tracking import own_uri
+
+    old, new = tmp_path / "old" / "mazes", tmp_path / "a new" / "mazes"
+    old.mkdir(parents=True)
+    assert Tracker(old, [], uri=own_uri(old)).ship()
+    (old / "runs.parquet").write_text("")
+    new.parent.mkdir()
+    old.rename(new)
+    tracker = Tracker(new, [], uri=own_uri(new))
+    assert tracker.ship()
+    assert tracker.close([])
+    with contextlib.closing(sqlite3.connect(new / "mlflow.db")) as database:
+        places = [row[0] for row in database.execute("SELECT artifact_uri FROM runs")]
+    assert places
+    assert all(place.startswith((new / "mlartifacts").as_uri()) for place in places)
+    assert len(MlflowClient(own_uri(new)).search_experiments(filter_string="name = 'aepo/mazes'")) == 1
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("file:./mlruns", "begins with 'file', wanted sqlite"),
+        ("./mlruns", "begins with './mlruns', wanted sqlite"),
+        ("sqlite:////proc/none/track.db", "the SQLite file /proc/none/track.db cannot be opened"),
+        ("sqlite:///{folder}/text", "cannot be opened \\(file is not a database\\)"),
+    ],
+)
+def test_an_address_without_a_store_is_refused_by_the_name_of_what_gave_it(given, uri, message, tmp_path, monkeypatch):
+    from tune.commands import tracking_uri
+
+    (tmp_path / "text").write_text("no database at all, but long enough to be read as a header of one" * 20)
+    uri = uri.format(folder=tmp_path)
+    if not given:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    name = "--tracking-uri" if given else "MLFLOW_TRACKING_URI"
+    with pytest.raises(ConfigError, match=f"^{name}: .*{message}.*; name another, or unset it"):
+        tracking_uri(tmp_path, uri if given else "")
+
+
+def test_the_end_waits_about_a_minute_for_a_server_that_does_not_answer(tmp_path, monkeypatch):
+    """The clock is one of its own: each attempt takes as long as a connection that nobody answers."""
+    from tune import tracking
+
+    now = [0.0]
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tracking.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    tracker = tracking.Tracker(tmp_path, [], uri="http://127.0.0.1:1")
+    monkeypatch.setattr(tracker, "_attempt", lambda _: now.__setitem__(0, now[0] + 30.0))
+    assert not tracker.ship_rest()
+    assert now[0] <= 100.0

@@ -1,12 +1,17 @@
 """Plan, record and board without Ray; the contract with analysis."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from aepo import config as configs
 from aepo import run
-from aepo.errors import CheckpointError, ConfigError, IncompleteError, ResourceError
+from aepo.errors import CheckpointError, ConfigError, DataError, IncompleteError, ResourceError
 from aepo.presets import METHODS
 from tune import plan as plans
 from tune.commands import check_complete
@@ -122,6 +127,33 @@ def test_analysis_reads_what_tune_writes(rows_at_once, sweep, capsys, monkeypatc
     report = json.loads(capsys.readouterr().out)
     assert [(row["method"], row["num_failed"]) for row in report] == [("aepo", 1), ("diffusion-bc", 1)]
     assert report[0]["scores"] == pytest.approx([row["score"] for row in rows[:2]])
+
+
+def table_of(folder, plan):
+    folder.mkdir()
+    write_rows(folder, collect_rows(folder, plan))
+    return folder
+
+
+@settings(max_examples=30)
+@given(data=st.data(), method=st.sampled_from(sorted(METHODS)), seed=st.integers(0, 3))
+def test_runs_with_any_other_setting_have_no_mean_whatever_their_seeds(data, method, seed, tmp_path_factory):
+    """Any number of the config, made another one: refused by its name; the seed alone is no setting."""
+    from analysis.load import load_runs
+
+    home = tmp_path_factory.mktemp("two")
+    (config,) = make_plan(("maze2d-umaze",), (), (1,), presets=(f"{method}-smoke",), overrides={})
+    numbers = [key for key in configs.used_settings(config) if key.endswith(("steps", "size", "rate", "episodes"))]
+    key = data.draw(st.sampled_from(numbers))
+    group, _, name = key.partition(".")
+    value = getattr(getattr(config, group), name)
+    changed = configs.with_overrides(config, {key: value / 2 if isinstance(value, float) else value + 1})
+    first = table_of(home / "a", [config])
+    same = table_of(home / "b", [dataclasses.replace(config, seed=2)])
+    other = table_of(home / "c", [dataclasses.replace(changed, seed=seed)])
+    assert len(load_runs(first, same)) == 2
+    with pytest.raises(DataError, match=rf"differ in settings, .* in {re.escape(key)} \("):
+        load_runs(first, other)
 
 
 # -- scheduling --------------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 """`aepo sweep`: tasks x seeds on Ray, from flags."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
+import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import unquote
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +23,11 @@ from aepo.config import RunConfig
 from aepo.console import emit_json, emit_table, err, say, warn
 from aepo.documents import read_toml
 from aepo.errors import ConfigError, IncompleteError
+
+Switch: TypeAlias = tyro.conf.FlagCreatePairsOff[bool]
+"""A flag that no file sets: there is no --no-... of it."""
+PLANNING = ("task", "suite", "source", "dataset", "seeds", "preset", "set")
+"""Flags that say which runs there are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +70,15 @@ class Sweep:
     theirs."""
     out: Path = Path("sweeps/default")
     """Folder of the sweep; on a cluster one that all nodes see."""
-    dry_run: bool = False
+    dry_run: Switch = False
     """Show the plan with its estimate and start nothing."""
-    yes: bool = False
+    yes: Switch = False
     """Start without asking."""
-    status: bool = False
+    status: Switch = False
     """Show where every run of --out stands, of failed ones why, and start nothing; from any terminal."""
-    watch: bool = False
+    watch: Switch = False
     """The same as a live table, until the sweep ends."""
-    stop: bool = False
+    stop: Switch = False
     """Ask the process that carries --out out to end: every run stores a checkpoint first."""
     address: str = ""
     """Address of a Ray cluster; none = a private Ray on this machine while the sweep runs."""
@@ -95,7 +103,10 @@ class Sweep:
     """MLflow store or server; none = MLFLOW_TRACKING_URI, or else a SQLite file in the sweep's folder."""
     retry_failed: bool = False
     """Run again what failed before."""
-    json: bool = False
+    only: bool = False
+    """Let --out plan these runs alone. Without it the folder keeps what it has planned before, but for other settings
+    of the same task and method; files of runs that are no longer planned stay."""
+    json: Switch = False
     """Print one JSON document on standard output and nothing else."""
 
     def run(self) -> int:
@@ -106,9 +117,30 @@ class Sweep:
             return self._look()
         return self._carry_out()
 
-    def defaults(self) -> "Sweep | None":
-        """Return what the sweep file says, for flags that are not given; none = there is no such file."""
-        return None if self.file is None or self.file.suffix == ".json" else read_file(self.file)
+    @staticmethod
+    def from_file(file: Path) -> "Sweep":
+        """Return the sweep of a TOML file, or of a manifest, of which no flag says which runs there are.
+
+        Raises:
+            ConfigError: if the file cannot be read, or has an unknown or mistyped name.
+        """
+        if file.suffix == ".json":
+            return Sweep(file=file, seeds=(), preset=())
+        values = read_toml(file, kind="sweep file")
+        names = [field.name for field in dataclasses.fields(Sweep)]
+        known = [name for name in names if name not in ("file", "dry_run", "yes", "status", "watch", "stop", "json")]
+        values = {name.replace("-", "_"): value for name, value in values.items()}
+        if unknown := [name for name in values if name not in known]:
+            near = get_close_matches(unknown[0], known, n=1) or known
+            raise ConfigError(f"{file}: no setting {unknown[0]!r}; did you mean {' or '.join(near)}?")
+        if isinstance(values.get("set"), dict):
+            flat = configs.flatten(values["set"])
+            values["set"] = [f"{key}={_word(value)}" for key, value in flat.items()]
+        try:
+            return TypeAdapter(Sweep).validate_python({"file": file, **values})
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+            raise ConfigError(f"{file}: {'; '.join(problems)}") from None
 
     @property
     def manifest(self) -> Path | None:
@@ -129,10 +161,8 @@ class Sweep:
                 source=self.source,
                 suites=self.suite,
             )
-        if self.task or self.suite or self.dataset or self.set:
-            raise ConfigError(
-                f"{self.manifest} says which runs there are; leave out --task, --suite, --dataset and --set"
-            )
+        if given := [f"--{name}" for name in PLANNING if getattr(self, name)]:
+            raise ConfigError(f"{self.manifest} says which runs there are; leave out {', '.join(given)}")
         return read_manifest(self.manifest)
 
     def _look(self) -> int:
@@ -183,10 +213,8 @@ class Sweep:
             if not Confirm.ask("start?", console=err, default=True):
                 return 0
         from tune.sweep import Resources, run_sweep
-        from tune.tracking import default_uri
 
-        uri = self.tracking_uri or default_uri(self.out)
-        check_tracking_uri(uri)
+        uri = tracking_uri(self.out, self.tracking_uri)
         resources = Resources(
             address=self.address,
             runner=self.runner,
@@ -203,6 +231,7 @@ class Sweep:
             resources,
             tracking_uri=uri,
             retry_failed=self.retry_failed,
+            only=self.only,
             digests=read_digests(manifest) if manifest is not None else None,
         )
         print_rows(rows, as_json=self.json)
@@ -214,7 +243,10 @@ class Sweep:
     def _show_plan(self, plan: Sequence[RunConfig], waiting: Sequence[RunConfig]) -> list[dict[str, Any]]:
         """Print the plan, a row per task and method, with what it is estimated to take; return the rows."""
         from tune.estimate import memory_gib, seconds_per_run
+        from tune.plan import describe_leaving, grow
 
+        if leaving := grow(self.out.resolve(), plan, only=self.only)[1]:
+            err.print(describe_leaving(leaving), markup=False, soft_wrap=True)
         here = [config for config in plan if _is_here(config.data.dataset)]
         seconds = seconds_per_run([config for config in here if config in waiting], cpus=self.cpus, gpus=self.gpus)
         rows: list[dict[str, Any]] = []
@@ -266,30 +298,6 @@ class Sweep:
         return rows
 
 
-def read_file(file: Path) -> Sweep:
-    """Return the command that a TOML file describes.
-
-    Raises:
-        ConfigError: if the file cannot be read, or has an unknown or mistyped name.
-    """
-    values = read_toml(file, kind="sweep file")
-    fields = [field.name for field in dataclasses.fields(Sweep)]
-    known = [name for name in fields if name not in ("file", "dry_run", "yes", "status", "watch", "stop", "json")]
-    values = {name.replace("-", "_"): value for name, value in values.items()}
-    if unknown := [name for name in values if name not in known]:
-        near = get_close_matches(unknown[0], known, n=1) or known
-        raise ConfigError(f"{file}: no setting {unknown[0]!r}; did you mean {' or '.join(near)}?")
-    if isinstance(values.get("set"), dict):
-        flat = configs.flatten(values["set"])
-        values["set"] = [f"{key}={_word(value)}" for key, value in flat.items()]
-    try:
-        parsed = TypeAdapter(Sweep).validate_python(values)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"{file}: {'; '.join(problems)}") from None
-    return dataclasses.replace(parsed, file=file)
-
-
 def _duration(seconds: float | None) -> str | None:
     return None if seconds is None else str(timedelta(seconds=round(seconds)))
 
@@ -315,10 +323,39 @@ SCHEMES = ("sqlite", "http", "https", "postgresql", "postgresql+psycopg", "mysql
 """What a tracking address may begin with."""
 
 
-def check_tracking_uri(uri: str) -> None:
-    """Raise a ConfigError for an address that no MLflow store has."""
-    if (scheme := uri.partition("://")[0]) not in SCHEMES:
-        raise ConfigError(f"no MLflow store has an address that begins with {scheme!r}; wanted {', '.join(SCHEMES)}")
+def tracking_uri(sweep: Path, given: str) -> str:
+    """Return the address of a sweep's MLflow store, after a look whether there can be one, before anything is computed.
+
+    Args:
+        sweep: the sweep's folder.
+        given: that of --tracking-uri; empty = MLFLOW_TRACKING_URI, or a SQLite file in the folder.
+
+    Raises:
+        ConfigError: if it begins with what no store begins with, or is a SQLite file that cannot be opened or made.
+    """
+    from tune.tracking import default_uri, own_uri
+
+    uri = given or default_uri(sweep)
+    if uri == own_uri(sweep):
+        return uri
+    where = "--tracking-uri" if given else "MLFLOW_TRACKING_URI"
+    advice = "name another, or unset it for a SQLite file in the sweep's folder"
+    scheme, _, rest = uri.partition(":")
+    if scheme not in SCHEMES:
+        raise ConfigError(
+            f"{where}: no MLflow store has an address that begins with {scheme!r}, wanted "
+            f"{', '.join(SCHEMES)}; {advice}"
+        )
+    if scheme == "sqlite" and rest.startswith("///") and not rest.startswith("///file:"):
+        path = Path(unquote(rest.removeprefix("///").partition("?")[0]))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.closing(sqlite3.connect(path, timeout=10.0)) as database:
+                database.execute("PRAGMA schema_version").fetchone()
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{where}: the SQLite file {path} cannot be opened ({reason}); {advice}") from error
+    return uri
 
 
 COLUMNS = ["task", "method", "seed", "status", "score", "return_mean", "num_episodes", "steps", "seconds"]

@@ -22,6 +22,8 @@ MANIFEST = "sweep.json"
 RUN_FOLDERS, STAGES, STOP = "runs", "stages", "stop"
 """In a sweep's folder: the runs' own; the stages that they share; and the file that asks the sweep to stop."""
 FORMAT = 1
+NAMED = 5
+"""Runs that a message names."""
 PACKAGES = ["torch", "ray", "mlflow", "minari", "gymnasium", "gymnasium-robotics", "mujoco", "numpy", "pandas"]
 
 
@@ -91,6 +93,42 @@ def read_manifest(sweep: Path) -> list[RunConfig]:
         return [configs.from_dict(values) for values in _document(sweep)["runs"].values()]
     except ConfigError as error:
         raise CheckpointError(f"{sweep} holds a run that is not of this version: {error}") from error
+
+
+def grow(sweep: Path, plan: Sequence[RunConfig], *, only: bool = False) -> tuple[list[RunConfig], list[RunConfig]]:
+    """Return the runs that a folder plans when a plan comes to those that it holds, and the runs that then leave it.
+
+    A folder keeps what it has planned before, in front of the plan. Only runs of which the plan has the task and method
+    with other settings leave it: a table has one setting of each, whatever the seeds. With `only` all others leave it.
+
+    Raises:
+        CheckpointError: if the folder's manifest is not of this version; with `only` its runs need not be.
+    """
+    try:
+        held = read_manifest(sweep) if (sweep / MANIFEST).exists() else []
+    except CheckpointError as error:
+        if not only:
+            raise CheckpointError(f"{error}; give another folder with --out, or --only for these runs alone") from error
+        held = []
+    names = {config.name for config in plan}
+    kinds = {(config.task, config.method) for config in plan}
+    settings = {dataclasses.replace(config, seed=0) for config in plan}
+    others = [config for config in held if config.name not in names]
+
+    def stays(config: RunConfig) -> bool:
+        kind = (config.task, config.method)
+        return not only and (kind not in kinds or dataclasses.replace(config, seed=0) in settings)
+
+    return [*filter(stays, others), *plan], [config for config in others if not stays(config)]
+
+
+def describe_leaving(leaving: Sequence[RunConfig]) -> str:
+    """Return a line that names runs which a folder plans no more, the first few of many."""
+    names = ", ".join(config.name for config in leaving[:NAMED]) + (", ..." if len(leaving) > NAMED else "")
+    return (
+        f"{len(leaving)} run{'s are' if len(leaving) > 1 else ' is'} no longer planned in this folder: {names}; files "
+        f"stay in {RUN_FOLDERS}/, the command that planned them takes them in again, and another --out keeps both"
+    )
 
 
 def read_planned(sweep: Path, name: str) -> RunConfig:

@@ -39,17 +39,16 @@ class Quickstart:
     def run(self) -> int:
         """Do it all; return the exit status."""
         from aepo.data.pointmaze import collect
-        from tune.commands import check_complete, page_command
+        from tune.commands import check_complete, page_command, tracking_uri
         from tune.plan import make_plan
         from tune.sweep import Resources, run_sweep
-        from tune.tracking import default_uri
 
         begin = time.monotonic()
+        uri = tracking_uri(self.out, "")
         for name in TASKS:
             collect(tasks.find(name), num_steps=self.env_steps, seed=0)
         plan = make_plan(TASKS, (), SEEDS, presets=(self.preset,), overrides={})
-        uri = default_uri(self.out)
-        rows = run_sweep(self.out, plan, Resources(checkpoint_s=20.0), tracking_uri=uri)
+        rows = run_sweep(self.out, plan, Resources(checkpoint_s=20.0), tracking_uri=uri, only=True)
         check_complete(rows)
         # the report is a program of its own: between scheduling and analysis stands a table, not code
         report = [sys.executable, "-m", "aepo", "report", str(self.out), *(["--json"] if self.json else [])]

@@ -1,6 +1,8 @@
 """Rows of runs.parquet: one per planned run, whether it finished, failed or is missing."""
 
+import dataclasses
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aepo import rundir
-from aepo.config import RunConfig
+from aepo.config import RunConfig, flatten
 from tune.plan import run_folder
 
 RUNS = "runs.parquet"
@@ -67,6 +69,7 @@ SCHEMA = pa.schema(
         ("curve", pa.list_(POINT)),
         ("grid", pa.list_(CELL)),
         *[(name, pa.string()) for name in ["commit", "version", "machine", "started_at", "mlflow_run_id", "folder"]],
+        ("settings", pa.string()),
     ]
 )
 
@@ -105,7 +108,13 @@ def each_row(
             row |= {"status": "failed", "error": errors[config.name]}
         row["mlflow_run_id"] = (mlflow_run_ids or {}).get(config.name)
         row["folder"] = str(folder.relative_to(sweep))
-        yield {"schema_version": SCHEMA_VERSION, **row}
+        yield {"schema_version": SCHEMA_VERSION, **row, "settings": settings_text(config)}
+
+
+def settings_text(config: RunConfig) -> str:
+    """Return the whole config but its seed as JSON: dotted keys and their values as text, equal for equal settings."""
+    flat = flatten(dataclasses.asdict(config))
+    return json.dumps({key: str(value) for key, value in flat.items() if key != "seed"}, sort_keys=True)
 
 
 def write_rows(sweep: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

@@ -24,7 +24,7 @@ from aepo.console import err, say, warn
 from aepo.errors import DataError, ResourceError
 from tune.board import LINE_INTERVAL_S, Board, driving
 from tune.estimate import memory_gib, work
-from tune.plan import STOP, pending, read_digests, run_folder, write_manifest
+from tune.plan import STOP, describe_leaving, grow, pending, read_digests, run_folder, write_manifest
 from tune.record import collect_rows, each_row, write_rows
 from tune.tracking import Tracker
 
@@ -65,11 +65,21 @@ def run_sweep(
     *,
     tracking_uri: str,
     retry_failed: bool = False,
+    only: bool = False,
     digests: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Carry out what the plan lists and the folder lacks; return one row per planned run.
+    """Carry out what the plan lists and the folder lacks; return one row per run of the plan.
 
-    `digests` are those of the data that another sweep of this plan was trained on.
+    The runs that the folder has planned before stay in its manifest and its table, as `tune.plan.grow` says.
+
+    Args:
+        sweep: the folder.
+        plan: what ought to exist.
+        resources: what a run takes.
+        tracking_uri: of MLflow.
+        retry_failed: run again what failed before.
+        only: let the folder plan these runs alone; the files of others stay.
+        digests: of the data that another sweep of this plan was trained on.
 
     Raises:
         DataError: if a data set or its environment is missing, or the data have changed since the sweep was planned;
@@ -79,12 +89,16 @@ def run_sweep(
     sweep = sweep.resolve()
     with driving(sweep):
         known = {**read_digests(sweep), **(digests or {})}
-        return _drive(sweep, plan, resources, known, tracking_uri=tracking_uri, retry_failed=retry_failed)
+        whole, leaving = grow(sweep, plan, only=only)
+        if leaving:
+            err.print(describe_leaving(leaving), markup=False, soft_wrap=True)
+        return _drive(sweep, plan, whole, resources, known, tracking_uri=tracking_uri, retry_failed=retry_failed)
 
 
 def _drive(
     sweep: Path,
     plan: Sequence[RunConfig],
+    whole: Sequence[RunConfig],
     resources: Resources,
     digests: dict[str, str],
     *,
@@ -95,8 +109,8 @@ def _drive(
         parallel.check_batches(config, resources.workers)
     waiting = sorted(pending(sweep, plan, retry_failed=retry_failed), key=work, reverse=True)  # the longest first
     check_results(sweep, [config for config in plan if config not in waiting])
-    write_manifest(sweep, plan, check_data(waiting, digests))
-    tracker = Tracker(sweep, plan, uri=tracking_uri)
+    write_manifest(sweep, whole, check_data(waiting, digests))
+    tracker = Tracker(sweep, whole, uri=tracking_uri)
     errors: dict[str, str] = {}
     ended = len(plan) - len(waiting)
     say(f"{len(plan)} runs planned in {sweep}: {ended} ended, {len(waiting)} to do")
@@ -107,7 +121,7 @@ def _drive(
                     (run_folder(sweep, config) / name).unlink(missing_ok=True)
 
         def write() -> None:
-            write_rows(sweep, each_row(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids))
+            write_rows(sweep, each_row(sweep, whole, errors=errors, mlflow_run_ids=tracker.run_ids))
 
         with watching(Board(sweep, waiting), tracker, write):
             errors |= _run_on_ray(sweep, waiting, resources)
@@ -115,12 +129,16 @@ def _drive(
         if config.name in errors and rundir.read_result(run_folder(sweep, config)) is None:
             tracker.end(config, "FAILED", errors[config.name])
     tracker.ship_rest()
-    rows = collect_rows(sweep, plan, errors=errors, mlflow_run_ids=tracker.run_ids)
+    rows = collect_rows(sweep, whole, errors=errors, mlflow_run_ids=tracker.run_ids)
     write_rows(sweep, rows)
     tracker.close(rows)
     if (sweep / STOP).exists():
         err.print("stopped as asked; the same command goes on")
-    return rows
+    wanted, others = rows[len(rows) - len(plan) :], rows[: len(rows) - len(plan)]  # as `grow` orders them
+    if others:
+        open_ = sum(row["status"] != "finished" for row in others)
+        err.print(f"{len(others)} other runs were planned here before, {open_} of them without a result")
+    return wanted
 
 
 def check_results(sweep: Path, ended: Sequence[RunConfig]) -> None:

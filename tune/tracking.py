@@ -5,6 +5,7 @@ tags. Rows are sent with the time at which they were written, so sending one twi
 only saves work. After any failure the server is asked anew what it has, so that nothing is made twice.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,6 +13,7 @@ import logging
 import os
 import platform
 import secrets
+import sqlite3
 import threading
 import time
 import warnings
@@ -42,6 +44,8 @@ BATCH = 1000
 PAGE = 200
 """Runs per answer of a search."""
 TAG, SWEEP = "aepo.run", "aepo.sweep"
+PLANNED, NUM_PLANNED = "aepo.planned", "aepo.num_planned"
+"""Of a run: false once its sweep plans it no more. Of the sweep: how many it plans."""
 TAGGED = ("task", "suite", "seed", "fingerprint", "method", "preset")
 MEASURED = ("env_id", "ref_min", "ref_max")
 """Of a result, as tags: what the settings do not say."""
@@ -51,6 +55,10 @@ PAUSES_S = (2.0, 4.0, 8.0, 16.0, 30.0)
 """Between attempts to send what is left at the end."""
 ATTACH_ATTEMPTS = 3
 """Failures to store files, one after the other, until runs are closed without them."""
+PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
+"""Where MLflow's database says where files are."""
+SENDING_S = 60.0
+"""What is left at the end is sent for so long, and then once more."""
 SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a repeated "create" makes two; `ship` repeats, and looks first
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -60,8 +68,33 @@ SETTINGS = {
 
 
 def default_uri(sweep: Path) -> str:
-    """Return MLFLOW_TRACKING_URI, or else a SQLite file in the sweep's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{sweep.resolve()}/mlflow.db"
+    """Return MLFLOW_TRACKING_URI, or else the SQLite file in the sweep's folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or own_uri(sweep)
+
+
+def own_uri(sweep: Path) -> str:
+    """Return the address of the SQLite file in the sweep's folder, whatever characters the folder's name has."""
+    path = f"{sweep.resolve()}/mlflow.db"
+    return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")
+
+
+def bring_home(store: Path, artifacts: str) -> None:
+    """Let a SQLite store of MLflow name files where its sweep's folder is now: their places in it are absolute.
+
+    Args:
+        store: the SQLite file in a sweep's folder.
+        artifacts: `file:` address of the folder beside it that holds the files.
+    """
+    name = artifacts.rpartition("/")[2]
+    with contextlib.closing(sqlite3.connect(store, timeout=10.0)) as database, database:
+        query = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location != ?"
+        for (old,) in database.execute(query, (artifacts,)).fetchall():
+            if str(old).startswith("file:") and str(old).endswith(f"/{name}"):
+                for table, column in PLACES:
+                    database.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                        (artifacts, len(old) + 1, len(old), old),
+                    )
 
 
 @dataclasses.dataclass
@@ -130,10 +163,13 @@ class Tracker:
         return self._attempt(self._ship)
 
     def ship_rest(self) -> bool:
-        """Send all that is left, waiting a minute at most for a server that is away; return whether it took it."""
+        """Send all that is left, trying for about a minute where a server is away; return whether it took it."""
+        end = time.monotonic() + SENDING_S
         for pause_s in PAUSES_S:
             if self.ship():
                 return True
+            if time.monotonic() + pause_s > end:  # an answer that does not come costs more than the pauses
+                return False
             time.sleep(pause_s)
         return self.ship()
 
@@ -169,12 +205,17 @@ class Tracker:
     def _connect(self) -> None:
         """Find the experiment, the sweep's run and all others in it, and make what is missing."""
         from mlflow import MlflowClient
+        from mlflow.store.db import utils
 
+        utils.MAX_RETRY_COUNT = 1  # a hundred seconds else, and `ship` repeats
+        artifacts = None if self.uri.startswith("http") else (self._sweep / "mlartifacts").as_uri()
+        store = self._sweep / "mlflow.db"
+        if artifacts is not None and self.uri == own_uri(self._sweep) and store.exists():
+            bring_home(store, artifacts)
         self._client = client = MlflowClient(self.uri)
         name = f"aepo/{self._sweep.name}"
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            artifacts = None if self.uri.startswith("http") else (self._sweep / "mlartifacts").as_uri()
             self._experiment = client.create_experiment(name, artifacts)
         else:
             self._experiment = experiment.experiment_id
@@ -186,9 +227,15 @@ class Tracker:
         self._tags[SWEEP] = identity
         found = {entry.data.tags.get(TAG, ""): entry for entry in self._search(f"tags.`{SWEEP}` = '{identity}'")}
         parent = found.pop("", None)
+        for name, entry in found.items():
+            if (planned := str(name in self._folders).lower()) != entry.data.tags.get(PLANNED, "true"):
+                client.set_tag(entry.info.run_id, PLANNED, planned)
+        num_planned = str(len(self._folders))
+        if parent is not None and parent.data.tags.get(NUM_PLANNED) != num_planned:
+            client.set_tag(parent.info.run_id, NUM_PLANNED, num_planned)
         if parent is None:
             tags = {**self._tags, "aepo.host": platform.node(), "aepo.machine": platform.platform()}
-            tags["aepo.num_planned"] = str(len(self._folders))
+            tags[NUM_PLANNED] = num_planned
             parent = client.create_run(self._experiment, tags=tags, run_name=self._sweep.name)
         elif parent.info.status != "RUNNING":
             client.update_run(parent.info.run_id, status="RUNNING")
