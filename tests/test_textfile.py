@@ -66,7 +66,7 @@ def test_files_that_are_no_text_are_refused_by_name(tmp_path, capsys):
     assert capsys.readouterr().err.replace("\n", "").count("is no UTF-8 text") == 2
     with pytest.raises(ConfigError, match=r"kernels\.csv, line 3, is no UTF-8 text"):
         kernels.read_own(tmp_path / "kernels.csv")
-    with pytest.raises(CheckpointError, match="is no UTF-8 text"):
+    with pytest.raises(CheckpointError, match="is not a sweep of this version: 'utf-8' codec"):
         rundir.read_document(tmp_path / "sweep.json", kind="sweep", version=1, field="runs")
     with pytest.raises(CheckpointError, match="cannot be read"):
         rundir.read_document(tmp_path, kind="sweep", version=1, field="runs")
