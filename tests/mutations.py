@@ -1422,7 +1422,7 @@ def _other_table(box: Box, path: Path) -> str:
         try:
             table = pa.Table.from_pylist(rows, schema=table.schema)
         except (pa.ArrowException, TypeError, ValueError):
-            table = pa.Table.from_pylist([dict(row, evaluations=[]) for row in rows], schema=table.schema)
+            table = pa.Table.from_pylist([dict(row, evaluations=[], curve=[]) for row in rows], schema=table.schema)
     else:
         values: list[Any] = [None, "", "x", "[red]x[/]", "<script>alert(1)</script>", "a|b\nc", "é\u202e", "x" * 2000]
         values += [float("nan"), float("inf"), -1, 0, 2**62, 1e308, "failed", "missing", "iql"]

@@ -425,3 +425,12 @@ def test_memory_and_cores_bound_the_slots():
     assert _slots([node], Resources(runner="inline"), 0.4) == 8
     with pytest.raises(ResourceError, match=r"5\.0 GiB"):
         _slots([node], Resources(), 5.0)
+
+
+@pytest.mark.parametrize("flag", ["--cpus", "--gpus", "--checkpoint-s"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+@pytest.mark.parametrize("command", [["sweep"], ["search"]])
+def test_resources_are_finite_numbers(command, flag, value, tmp_path, capsys):
+    where = ["--task", "maze2d-umaze", "--out", str(tmp_path / "s"), f"{flag}={value}", "--dry-run"]
+    assert cli.run([*command, *where]) == 2
+    assert "--cpus must be a number above 0" in capsys.readouterr().err.replace("\n", " ")

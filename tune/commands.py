@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import sqlite3
@@ -194,8 +195,7 @@ class Sweep:
         return 0
 
     def _carry_out(self) -> int:
-        if self.cpus <= 0 or self.gpus < 0 or self.max_concurrent < 0 or self.checkpoint_s < 0:
-            raise ConfigError("--cpus must be above 0; --gpus, --max-concurrent and --checkpoint-s not below it")
+        check_resources(self.cpus, self.gpus, self.max_concurrent, self.checkpoint_s)
         if self.workers_per_run < 1 or (self.workers_per_run > 1 and (self.runner == "inline" or self.reuse_stages)):
             raise ConfigError("--workers-per-run must be at least 1, and 1 with --runner inline or --reuse-stages")
         from tune.plan import STAGES, pending, read_digests
@@ -296,6 +296,16 @@ class Sweep:
 
             warn(f"missing: {dataset}; {remedy(dataset)}")
         return rows
+
+
+def check_resources(cpus: float, gpus: float, max_concurrent: int, checkpoint_s: float) -> None:
+    """Raise a ConfigError unless these flags are finite numbers of their ranges."""
+    others = (gpus, max_concurrent, checkpoint_s)
+    if not (0 < cpus < math.inf and all(0 <= value < math.inf for value in others)):
+        raise ConfigError(
+            "--cpus must be a number above 0; --gpus, --max-concurrent and --checkpoint-s numbers not below it; got "
+            f"{cpus:g}, {gpus:g}, {max_concurrent} and {checkpoint_s:g}"
+        )
 
 
 def _duration(seconds: float | None) -> str | None:

@@ -126,8 +126,9 @@ class Search:
     def _carry_out(self) -> int:
         if self.rounds < 1 or self.reduction < 2 or self.trials < 1 or not 0 <= self.grace <= self.rounds:
             raise ConfigError("wanted --rounds and --trials from 1, --reduction from 2, --grace from 0 to the rounds")
-        if self.cpus <= 0 or self.gpus < 0 or self.max_concurrent < 0 or self.checkpoint_s < 0:
-            raise ConfigError("--cpus must be above 0; --gpus, --max-concurrent and --checkpoint-s not below it")
+        from tune.commands import check_resources
+
+        check_resources(self.cpus, self.gpus, self.max_concurrent, self.checkpoint_s)
         seeds = [self.seed, *self.select_seeds, *self.confirm_seeds]
         if not self.select_seeds or not self.confirm_seeds or len(set(seeds)) != len(seeds):
             raise ConfigError(
