@@ -40,7 +40,9 @@ def read_episode(dataset: Any, index: int) -> Any:
     try:
         return next(iter(dataset.iterate_episodes([index])))
     except DAMAGE as error:
-        raise DataError(f"{data_file(dataset)}: episode {index} cannot be read: {one_line(error)}") from error
+        raise DataError(
+            f"{data_file(dataset)}: episode {index} cannot be read: {one_line(error)}; bring it again"
+        ) from error
 
 
 def read_episodes(dataset: Any) -> Iterator[Any]:
@@ -50,7 +52,9 @@ def read_episodes(dataset: Any) -> Iterator[Any]:
         try:
             episode = next(episodes)
         except DAMAGE as error:
-            raise DataError(f"{data_file(dataset)}: episode {index} cannot be read: {one_line(error)}") from error
+            raise DataError(
+                f"{data_file(dataset)}: episode {index} cannot be read: {one_line(error)}; bring it again"
+            ) from error
         yield episode
 
 
