@@ -13,10 +13,13 @@ import threading
 import time
 import urllib.request
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aepo import config as configs
 from aepo import run, tasks
@@ -26,7 +29,7 @@ from aepo.presets import preset
 from tests.conftest import random_transitions, wait_for, write_pendulum
 from tune.plan import run_folder, write_manifest
 from tune.record import collect_rows, write_rows
-from tune.tracking import SWEEP, TAG, Tracker
+from tune.tracking import SWEEP, TAG, Tracker, default_uri, sqlite_uri
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
@@ -418,6 +421,59 @@ def test_two_folders_of_one_name_are_two_sweeps_and_a_moved_folder_is_the_same(s
     entries = client.search_runs([experiment.experiment_id])
     assert len(entries) == 6
     assert len({entry.data.tags[SWEEP] for entry in entries}) == 2
+
+
+def addresses(uri, folder):
+    """Where the store says that files of the sweep lie: of its experiment, runs and models."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(f"aepo/{folder.name}")
+    runs = client.search_runs([experiment.experiment_id])
+    models = client.search_logged_models([experiment.experiment_id])
+    found = [experiment.artifact_location, *(entry.info.artifact_uri for entry in runs)]
+    return [*found, *(model.artifact_location for model in models)]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_sweep_goes_on_where_its_folder_was_moved_to(copied, sweep, tmp_path):
+    from mlflow import MlflowClient
+
+    folder, plan = sweep
+    assert Tracker(folder, plan[:1], uri=default_uri(folder)).ship()
+    new = tmp_path / "a b" / "50%20?#é" / "sweep"  # none of which is itself in an address
+    (shutil.copytree if copied else shutil.move)(folder, new)
+    before = sorted(folder.rglob("*"))
+    tracker = Tracker(new, plan, uri=default_uri(new))
+    assert tracker.ship()
+    assert tracker.close(collect_rows(new, plan))
+    assert sorted(folder.rglob("*")) == before
+    here = (new / "mlartifacts").as_uri()
+    assert all(f"{address}/".startswith(f"{here}/") for address in addresses(default_uri(new), new))
+    assert sorted(path.name for path in (tmp_path / "a b").iterdir()) == ["50%20?#é"]
+    client = MlflowClient(default_uri(new))
+    for run_id in tracker.run_ids.values():
+        assert "result.json" in {file.path for file in client.list_artifacts(run_id)}
+    (model, _) = client.search_logged_models([client.get_experiment_by_name("aepo/sweep").experiment_id])
+    assert "MLmodel" in {file.path for file in client.list_logged_model_artifacts(model.model_id)}
+
+
+def test_of_two_folders_of_one_name_each_keeps_its_files(sweep, uri, tmp_path):
+    folder, plan = sweep
+    other = shutil.copytree(folder, tmp_path / "elsewhere" / "sweep")
+    for place, planned in ((folder, plan[:1]), (other, plan[:1]), (folder, plan[:2]), (other, plan[:2])):
+        assert Tracker(place, planned, uri=uri).ship()
+    for place in (folder, other):
+        assert len(list((place / "mlartifacts").rglob(run.RESULT))) == 2
+        assert len(list((place / "mlartifacts").rglob("MLmodel"))) == 2
+
+
+@given(name=st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1))
+def test_the_address_of_a_store_is_that_of_its_file(name):
+    from sqlalchemy import make_url
+
+    path = Path("/") / name / "mlflow.db"
+    assert make_url(sqlite_uri(path)).database == str(path)
 
 
 # -- a server that is killed -----------------------------------------------------------------------------------------

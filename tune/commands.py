@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import shutil
 import sys
 import tomllib
@@ -240,8 +241,8 @@ class Sweep:
             digests=read_digests(manifest) if manifest is not None else None,
         )
         print_rows(rows, as_json=self.json)
-        err.print(f"tables and figures:  aepo report {self.out}", soft_wrap=True)
-        err.print(f"MLflow page:         {page_command(uri)}", soft_wrap=True)
+        err.print(f"tables and figures:  aepo report {shlex.quote(str(self.out))}", markup=False, soft_wrap=True)
+        err.print(f"MLflow page:         {page_command(uri)}", markup=False, soft_wrap=True)
         check_complete(rows)
         return 0
 
@@ -361,5 +362,6 @@ def check_complete(rows: list[dict[str, Any]]) -> None:
 
 def page_command(uri: str) -> str:
     """Return the command that shows an MLflow store as a page on this machine only, or the server's address."""
-    program = "mlflow" if shutil.which("mlflow") else Path(sys.executable).with_name("mlflow")
-    return uri if uri.startswith("http") else f"{program} ui --host 127.0.0.1 --backend-store-uri {uri}"
+    program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
+    words = [program, "ui", "--host", "127.0.0.1", "--backend-store-uri", uri]
+    return uri if uri.startswith("http") else shlex.join(words)

@@ -54,6 +54,6 @@ class Quickstart:
         # the report is a program of its own: between scheduling and analysis stands a table, not code
         report = [sys.executable, "-m", "aepo", "report", str(self.out), *(["--json"] if self.json else [])]
         status = subprocess.run(report, check=False).returncode
-        err.print(f"MLflow page: {page_command(uri)}", soft_wrap=True)
+        err.print(f"MLflow page: {page_command(uri)}", markup=False, soft_wrap=True)
         err.print(f"took {(time.monotonic() - begin) / 60:.1f} minutes; the same command again recomputes nothing")
         return status

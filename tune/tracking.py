@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import psutil
 from rich.markup import escape
@@ -51,6 +53,11 @@ LOAD, LOAD_INTERVAL_S = "system/", 60.0
 """What this machine has used, in the names of MLflow's own monitor; its page shows them apart."""
 PAUSES_S = (2.0, 4.0, 8.0, 16.0, 30.0)
 """Between attempts to send what is left at the end."""
+VARIABLE = "MLFLOW_TRACKING_URI"
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+"""Begin the addresses of stores that this process opens itself; others are servers."""
+FILES = "mlartifacts"
+"""In a sweep's folder: files of its runs, where no server keeps them."""
 ATTACH_ATTEMPTS = 3
 """Failures to store files, one after the other, until runs are closed without them."""
 SETTINGS = {
@@ -63,7 +70,17 @@ SETTINGS = {
 
 def default_uri(sweep: Path) -> str:
     """Return MLFLOW_TRACKING_URI, or else a SQLite file in the sweep's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{sweep.resolve()}/mlflow.db"
+    return os.environ.get(VARIABLE) or sqlite_uri(sweep.resolve() / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the address of a SQLite file, in which `%` and `?` of its path are no signs of their own.
+
+    With the driver's name where there are such: MLflow makes a folder for what stands behind a bare `sqlite:///`, as it
+    stands there.
+    """
+    quoted = str(path).replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{path}" if quoted == str(path) else f"sqlite+pysqlite:///{quoted}"
 
 
 @dataclasses.dataclass
@@ -176,7 +193,7 @@ class Tracker:
         name = f"aepo/{self._sweep.name}"
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            artifacts = None if self.uri.startswith("http") else (self._sweep / "mlartifacts").as_uri()
+            artifacts = None if self._is_server else (self._sweep / FILES).as_uri()
             self._experiment = client.create_experiment(name, artifacts)
         else:
             self._experiment = experiment.experiment_id
@@ -186,7 +203,10 @@ class Tracker:
             identity = secrets.token_hex(8)
             rundir.write_json(self._sweep / OFFSET, {"sweep": identity})
         self._tags[SWEEP] = identity
-        found = {entry.data.tags.get(TAG, ""): entry for entry in self._search(f"tags.`{SWEEP}` = '{identity}'")}
+        query = f"tags.`{SWEEP}` = '{identity}'"
+        found = {entry.data.tags.get(TAG, ""): entry for entry in self._search(query)}
+        if not self._is_server:
+            self._move_in([entry.info.run_id for entry in found.values()])
         parent = found.pop("", None)
         for name, entry in found.items():
             if (planned := str(name in self._folders).lower()) != entry.data.tags.get(PLANNED, "true"):
@@ -203,6 +223,39 @@ class Tracker:
         self._parent, self._began_at = parent.info.run_id, parent.info.start_time / 1000
         self._entries = {n: _Entry.of(found[n], folder) for n, folder in self._folders.items() if n in found}
         self._is_connected = True
+
+    @property
+    def _is_server(self) -> bool:
+        return self.uri.partition(":")[0].partition("+")[0] not in DATABASES
+
+    def _move_in(self, run_ids: Sequence[str]) -> None:
+        """Have the store keep the files of this sweep in its folder, as it is called now.
+
+        A store has absolute addresses of files, which name the old place when a folder was moved or copied. Files that
+        stand at their address and not here stay where they are, as do those of stores that somebody else set up.
+        """
+        from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlLoggedModel, SqlRun
+
+        here = (self._sweep / FILES).as_uri()
+
+        def moved(address: str) -> str:
+            old, files, rest = f"{address}/".rpartition(f"/{FILES}/")
+            new = f"{here}/{rest}".removesuffix("/")
+            if not files or not old.startswith("file:") or new == address:
+                return address
+            return address if _local(address).exists() and not _local(new).exists() else new
+
+        store: Any = self._client._tracking_client.store
+        with store.ManagedSessionMaker(read_only=False) as session:
+            experiment = session.get(SqlExperiment, int(self._experiment))
+            if experiment.artifact_location.startswith("file:") and experiment.artifact_location.endswith(f"/{FILES}"):
+                experiment.artifact_location = here  # whoever of its name was here last: each run keeps an address
+            for start in range(0, len(run_ids), PAGE):
+                ids = run_ids[start : start + PAGE]
+                for entry in session.query(SqlRun).filter(SqlRun.run_uuid.in_(ids)):
+                    entry.artifact_uri = moved(entry.artifact_uri)
+                for model in session.query(SqlLoggedModel).filter(SqlLoggedModel.source_run_id.in_(ids)):
+                    model.artifact_location = moved(model.artifact_location)
 
     def _search(self, query: str, token: str | None = None) -> "Iterator[Run]":
         page = self._client.search_runs([self._experiment], query, max_results=PAGE, page_token=token)
@@ -355,6 +408,10 @@ def _read(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return sent if isinstance(sent, dict) else {}
+
+
+def _local(address: str) -> Path:
+    return Path(url2pathname(urlsplit(address).path))
 
 
 def _one_line(error: BaseException, uri: str) -> str:
