@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 
 from aepo import config as configs
 from aepo import run, tasks
-from aepo.errors import DataError
+from aepo.errors import CheckpointError, ConfigError, DataError
 from aepo.policy import Policy
 from aepo.presets import preset
 from tests.conftest import random_transitions, wait_for, write_pendulum
 from tune.plan import run_folder, write_manifest
 from tune.record import collect_rows, write_rows
-from tune.tracking import SWEEP, TAG, Tracker, default_uri, sqlite_uri
+from tune.tracking import SWEEP, TAG, Tracker, find_store, sqlite_uri
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
@@ -370,8 +370,84 @@ def test_at_the_end_a_server_that_is_away_is_waited_for(num_failures, arrives, s
     monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
     monkeypatch.setattr("tune.tracking.time.sleep", pauses.append)
     assert tracker.ship_rest() is arrives
-    assert sum(pauses) == (14 if arrives else 60)
+    assert sum(pauses) == (14 if arrives else 55)
     assert tracker.ship() is arrives
+
+
+def test_a_server_that_never_answers_is_given_up_whatever_its_client_waits_for(sweep, uri, capsys, monkeypatch):
+    from mlflow import MlflowClient
+
+    folder, plan = sweep
+    silent = threading.Event()
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *_, **__: silent.wait())
+    monkeypatch.setattr("tune.tracking.PATIENCE_S", 0.5)
+    tracker = Tracker(folder, plan, uri=uri)
+    try:
+        assert not tracker.ship_rest()
+        assert not tracker.close(collect_rows(folder, plan))
+    finally:
+        silent.set()
+    assert " ".join(capsys.readouterr().err.split()).count("has not answered for 0.5 s; metrics wait on disk") == 1
+
+
+def test_a_server_that_answers_has_all_the_time_that_it_needs(sweep, uri, monkeypatch):
+    folder, plan = sweep
+    monkeypatch.setattr("tune.tracking.PATIENCE_S", 0.2)
+    tracker = Tracker(folder, plan, uri=uri)
+
+    def slow():
+        tracker._answered_at = time.monotonic() + 60  # as an answer in a minute from now would set it
+        time.sleep(0.5)
+        return True
+
+    assert tracker._patiently(slow)
+
+
+def test_what_fails_while_the_rest_is_sent_is_raised(sweep, uri):
+    folder, plan = sweep
+    (run_folder(folder, plan[0]) / run.RESULT).write_text("{")
+    with pytest.raises(CheckpointError, match="is not a result"):
+        Tracker(folder, plan, uri=uri).ship_rest()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("file:./mlruns", "begins with 'file'; wanted sqlite"),
+        ("./mlruns", "begins with './mlruns'"),
+        ("http://", "names no host"),
+        ("http://host:port", "Port could not be cast"),
+        ("sqlite://mlflow.db", "stands behind three slashes|[Ii]nvalid"),
+        ("sqlite:mlflow.db", "Could not parse"),
+        ("sqlite://", "in memory keeps nothing"),
+        ("sqlite:////proc/none/track.db", "cannot be written"),
+        ("sqlite:///{home}", "cannot be written"),
+        ("sqlite:///{home}/text/track.db", "cannot be written"),
+        ("sqlite:///{home}/text", "is no SQLite file"),
+        ("postgresql+nosuch://me:secret@host/db", "Can't load plugin"),
+        ("mysql+pyodbc://me:secret@host/db", "is not installed"),
+    ],
+)
+def test_an_address_that_is_wrong_for_sure_is_refused_by_the_name_of_what_gave_it(
+    address, message, tmp_path, monkeypatch
+):
+    (tmp_path / "text").write_text("no database, but a text of some length")
+    address = address.replace("{home}", str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"--tracking-uri is .*({message}).*; leave it out for") as error:
+        find_store(address, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(ConfigError, match=rf"MLFLOW_TRACKING_URI is .*({message}).*; unset it for"):
+        find_store("", tmp_path)
+    assert "secret" not in str(error.value)
+
+
+def test_addresses_at_which_a_store_may_be_are_taken(tmp_path, monkeypatch):
+    good = ["http://127.0.0.1:5000", "https://me:word@host/path", "databricks", "databricks://profile"]
+    good += ["postgresql+psycopg://me:word@host:5432/mlflow", sqlite_uri(tmp_path / "new" / "50%20?" / "a.db")]
+    for address in good:
+        assert find_store(address, tmp_path) == address
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert find_store("", tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_a_password_in_the_uri_is_not_printed(sweep, capsys):
@@ -440,18 +516,18 @@ def test_a_sweep_goes_on_where_its_folder_was_moved_to(copied, sweep, tmp_path):
     from mlflow import MlflowClient
 
     folder, plan = sweep
-    assert Tracker(folder, plan[:1], uri=default_uri(folder)).ship()
+    assert Tracker(folder, plan[:1], uri=find_store("", folder)).ship()
     new = tmp_path / "a b" / "50%20?#é" / "sweep"  # none of which is itself in an address
     (shutil.copytree if copied else shutil.move)(folder, new)
     before = sorted(folder.rglob("*"))
-    tracker = Tracker(new, plan, uri=default_uri(new))
+    tracker = Tracker(new, plan, uri=find_store("", new))
     assert tracker.ship()
     assert tracker.close(collect_rows(new, plan))
     assert sorted(folder.rglob("*")) == before
     here = (new / "mlartifacts").as_uri()
-    assert all(f"{address}/".startswith(f"{here}/") for address in addresses(default_uri(new), new))
+    assert all(f"{address}/".startswith(f"{here}/") for address in addresses(find_store("", new), new))
     assert sorted(path.name for path in (tmp_path / "a b").iterdir()) == ["50%20?#é"]
-    client = MlflowClient(default_uri(new))
+    client = MlflowClient(find_store("", new))
     for run_id in tracker.run_ids.values():
         assert "result.json" in {file.path for file in client.list_artifacts(run_id)}
     (model, _) = client.search_logged_models([client.get_experiment_by_name("aepo/sweep").experiment_id])

@@ -217,10 +217,9 @@ class Sweep:
             if not Confirm.ask("start?", console=err, default=True):
                 return 0
         from tune.sweep import Resources, run_sweep
-        from tune.tracking import default_uri
+        from tune.tracking import find_store
 
-        uri = self.tracking_uri or default_uri(self.out)
-        check_tracking_uri(uri)
+        uri = find_store(self.tracking_uri, self.out)
         resources = Resources(
             address=self.address,
             runner=self.runner,
@@ -323,16 +322,6 @@ def _grouped(plan: Sequence[RunConfig]) -> dict[tuple[str, str, str], list[RunCo
     for config in plan:
         groups.setdefault((config.task, config.method, config.preset), []).append(config)
     return groups
-
-
-SCHEMES = ("sqlite", "http", "https", "postgresql", "postgresql+psycopg", "mysql", "mssql", "databricks")
-"""What a tracking address may begin with."""
-
-
-def check_tracking_uri(uri: str) -> None:
-    """Raise a ConfigError for an address that no MLflow store has."""
-    if (scheme := uri.partition("://")[0]) not in SCHEMES:
-        raise ConfigError(f"no MLflow store has an address that begins with {scheme!r}; wanted {', '.join(SCHEMES)}")
 
 
 COLUMNS = ["task", "method", "seed", "status", "score", "return_mean", "num_episodes", "steps", "seconds"]

@@ -175,12 +175,10 @@ class Search:
                 err.print(facts["cost"], soft_wrap=True)
             if self.dry_run or not Confirm.ask("start?", console=err, default=True):
                 return 0
-        from tune.commands import check_tracking_uri
         from tune.sweep import Resources
-        from tune.tracking import default_uri
+        from tune.tracking import find_store
 
-        uri = self.tracking_uri or default_uri(self.out)
-        check_tracking_uri(uri)
+        uri = find_store(self.tracking_uri, self.out)
         resources = Resources(
             address=self.address,
             cpus=self.cpus,

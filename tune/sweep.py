@@ -288,8 +288,8 @@ def watching(board: Shown, tracker: Tracker, on_ended: Callable[[], object]) -> 
     stop = threading.Event()
 
     def watch() -> None:
-        next_ship, next_line = 0.0, time.monotonic() + LINE_INTERVAL_S
-        backoff, written = SHIP_INTERVAL_S, -1
+        next_write, next_line = 0.0, time.monotonic() + LINE_INTERVAL_S
+        written = -1
         with Live(board.table(), console=err, auto_refresh=False) if err.is_terminal else nullcontext() as live:
             while True:
                 last = stop.wait(1.0)
@@ -302,14 +302,22 @@ def watching(board: Shown, tracker: Tracker, on_ended: Callable[[], object]) -> 
                         err.print(line, soft_wrap=True)
                 if last:
                     return
-                if time.monotonic() >= next_ship:
-                    backoff = SHIP_INTERVAL_S if tracker.ship() else min(300.0, 2 * backoff)
-                    next_ship = time.monotonic() + backoff
-                    if board.num_ended != written:
-                        written = board.num_ended
-                        on_ended()
+                if time.monotonic() >= next_write and board.num_ended != written:
+                    next_write, written = time.monotonic() + SHIP_INTERVAL_S, board.num_ended
+                    on_ended()
 
-    with _thread(lambda: _reporting(watch), stop):
+    def ship() -> None:
+        backoff = SHIP_INTERVAL_S
+        while True:
+            backoff = SHIP_INTERVAL_S if tracker.ship() else min(300.0, 2 * backoff)
+            if stop.wait(backoff):
+                return
+
+    # a server that does not answer holds neither the display nor the end, where `Tracker.ship_rest` takes over
+    with (
+        _thread(lambda: _reporting("display", watch), stop),
+        _thread(lambda: _reporting("tracking", ship), stop, wait_s=0.0),
+    ):
         yield
 
 
@@ -328,22 +336,22 @@ def _in_background(action: Callable[[], object], *, every_s: float) -> Iterator[
 
 
 @contextmanager
-def _thread(target: Callable[[], None], stop: threading.Event) -> Iterator[None]:
-    """Run a function beside the body; `stop` is set at its end, and the function waited for."""
+def _thread(target: Callable[[], None], stop: threading.Event, *, wait_s: float = 60.0) -> Iterator[None]:
+    """Run a function beside the body; `stop` is set at its end, and the function waited for so long."""
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join(timeout=60)
+        thread.join(timeout=wait_s)
 
 
-def _reporting(watch: Callable[[], None]) -> None:
+def _reporting(what: str, action: Callable[[], None]) -> None:
     try:
-        watch()
+        action()
     except Exception as error:  # the sweep outlives its display; the last shipment sends what this one missed
-        err.print(f"[yellow]warning:[/] the display stopped: {type(error).__name__}: {error}", soft_wrap=True)
+        err.print(f"[yellow]warning:[/] the {what} stopped: {type(error).__name__}: {error}", soft_wrap=True)
 
 
 def _last_line(error: BaseException) -> str:

@@ -12,11 +12,14 @@ import logging
 import os
 import platform
 import secrets
+import tempfile
 import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,13 +32,14 @@ from rich.markup import escape
 from aepo import __version__, rundir
 from aepo.config import RunConfig, flatten
 from aepo.console import err
-from aepo.errors import AEPOError
+from aepo.errors import AEPOError, ConfigError
 from tune.plan import MANIFEST, PACKAGES, run_folder
 from tune.record import RUNS, SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from sqlalchemy import URL
 
 OFFSET = "mlflow.json"
 """In a run's folder: its MLflow run, bytes of the spool sent, digest of the result sent. In the sweep's: its id."""
@@ -51,9 +55,13 @@ MEASURED = ("env_id", "ref_min", "ref_max")
 """Of a result, as tags: what the settings do not say."""
 LOAD, LOAD_INTERVAL_S = "system/", 60.0
 """What this machine has used, in the names of MLflow's own monitor; its page shows them apart."""
-PAUSES_S = (2.0, 4.0, 8.0, 16.0, 30.0)
+PAUSES_S = (2.0, 4.0, 8.0, 16.0, 25.0)
 """Between attempts to send what is left at the end."""
+PATIENCE_S = 60.0
+"""At the end, since the server's last answer or the end itself, whatever an attempt takes."""
 VARIABLE = "MLFLOW_TRACKING_URI"
+SCHEMES = ("sqlite", "http", "https", "postgresql", "postgresql+psycopg", "mysql", "mssql", "databricks")
+"""What a tracking address may begin with, among others."""
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 """Begin the addresses of stores that this process opens itself; others are servers."""
 FILES = "mlartifacts"
@@ -68,9 +76,74 @@ SETTINGS = {
 }
 
 
-def default_uri(sweep: Path) -> str:
-    """Return MLFLOW_TRACKING_URI, or else a SQLite file in the sweep's folder."""
-    return os.environ.get(VARIABLE) or sqlite_uri(sweep.resolve() / "mlflow.db")
+def find_store(given: str, sweep: Path) -> str:
+    """Return the address of the store or server to track in, looked at but not asked.
+
+    Args:
+        given: by a flag or file; empty = MLFLOW_TRACKING_URI, or else a SQLite file in the sweep's folder.
+        sweep: folder.
+
+    Raises:
+        ConfigError: for an address at which there can be none, with the name of the flag or variable that gave it.
+    """
+    if given:
+        fault, name, remedy = _fault(given), "--tracking-uri", "leave it out"
+    elif given := os.environ.get(VARIABLE, ""):
+        fault, name, remedy = _fault(given), VARIABLE, "unset it"
+    else:
+        return sqlite_uri(sweep.resolve() / "mlflow.db")
+    if fault:
+        raise ConfigError(
+            f"{name} is {_without_secrets(given)!r}: {fault}; {remedy} for a SQLite file in the sweep's folder"
+        )
+    return given
+
+
+def _fault(uri: str) -> str:
+    """Return what is wrong for sure with an address of a store or server, nothing where it may answer."""
+    scheme = uri.partition(":")[0]
+    if scheme in ("http", "https"):
+        try:
+            parts = urlsplit(uri)
+            return "" if parts.hostname and parts.port != 0 else "it names no host"
+        except ValueError as error:
+            return str(error)
+    if scheme.partition("+")[0] == "databricks":
+        return ""
+    if scheme.partition("+")[0] not in DATABASES:
+        return f"no MLflow store has an address that begins with {scheme!r}; wanted {', '.join(SCHEMES)}"
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        url = make_url(uri)
+        url.get_dialect().import_dbapi()
+    except (SQLAlchemyError, ValueError) as error:
+        return " ".join(str(error).replace(uri, "it").split())
+    except ImportError as error:
+        return f"Python's driver of that database is not installed ({error})"
+    return _file_fault(url) if scheme.startswith("sqlite") else ""
+
+
+def _file_fault(url: "URL") -> str:
+    """Return why a SQLite file cannot be opened or made, nothing if it can."""
+    if url.host or url.port:
+        return "a path stands behind three slashes, an absolute one behind four"
+    if not url.database or url.database == ":memory:":
+        return "a database in memory keeps nothing"
+    if url.database.startswith("file:"):
+        return ""
+    path = Path(url.database)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):  # as SQLite's journal
+            pass
+        if path.exists():
+            with path.open("r+b") as file:
+                return "" if file.read(16) in (b"", b"SQLite format 3\0") else f"{path} is no SQLite file"
+    except OSError as error:
+        return f"{path} cannot be written ({error.strerror})"
+    return ""
 
 
 def sqlite_uri(path: Path) -> str:
@@ -123,6 +196,7 @@ class Tracker:
         self._ends: dict[str, tuple[str, str]] = {}
         self._client: MlflowClient
         self._is_connected, self._lock = False, threading.Lock()
+        self._answered_at, self._is_given_up = 0.0, False
         self._attach_failures = 0
         self._load: list[tuple[str, float, float]] = []
         self._next_sample = 0.0
@@ -150,11 +224,15 @@ class Tracker:
 
     def ship_rest(self) -> bool:
         """Send all that is left, waiting a minute at most for a server that is away; return whether it took it."""
-        for pause_s in PAUSES_S:
-            if self.ship():
-                return True
-            time.sleep(pause_s)
-        return self.ship()
+
+        def repeat() -> bool:
+            for pause_s in PAUSES_S:
+                if self.ship():
+                    return True
+                time.sleep(pause_s)
+            return self.ship()
+
+        return self._patiently(repeat)
 
     def add(self, config: RunConfig) -> None:
         """Ship one more run."""
@@ -167,7 +245,32 @@ class Tracker:
 
     def close(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """End the sweep's own run by the rows of runs.parquet, which it keeps; return whether the server took it."""
-        return self._attempt(lambda: self._close_sweep(rows))
+        return self._patiently(lambda: self._attempt(lambda: self._close_sweep(rows)))
+
+    def _patiently(self, action: Callable[[], bool]) -> bool:
+        """Return what an action returns, or False once the server has not answered for too long, here or before.
+
+        The action is then left to a thread that ends with the process: databases and their drivers have timeouts of
+        their own, or none.
+        """
+        if self._is_given_up:
+            return False
+        ended: Future[bool] = Future()
+
+        def act() -> None:
+            try:
+                ended.set_result(action())
+            except BaseException as error:
+                ended.set_exception(error)
+
+        self._answered_at = time.monotonic()
+        threading.Thread(target=act, daemon=True).start()
+        while (left_s := self._answered_at + PATIENCE_S - time.monotonic()) > 0:
+            with suppress(TimeoutError):
+                return ended.result(timeout=left_s)
+        self._is_given_up = True
+        self._warn(f"has not answered for {PATIENCE_S:g} s; metrics wait on disk, and the same command sends them")
+        return False
 
     def _attempt(self, action: Callable[[], None]) -> bool:
         with self._lock:
@@ -259,6 +362,7 @@ class Tracker:
 
     def _search(self, query: str, token: str | None = None) -> "Iterator[Run]":
         page = self._client.search_runs([self._experiment], query, max_results=PAGE, page_token=token)
+        self._answered_at = time.monotonic()
         yield from page
         if page.token:
             yield from self._search(query, page.token)
@@ -302,6 +406,7 @@ class Tracker:
                 rundir.write_json(folder / OFFSET, {"run_id": entry.run_id, "offset": offset, "closed": digest})
         if result is not None or end is not None:
             del self._open[name]
+            self._answered_at = time.monotonic()
 
     def _create(self, name: str, config: RunConfig, folder: Path) -> _Entry:
         """Make the run of MLflow, its tags in the same request, so that it is found again whatever comes next."""
@@ -331,6 +436,7 @@ class Tracker:
         ]
         for start in range(0, len(metrics), BATCH):
             self._client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+            self._answered_at = time.monotonic()
         return end
 
     def _close_run(self, entry: _Entry, folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
