@@ -6,6 +6,7 @@ trials have ended without a result.
 
 import dataclasses
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from tune.board import LINE_INTERVAL_S, Board, driving
 from tune.estimate import memory_gib, work
 from tune.plan import STOP, describe_leaving, grow, pending, read_digests, run_folder, write_manifest
 from tune.record import collect_rows, each_row, write_rows
+from tune.sockets import make_socket_folder
 from tune.tracking import Tracker
 
 Runner = Literal["train", "inline"]
@@ -227,9 +229,12 @@ def on_ray(resources: Resources, plan: Sequence[RunConfig]) -> Iterator[int]:
 
     from tune.trainable import free_orphans
 
-    where = {"address": resources.address} if resources.address else {"address": "local", "include_dashboard": False}
-    ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+    # Ray lets everybody write to its folders, code and sockets among them: they lie in one that only this user enters
+    folder = None if resources.address else make_socket_folder()
+    private_ray = {"address": "local", "include_dashboard": False, "_temp_dir": str(folder)}
+    where = {"address": resources.address} if resources.address else private_ray
     try:
+        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         memory = max(memory_gib(config, resources.runner) for config in plan)
         slots = _slots(ray.nodes(), resources, memory)  # type: ignore[no-untyped-call]
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
@@ -237,6 +242,8 @@ def on_ray(resources: Resources, plan: Sequence[RunConfig]) -> Iterator[int]:
             yield min(slots, resources.max_concurrent or slots)
     finally:
         ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _slots(nodes: Sequence[dict[str, Any]], resources: Resources, memory: float) -> int:
