@@ -35,6 +35,9 @@ COMMANDS = {
 }
 """name -> (module:object that tyro can parse and that has run() -> exit status, one line of help)."""
 
+PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
 EXIT_STATUS = """exit status:
   0 success                 1 unexpected error   2 wrong flag or setting   3 data or runs missing or unusable
   4 bad checkpoint or policy file                5 training failed         6 machine or disk too small, no cluster"""
@@ -47,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Return the exit status of one command line; known errors are one line, `--debug` shows the traceback."""
+    _reach_this_machine()
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
     if not argv or argv[0] in ("-h", "--help"):
@@ -82,6 +86,17 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         err.print("stopped; the same command continues where this one ended")
         return 130
+
+
+def _reach_this_machine() -> None:
+    """Keep a proxy of the surroundings out of what stays on this machine: Ray's and MLflow's servers on it."""
+    if not any(os.environ.get(name) for name in PROXIES):
+        return
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if known.strip() != "*":
+        hosts = [host for host in map(str.strip, known.split(",")) if host]
+        known = ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])
+    os.environ |= {"no_proxy": known, "NO_PROXY": known}
 
 
 def parse(kind: Any, prog: str, words: list[str]) -> Any:

@@ -21,7 +21,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from aepo.console import err
 from aepo.errors import AEPOError, ResourceError
 from cluster import services
 from cluster.services import ADMIN, AUTH_CONFIG, DATABASE, MLFLOW_SETTINGS, Place
+from tune.sockets import make_socket_folder
 
 LOCALHOST = "127.0.0.1"
 START_TIMEOUT_S = {"postgres": 60.0, "mlflow": 300.0, "ray-head": 180.0}
@@ -200,7 +200,7 @@ class LocalCluster:
             "gpus": gpus,
             "memory": _node_memory(nodes),
             "ports": _free_ports(wanted),
-            "temp": tempfile.mkdtemp(prefix="aepo-", dir="/tmp"),  # short: Ray's sockets have paths of 107 bytes
+            "temp": str(make_socket_folder()),
             "services": {},
         }
         self._save(state)

@@ -39,6 +39,20 @@ def test_no_arguments_list_the_commands(capsys):
     assert "exit status" in out
 
 
+@pytest.mark.parametrize("known", ["", "corp.example, 10.0.0.1", "*"])
+def test_a_proxy_is_never_asked_for_this_machine(known, capsys, monkeypatch):
+    from requests.utils import should_bypass_proxies
+
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", known)
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    run(capsys, "--version")
+    for host in ("127.0.0.1:5000", "localhost:8265"):
+        assert should_bypass_proxies(f"http://{host}/api", None)
+    assert should_bypass_proxies("http://corp.example", None) is (known != "")
+    assert should_bypass_proxies("http://elsewhere.example", None) is (known == "*")
+
+
 TINY = [
     "--set",
     *(f"{stage}.{key}={value}" for stage in ("behavior", "critic", "energy") for key, value in

@@ -13,7 +13,7 @@ import pytest
 from aepo import run
 from aepo.errors import ResourceError
 from tests.conftest import wait_for
-from tune.tracking import default_uri
+from tune.tracking import find_store
 
 pytestmark = pytest.mark.ray
 
@@ -90,7 +90,7 @@ def test_a_sweep_ends_with_all_rows_in_the_table_and_in_mlflow(whole):
     assert [row["status"] for row in rows] == ["finished", "finished"]
     table = pq.read_table(folder / "runs.parquet").to_pylist()
     assert [row["run"] for row in table] == [row["run"] for row in rows]
-    client = MlflowClient(default_uri(folder))
+    client = MlflowClient(find_store("", folder))
     for row in table:
         entry = client.get_run(row["mlflow_run_id"])
         assert entry.info.status == "FINISHED"

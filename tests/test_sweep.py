@@ -222,10 +222,14 @@ def test_the_manifest_plans_the_same_runs_again_and_knows_their_data(sweep, tmp_
         check_data(plan, {plan[0].data.dataset: "0123"})
 
 
-def test_a_tracking_address_that_is_none_is_refused_before_anything_starts(make_dataset, tmp_path, capsys):
+def test_a_tracking_address_that_is_none_is_refused_before_anything_starts(make_dataset, tmp_path, capsys, monkeypatch):
     words = ["sweep", "--dataset", make_dataset(), "--preset", "smoke", "--out", str(tmp_path / "sweep")]
     assert cli.run([*words, "--tracking-uri", "htp://x"]) == 2
-    assert "begins with 'htp', wanted sqlite, http" in capsys.readouterr().err.replace("\n", " ")
+    assert "begins with 'htp'; wanted sqlite, http" in capsys.readouterr().err.replace("\n", " ")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")
+    for command in (words, ["search", *words[1:]], ["quickstart", "--out", words[-1]]):
+        assert cli.run(command) == 2
+        assert "MLFLOW_TRACKING_URI is 'file:./mlruns'" in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "sweep").exists()
 
 

@@ -1,6 +1,5 @@
 """What MLflow holds of a sweep, whatever happens in between: nothing lost, nothing twice, in order."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -14,20 +13,23 @@ import threading
 import time
 import urllib.request
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aepo import config as configs
 from aepo import run, tasks
-from aepo.errors import ConfigError, DataError
+from aepo.errors import CheckpointError, ConfigError, DataError
 from aepo.policy import Policy
 from aepo.presets import preset
 from tests.conftest import random_transitions, wait_for, write_pendulum
 from tune.plan import run_folder, write_manifest
 from tune.record import collect_rows, write_rows
-from tune.tracking import SWEEP, TAG, Tracker
+from tune.tracking import SWEEP, TAG, Tracker, find_store, sqlite_uri
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
@@ -368,8 +370,84 @@ def test_at_the_end_a_server_that_is_away_is_waited_for(num_failures, arrives, s
     monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
     monkeypatch.setattr("tune.tracking.time.sleep", pauses.append)
     assert tracker.ship_rest() is arrives
-    assert sum(pauses) == (14 if arrives else 60)
+    assert sum(pauses) == (14 if arrives else 55)
     assert tracker.ship() is arrives
+
+
+def test_a_server_that_never_answers_is_given_up_whatever_its_client_waits_for(sweep, uri, capsys, monkeypatch):
+    from mlflow import MlflowClient
+
+    folder, plan = sweep
+    silent = threading.Event()
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *_, **__: silent.wait())
+    monkeypatch.setattr("tune.tracking.PATIENCE_S", 0.5)
+    tracker = Tracker(folder, plan, uri=uri)
+    try:
+        assert not tracker.ship_rest()
+        assert not tracker.close(collect_rows(folder, plan))
+    finally:
+        silent.set()
+    assert " ".join(capsys.readouterr().err.split()).count("has not answered for 0.5 s; metrics wait on disk") == 1
+
+
+def test_a_server_that_answers_has_all_the_time_that_it_needs(sweep, uri, monkeypatch):
+    folder, plan = sweep
+    monkeypatch.setattr("tune.tracking.PATIENCE_S", 0.2)
+    tracker = Tracker(folder, plan, uri=uri)
+
+    def slow():
+        tracker._answered_at = time.monotonic() + 60  # as an answer in a minute from now would set it
+        time.sleep(0.5)
+        return True
+
+    assert tracker._patiently(slow)
+
+
+def test_what_fails_while_the_rest_is_sent_is_raised(sweep, uri):
+    folder, plan = sweep
+    (run_folder(folder, plan[0]) / run.RESULT).write_text("{")
+    with pytest.raises(CheckpointError, match="is not a result"):
+        Tracker(folder, plan, uri=uri).ship_rest()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("file:./mlruns", "begins with 'file'; wanted sqlite"),
+        ("./mlruns", "begins with './mlruns'"),
+        ("http://", "names no host"),
+        ("http://host:port", "Port could not be cast"),
+        ("sqlite://mlflow.db", "stands behind three slashes|[Ii]nvalid"),
+        ("sqlite:mlflow.db", "Could not parse"),
+        ("sqlite://", "in memory keeps nothing"),
+        ("sqlite:////proc/none/track.db", "cannot be written"),
+        ("sqlite:///{home}", "cannot be written"),
+        ("sqlite:///{home}/text/track.db", "cannot be written"),
+        ("sqlite:///{home}/text", "is no SQLite file"),
+        ("postgresql+nosuch://me:secret@host/db", "Can't load plugin"),
+        ("mysql+pyodbc://me:secret@host/db", "is not installed"),
+    ],
+)
+def test_an_address_that_is_wrong_for_sure_is_refused_by_the_name_of_what_gave_it(
+    address, message, tmp_path, monkeypatch
+):
+    (tmp_path / "text").write_text("no database, but a text of some length")
+    address = address.replace("{home}", str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"--tracking-uri is .*({message}).*; leave it out for") as error:
+        find_store(address, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(ConfigError, match=rf"MLFLOW_TRACKING_URI is .*({message}).*; unset it for"):
+        find_store("", tmp_path)
+    assert "secret" not in str(error.value)
+
+
+def test_addresses_at_which_a_store_may_be_are_taken(tmp_path, monkeypatch):
+    good = ["http://127.0.0.1:5000", "https://me:word@host/path", "databricks", "databricks://profile"]
+    good += ["postgresql+psycopg://me:word@host:5432/mlflow", sqlite_uri(tmp_path / "new" / "50%20?" / "a.db")]
+    for address in good:
+        assert find_store(address, tmp_path) == address
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert find_store("", tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_a_password_in_the_uri_is_not_printed(sweep, capsys):
@@ -419,6 +497,59 @@ def test_two_folders_of_one_name_are_two_sweeps_and_a_moved_folder_is_the_same(s
     entries = client.search_runs([experiment.experiment_id])
     assert len(entries) == 6
     assert len({entry.data.tags[SWEEP] for entry in entries}) == 2
+
+
+def addresses(uri, folder):
+    """Where the store says that files of the sweep lie: of its experiment, runs and models."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(f"aepo/{folder.name}")
+    runs = client.search_runs([experiment.experiment_id])
+    models = client.search_logged_models([experiment.experiment_id])
+    found = [experiment.artifact_location, *(entry.info.artifact_uri for entry in runs)]
+    return [*found, *(model.artifact_location for model in models)]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_sweep_goes_on_where_its_folder_was_moved_to(copied, sweep, tmp_path):
+    from mlflow import MlflowClient
+
+    folder, plan = sweep
+    assert Tracker(folder, plan[:1], uri=find_store("", folder)).ship()
+    new = tmp_path / "a b" / "50%20?#é" / "sweep"  # none of which is itself in an address
+    (shutil.copytree if copied else shutil.move)(folder, new)
+    before = sorted(folder.rglob("*"))
+    tracker = Tracker(new, plan, uri=find_store("", new))
+    assert tracker.ship()
+    assert tracker.close(collect_rows(new, plan))
+    assert sorted(folder.rglob("*")) == before
+    here = (new / "mlartifacts").as_uri()
+    assert all(f"{address}/".startswith(f"{here}/") for address in addresses(find_store("", new), new))
+    assert sorted(path.name for path in (tmp_path / "a b").iterdir()) == ["50%20?#é"]
+    client = MlflowClient(find_store("", new))
+    for run_id in tracker.run_ids.values():
+        assert "result.json" in {file.path for file in client.list_artifacts(run_id)}
+    (model, _) = client.search_logged_models([client.get_experiment_by_name("aepo/sweep").experiment_id])
+    assert "MLmodel" in {file.path for file in client.list_logged_model_artifacts(model.model_id)}
+
+
+def test_of_two_folders_of_one_name_each_keeps_its_files(sweep, uri, tmp_path):
+    folder, plan = sweep
+    other = shutil.copytree(folder, tmp_path / "elsewhere" / "sweep")
+    for place, planned in ((folder, plan[:1]), (other, plan[:1]), (folder, plan[:2]), (other, plan[:2])):
+        assert Tracker(place, planned, uri=uri).ship()
+    for place in (folder, other):
+        assert len(list((place / "mlartifacts").rglob(run.RESULT))) == 2
+        assert len(list((place / "mlartifacts").rglob("MLmodel"))) == 2
+
+
+@given(name=st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1))
+def test_the_address_of_a_store_is_that_of_its_file(name):
+    from sqlalchemy import make_url
+
+    path = Path("/") / name / "mlflow.db"
+    assert make_url(sqlite_uri(path)).database == str(path)
 
 
 # -- a server that is killed -----------------------------------------------------------------------------------------
@@ -521,70 +652,3 @@ def test_a_server_killed_amid_a_shipment_has_every_row_once_and_in_order_in_the_
 
 def test_flatten_gives_dotted_keys():
     assert configs.flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}
-
-
-@pytest.mark.parametrize("name", ["a b", "50%20x", "q?z", "x#y", "é", "%41"])
-def test_a_sweeps_own_store_lies_in_its_folder_whatever_that_is_called(name, tmp_path):
-    from tune.tracking import own_uri
-
-    folder = tmp_path / name
-    folder.mkdir()
-    assert Tracker(folder, [], uri=own_uri(folder)).ship()
-    assert (folder / "mlflow.db").is_file()
-
-
-def test_a_moved_sweep_keeps_its_files_with_it(tmp_path):
-    from mlflow import MlflowClient
-
-    from tune.tracking import own_uri
-
-    old, new = tmp_path / "old" / "mazes", tmp_path / "a new" / "mazes"
-    old.mkdir(parents=True)
-    assert Tracker(old, [], uri=own_uri(old)).ship()
-    (old / "runs.parquet").write_text("")
-    new.parent.mkdir()
-    old.rename(new)
-    tracker = Tracker(new, [], uri=own_uri(new))
-    assert tracker.ship()
-    assert tracker.close([])
-    with contextlib.closing(sqlite3.connect(new / "mlflow.db")) as database:
-        places = [row[0] for row in database.execute("SELECT artifact_uri FROM runs")]
-    assert places
-    assert all(place.startswith((new / "mlartifacts").as_uri()) for place in places)
-    assert len(MlflowClient(own_uri(new)).search_experiments(filter_string="name = 'aepo/mazes'")) == 1
-    assert not old.exists()
-
-
-@pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize(
-    ("uri", "message"),
-    [
-        ("file:./mlruns", "begins with 'file', wanted sqlite"),
-        ("./mlruns", "begins with './mlruns', wanted sqlite"),
-        ("sqlite:////proc/none/track.db", "the SQLite file /proc/none/track.db cannot be opened"),
-        ("sqlite:///{folder}/text", "cannot be opened \\(file is not a database\\)"),
-    ],
-)
-def test_an_address_without_a_store_is_refused_by_the_name_of_what_gave_it(given, uri, message, tmp_path, monkeypatch):
-    from tune.commands import tracking_uri
-
-    (tmp_path / "text").write_text("no database at all, but long enough to be read as a header of one" * 20)
-    uri = uri.format(folder=tmp_path)
-    if not given:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    name = "--tracking-uri" if given else "MLFLOW_TRACKING_URI"
-    with pytest.raises(ConfigError, match=f"^{name}: .*{message}.*; name another, or unset it"):
-        tracking_uri(tmp_path, uri if given else "")
-
-
-def test_the_end_waits_about_a_minute_for_a_server_that_does_not_answer(tmp_path, monkeypatch):
-    """The clock is one of its own: each attempt takes as long as a connection that nobody answers."""
-    from tune import tracking
-
-    now = [0.0]
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(tracking.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    tracker = tracking.Tracker(tmp_path, [], uri="http://127.0.0.1:1")
-    monkeypatch.setattr(tracker, "_attempt", lambda _: now.__setitem__(0, now[0] + 30.0))
-    assert not tracker.ship_rest()
-    assert now[0] <= 100.0

@@ -1,11 +1,10 @@
 """`aepo sweep`: tasks x seeds on Ray, from flags."""
 
-import contextlib
 import dataclasses
 import math
 import os
+import shlex
 import shutil
-import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
-from urllib.parse import unquote
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
@@ -213,8 +211,9 @@ class Sweep:
             if not Confirm.ask("start?", console=err, default=True):
                 return 0
         from tune.sweep import Resources, run_sweep
+        from tune.tracking import find_store
 
-        uri = tracking_uri(self.out, self.tracking_uri)
+        uri = find_store(self.tracking_uri, self.out)
         resources = Resources(
             address=self.address,
             runner=self.runner,
@@ -235,7 +234,7 @@ class Sweep:
             digests=read_digests(manifest) if manifest is not None else None,
         )
         print_rows(rows, as_json=self.json)
-        say(f"tables and figures:  aepo report {self.out}")
+        say(f"tables and figures:  aepo report {shlex.quote(str(self.out))}")
         say(f"MLflow page:         {page_command(uri)}")
         check_complete(rows)
         return 0
@@ -329,45 +328,6 @@ def _grouped(plan: Sequence[RunConfig]) -> dict[tuple[str, str, str], list[RunCo
     return groups
 
 
-SCHEMES = ("sqlite", "http", "https", "postgresql", "postgresql+psycopg", "mysql", "mssql", "databricks")
-"""What a tracking address may begin with."""
-
-
-def tracking_uri(sweep: Path, given: str) -> str:
-    """Return the address of a sweep's MLflow store, after a look whether there can be one, before anything is computed.
-
-    Args:
-        sweep: the sweep's folder.
-        given: that of --tracking-uri; empty = MLFLOW_TRACKING_URI, or a SQLite file in the folder.
-
-    Raises:
-        ConfigError: if it begins with what no store begins with, or is a SQLite file that cannot be opened or made.
-    """
-    from tune.tracking import default_uri, own_uri
-
-    uri = given or default_uri(sweep)
-    if uri == own_uri(sweep):
-        return uri
-    where = "--tracking-uri" if given else "MLFLOW_TRACKING_URI"
-    advice = "name another, or unset it for a SQLite file in the sweep's folder"
-    scheme, _, rest = uri.partition(":")
-    if scheme not in SCHEMES:
-        raise ConfigError(
-            f"{where}: no MLflow store has an address that begins with {scheme!r}, wanted "
-            f"{', '.join(SCHEMES)}; {advice}"
-        )
-    if scheme == "sqlite" and rest.startswith("///") and not rest.startswith("///file:"):
-        path = Path(unquote(rest.removeprefix("///").partition("?")[0]))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(sqlite3.connect(path, timeout=10.0)) as database:
-                database.execute("PRAGMA schema_version").fetchone()
-        except (OSError, sqlite3.Error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"{where}: the SQLite file {path} cannot be opened ({reason}); {advice}") from error
-    return uri
-
-
 COLUMNS = ["task", "method", "seed", "status", "score", "return_mean", "num_episodes", "steps", "seconds"]
 
 
@@ -395,5 +355,6 @@ def check_complete(rows: list[dict[str, Any]]) -> None:
 
 def page_command(uri: str) -> str:
     """Return the command that shows an MLflow store as a page on this machine only, or the server's address."""
-    program = "mlflow" if shutil.which("mlflow") else Path(sys.executable).with_name("mlflow")
-    return uri if uri.startswith("http") else f"{program} ui --host 127.0.0.1 --backend-store-uri {uri}"
+    program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
+    words = [program, "ui", "--host", "127.0.0.1", "--backend-store-uri", uri]
+    return uri if uri.startswith("http") else shlex.join(words)

@@ -39,12 +39,13 @@ class Quickstart:
     def run(self) -> int:
         """Do it all; return the exit status."""
         from aepo.data.pointmaze import collect
-        from tune.commands import check_complete, page_command, tracking_uri
+        from tune.commands import check_complete, page_command
         from tune.plan import make_plan
         from tune.sweep import Resources, run_sweep
+        from tune.tracking import find_store
 
         begin = time.monotonic()
-        uri = tracking_uri(self.out, "")
+        uri = find_store("", self.out)
         for name in TASKS:
             collect(tasks.find(name), num_steps=self.env_steps, seed=0)
         plan = make_plan(TASKS, (), SEEDS, presets=(self.preset,), overrides={})
@@ -53,6 +54,6 @@ class Quickstart:
         # the report is a program of its own: between scheduling and analysis stands a table, not code
         report = [sys.executable, "-m", "aepo", "report", str(self.out), *(["--json"] if self.json else [])]
         status = subprocess.run(report, check=False).returncode
-        err.print(f"MLflow page: {page_command(uri)}", soft_wrap=True)
+        err.print(f"MLflow page: {page_command(uri)}", markup=False, soft_wrap=True)
         err.print(f"took {(time.monotonic() - begin) / 60:.1f} minutes; the same command again recomputes nothing")
         return status

@@ -176,10 +176,10 @@ class Search:
                 err.print(facts["cost"], soft_wrap=True)
             if self.dry_run or not Confirm.ask("start?", console=err, default=True):
                 return 0
-        from tune.commands import tracking_uri
         from tune.sweep import Resources
+        from tune.tracking import find_store
 
-        uri = tracking_uri(self.out, self.tracking_uri)
+        uri = find_store(self.tracking_uri, self.out)
         resources = Resources(
             address=self.address,
             cpus=self.cpus,

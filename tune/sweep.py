@@ -7,7 +7,6 @@ trials have ended without a result.
 import dataclasses
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from tune.board import LINE_INTERVAL_S, Board, driving
 from tune.estimate import memory_gib, work
 from tune.plan import STOP, describe_leaving, grow, pending, read_digests, run_folder, write_manifest
 from tune.record import collect_rows, each_row, write_rows
+from tune.sockets import make_socket_folder
 from tune.tracking import Tracker
 
 Runner = Literal["train", "inline"]
@@ -242,10 +242,9 @@ def on_ray(resources: Resources, plan: Sequence[RunConfig]) -> Iterator[int]:
 
     from tune.trainable import free_orphans
 
-    # Ray lets everybody write to its folders, code and sockets among them: they lie in one that only this user may
-    # enter, with a short name, because paths of sockets have 107 bytes at most
-    temp = "" if resources.address else tempfile.mkdtemp(prefix="aepo-", dir=os.environ.get("RAY_TMPDIR") or "/tmp")
-    private_ray = {"address": "local", "include_dashboard": False, "_temp_dir": f"{temp}/ray"}
+    # Ray lets everybody write to its folders, code and sockets among them: they lie in one that only this user enters
+    folder = None if resources.address else make_socket_folder()
+    private_ray = {"address": "local", "include_dashboard": False, "_temp_dir": f"{folder}/ray"}
     where = {"address": resources.address} if resources.address else private_ray
     try:
         ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
@@ -256,8 +255,8 @@ def on_ray(resources: Resources, plan: Sequence[RunConfig]) -> Iterator[int]:
             yield min(slots, resources.max_concurrent or slots)
     finally:
         ray.shutdown()
-        if temp:
-            shutil.rmtree(temp, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _slots(nodes: Sequence[dict[str, Any]], resources: Resources, memory: float) -> int:
@@ -309,8 +308,8 @@ def watching(board: Shown, tracker: Tracker, on_ended: Callable[[], object]) -> 
     stop = threading.Event()
 
     def watch() -> None:
-        next_ship, next_line = 0.0, time.monotonic() + LINE_INTERVAL_S
-        backoff, written = SHIP_INTERVAL_S, -1
+        next_write, next_line = 0.0, time.monotonic() + LINE_INTERVAL_S
+        written = -1
         with Live(board.table(), console=err, auto_refresh=False) if err.is_terminal else nullcontext() as live:
             while True:
                 last = stop.wait(1.0)
@@ -323,14 +322,22 @@ def watching(board: Shown, tracker: Tracker, on_ended: Callable[[], object]) -> 
                         err.print(line, soft_wrap=True)
                 if last:
                     return
-                if time.monotonic() >= next_ship:
-                    backoff = SHIP_INTERVAL_S if tracker.ship() else min(300.0, 2 * backoff)
-                    next_ship = time.monotonic() + backoff
-                    if board.num_ended != written:
-                        written = board.num_ended
-                        on_ended()
+                if time.monotonic() >= next_write and board.num_ended != written:
+                    next_write, written = time.monotonic() + SHIP_INTERVAL_S, board.num_ended
+                    on_ended()
 
-    with _thread(lambda: _reporting(watch), stop):
+    def ship() -> None:
+        backoff = SHIP_INTERVAL_S
+        while True:
+            backoff = SHIP_INTERVAL_S if tracker.ship() else min(300.0, 2 * backoff)
+            if stop.wait(backoff):
+                return
+
+    # a server that does not answer holds neither the display nor the end, where `Tracker.ship_rest` takes over
+    with (
+        _thread(lambda: _reporting("display", watch), stop),
+        _thread(lambda: _reporting("tracking", ship), stop, wait_s=0.0),
+    ):
         yield
 
 
@@ -349,22 +356,22 @@ def _in_background(action: Callable[[], object], *, every_s: float) -> Iterator[
 
 
 @contextmanager
-def _thread(target: Callable[[], None], stop: threading.Event) -> Iterator[None]:
-    """Run a function beside the body; `stop` is set at its end, and the function waited for."""
+def _thread(target: Callable[[], None], stop: threading.Event, *, wait_s: float = 60.0) -> Iterator[None]:
+    """Run a function beside the body; `stop` is set at its end, and the function waited for so long."""
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join(timeout=60)
+        thread.join(timeout=wait_s)
 
 
-def _reporting(watch: Callable[[], None]) -> None:
+def _reporting(what: str, action: Callable[[], None]) -> None:
     try:
-        watch()
+        action()
     except Exception as error:  # the sweep outlives its display; the last shipment sends what this one missed
-        warn(f"the display stopped: {type(error).__name__}: {error}")
+        warn(f"the {what} stopped: {type(error).__name__}: {error}")
 
 
 def _last_line(error: BaseException) -> str:

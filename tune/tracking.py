@@ -5,7 +5,6 @@ tags. Rows are sent with the time at which they were written, so sending one twi
 only saves work. After any failure the server is asked anew what it has, so that nothing is made twice.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,15 +12,19 @@ import logging
 import os
 import platform
 import secrets
-import sqlite3
+import tempfile
 import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import psutil
 from rich.markup import escape
@@ -29,13 +32,14 @@ from rich.markup import escape
 from aepo import __version__, rundir
 from aepo.config import RunConfig, flatten
 from aepo.console import err
-from aepo.errors import AEPOError
+from aepo.errors import AEPOError, ConfigError
 from tune.plan import MANIFEST, PACKAGES, run_folder
 from tune.record import RUNS, SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from sqlalchemy import URL
 
 OFFSET = "mlflow.json"
 """In a run's folder: its MLflow run, bytes of the spool sent, digest of the result sent. In the sweep's: its id."""
@@ -51,14 +55,19 @@ MEASURED = ("env_id", "ref_min", "ref_max")
 """Of a result, as tags: what the settings do not say."""
 LOAD, LOAD_INTERVAL_S = "system/", 60.0
 """What this machine has used, in the names of MLflow's own monitor; its page shows them apart."""
-PAUSES_S = (2.0, 4.0, 8.0, 16.0, 30.0)
+PAUSES_S = (2.0, 4.0, 8.0, 16.0, 25.0)
 """Between attempts to send what is left at the end."""
+PATIENCE_S = 60.0
+"""At the end, since the server's last answer or the end itself, whatever an attempt takes."""
+VARIABLE = "MLFLOW_TRACKING_URI"
+SCHEMES = ("sqlite", "http", "https", "postgresql", "postgresql+psycopg", "mysql", "mssql", "databricks")
+"""What a tracking address may begin with, among others."""
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+"""Begin the addresses of stores that this process opens itself; others are servers."""
+FILES = "mlartifacts"
+"""In a sweep's folder: files of its runs, where no server keeps them."""
 ATTACH_ATTEMPTS = 3
 """Failures to store files, one after the other, until runs are closed without them."""
-PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
-"""Where MLflow's database says where files are."""
-SENDING_S = 60.0
-"""What is left at the end is sent for so long, and then once more."""
 SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a repeated "create" makes two; `ship` repeats, and looks first
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -67,34 +76,84 @@ SETTINGS = {
 }
 
 
-def default_uri(sweep: Path) -> str:
-    """Return MLFLOW_TRACKING_URI, or else the SQLite file in the sweep's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or own_uri(sweep)
-
-
-def own_uri(sweep: Path) -> str:
-    """Return the address of the SQLite file in the sweep's folder, whatever characters the folder's name has."""
-    path = f"{sweep.resolve()}/mlflow.db"
-    return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")
-
-
-def bring_home(store: Path, artifacts: str) -> None:
-    """Let a SQLite store of MLflow name files where its sweep's folder is now: their places in it are absolute.
+def find_store(given: str, sweep: Path) -> str:
+    """Return the address of the store or server to track in, looked at but not asked.
 
     Args:
-        store: the SQLite file in a sweep's folder.
-        artifacts: `file:` address of the folder beside it that holds the files.
+        given: by a flag or file; empty = MLFLOW_TRACKING_URI, or else a SQLite file in the sweep's folder.
+        sweep: folder.
+
+    Raises:
+        ConfigError: for an address at which there can be none, with the name of the flag or variable that gave it.
     """
-    name = artifacts.rpartition("/")[2]
-    with contextlib.closing(sqlite3.connect(store, timeout=10.0)) as database, database:
-        query = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location != ?"
-        for (old,) in database.execute(query, (artifacts,)).fetchall():
-            if str(old).startswith("file:") and str(old).endswith(f"/{name}"):
-                for table, column in PLACES:
-                    database.execute(
-                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                        (artifacts, len(old) + 1, len(old), old),
-                    )
+    if given:
+        fault, name, remedy = _fault(given), "--tracking-uri", "leave it out"
+    elif given := os.environ.get(VARIABLE, ""):
+        fault, name, remedy = _fault(given), VARIABLE, "unset it"
+    else:
+        return sqlite_uri(sweep.resolve() / "mlflow.db")
+    if fault:
+        raise ConfigError(
+            f"{name} is {_without_secrets(given)!r}: {fault}; {remedy} for a SQLite file in the sweep's folder"
+        )
+    return given
+
+
+def _fault(uri: str) -> str:
+    """Return what is wrong for sure with an address of a store or server, nothing where it may answer."""
+    scheme = uri.partition(":")[0]
+    if scheme in ("http", "https"):
+        try:
+            parts = urlsplit(uri)
+            return "" if parts.hostname and parts.port != 0 else "it names no host"
+        except ValueError as error:
+            return str(error)
+    if scheme.partition("+")[0] == "databricks":
+        return ""
+    if scheme.partition("+")[0] not in DATABASES:
+        return f"no MLflow store has an address that begins with {scheme!r}; wanted {', '.join(SCHEMES)}"
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        url = make_url(uri)
+        url.get_dialect().import_dbapi()
+    except (SQLAlchemyError, ValueError) as error:
+        return " ".join(str(error).replace(uri, "it").split())
+    except ImportError as error:
+        return f"Python's driver of that database is not installed ({error})"
+    return _file_fault(url) if scheme.startswith("sqlite") else ""
+
+
+def _file_fault(url: "URL") -> str:
+    """Return why a SQLite file cannot be opened or made, nothing if it can."""
+    if url.host or url.port:
+        return "a path stands behind three slashes, an absolute one behind four"
+    if not url.database or url.database == ":memory:":
+        return "a database in memory keeps nothing"
+    if url.database.startswith("file:"):
+        return ""
+    path = Path(url.database)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):  # as SQLite's journal
+            pass
+        if path.exists():
+            with path.open("r+b") as file:
+                return "" if file.read(16) in (b"", b"SQLite format 3\0") else f"{path} is no SQLite file"
+    except OSError as error:
+        return f"{path} cannot be written ({error.strerror})"
+    return ""
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the address of a SQLite file, in which `%` and `?` of its path are no signs of their own.
+
+    With the driver's name where there are such: MLflow makes a folder for what stands behind a bare `sqlite:///`, as it
+    stands there.
+    """
+    quoted = str(path).replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{path}" if quoted == str(path) else f"sqlite+pysqlite:///{quoted}"
 
 
 @dataclasses.dataclass
@@ -137,6 +196,7 @@ class Tracker:
         self._ends: dict[str, tuple[str, str]] = {}
         self._client: MlflowClient
         self._is_connected, self._lock = False, threading.Lock()
+        self._answered_at, self._is_given_up = 0.0, False
         self._attach_failures = 0
         self._load: list[tuple[str, float, float]] = []
         self._next_sample = 0.0
@@ -163,15 +223,16 @@ class Tracker:
         return self._attempt(self._ship)
 
     def ship_rest(self) -> bool:
-        """Send all that is left, trying for about a minute where a server is away; return whether it took it."""
-        end = time.monotonic() + SENDING_S
-        for pause_s in PAUSES_S:
-            if self.ship():
-                return True
-            if time.monotonic() + pause_s > end:  # an answer that does not come costs more than the pauses
-                return False
-            time.sleep(pause_s)
-        return self.ship()
+        """Send all that is left, waiting a minute at most for a server that is away; return whether it took it."""
+
+        def repeat() -> bool:
+            for pause_s in PAUSES_S:
+                if self.ship():
+                    return True
+                time.sleep(pause_s)
+            return self.ship()
+
+        return self._patiently(repeat)
 
     def add(self, config: RunConfig) -> None:
         """Ship one more run."""
@@ -184,7 +245,32 @@ class Tracker:
 
     def close(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """End the sweep's own run by the rows of runs.parquet, which it keeps; return whether the server took it."""
-        return self._attempt(lambda: self._close_sweep(rows))
+        return self._patiently(lambda: self._attempt(lambda: self._close_sweep(rows)))
+
+    def _patiently(self, action: Callable[[], bool]) -> bool:
+        """Return what an action returns, or False once the server has not answered for too long, here or before.
+
+        The action is then left to a thread that ends with the process: databases and their drivers have timeouts of
+        their own, or none.
+        """
+        if self._is_given_up:
+            return False
+        ended: Future[bool] = Future()
+
+        def act() -> None:
+            try:
+                ended.set_result(action())
+            except BaseException as error:
+                ended.set_exception(error)
+
+        self._answered_at = time.monotonic()
+        threading.Thread(target=act, daemon=True).start()
+        while (left_s := self._answered_at + PATIENCE_S - time.monotonic()) > 0:
+            with suppress(TimeoutError):
+                return ended.result(timeout=left_s)
+        self._is_given_up = True
+        self._warn(f"has not answered for {PATIENCE_S:g} s; metrics wait on disk, and the same command sends them")
+        return False
 
     def _attempt(self, action: Callable[[], None]) -> bool:
         with self._lock:
@@ -205,17 +291,12 @@ class Tracker:
     def _connect(self) -> None:
         """Find the experiment, the sweep's run and all others in it, and make what is missing."""
         from mlflow import MlflowClient
-        from mlflow.store.db import utils
 
-        utils.MAX_RETRY_COUNT = 1  # a hundred seconds else, and `ship` repeats
-        artifacts = None if self.uri.startswith("http") else (self._sweep / "mlartifacts").as_uri()
-        store = self._sweep / "mlflow.db"
-        if artifacts is not None and self.uri == own_uri(self._sweep) and store.exists():
-            bring_home(store, artifacts)
         self._client = client = MlflowClient(self.uri)
         name = f"aepo/{self._sweep.name}"
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
+            artifacts = None if self._is_server else (self._sweep / FILES).as_uri()
             self._experiment = client.create_experiment(name, artifacts)
         else:
             self._experiment = experiment.experiment_id
@@ -225,7 +306,10 @@ class Tracker:
             identity = secrets.token_hex(8)
             rundir.write_json(self._sweep / OFFSET, {"sweep": identity})
         self._tags[SWEEP] = identity
-        found = {entry.data.tags.get(TAG, ""): entry for entry in self._search(f"tags.`{SWEEP}` = '{identity}'")}
+        query = f"tags.`{SWEEP}` = '{identity}'"
+        found = {entry.data.tags.get(TAG, ""): entry for entry in self._search(query)}
+        if not self._is_server:
+            self._move_in([entry.info.run_id for entry in found.values()])
         parent = found.pop("", None)
         for name, entry in found.items():
             if (planned := str(name in self._folders).lower()) != entry.data.tags.get(PLANNED, "true"):
@@ -243,8 +327,42 @@ class Tracker:
         self._entries = {n: _Entry.of(found[n], folder) for n, folder in self._folders.items() if n in found}
         self._is_connected = True
 
+    @property
+    def _is_server(self) -> bool:
+        return self.uri.partition(":")[0].partition("+")[0] not in DATABASES
+
+    def _move_in(self, run_ids: Sequence[str]) -> None:
+        """Have the store keep the files of this sweep in its folder, as it is called now.
+
+        A store has absolute addresses of files, which name the old place when a folder was moved or copied. Files that
+        stand at their address and not here stay where they are, as do those of stores that somebody else set up.
+        """
+        from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlLoggedModel, SqlRun
+
+        here = (self._sweep / FILES).as_uri()
+
+        def moved(address: str) -> str:
+            old, files, rest = f"{address}/".rpartition(f"/{FILES}/")
+            new = f"{here}/{rest}".removesuffix("/")
+            if not files or not old.startswith("file:") or new == address:
+                return address
+            return address if _local(address).exists() and not _local(new).exists() else new
+
+        store: Any = self._client._tracking_client.store
+        with store.ManagedSessionMaker(read_only=False) as session:
+            experiment = session.get(SqlExperiment, int(self._experiment))
+            if experiment.artifact_location.startswith("file:") and experiment.artifact_location.endswith(f"/{FILES}"):
+                experiment.artifact_location = here  # whoever of its name was here last: each run keeps an address
+            for start in range(0, len(run_ids), PAGE):
+                ids = run_ids[start : start + PAGE]
+                for entry in session.query(SqlRun).filter(SqlRun.run_uuid.in_(ids)):
+                    entry.artifact_uri = moved(entry.artifact_uri)
+                for model in session.query(SqlLoggedModel).filter(SqlLoggedModel.source_run_id.in_(ids)):
+                    model.artifact_location = moved(model.artifact_location)
+
     def _search(self, query: str, token: str | None = None) -> "Iterator[Run]":
         page = self._client.search_runs([self._experiment], query, max_results=PAGE, page_token=token)
+        self._answered_at = time.monotonic()
         yield from page
         if page.token:
             yield from self._search(query, page.token)
@@ -288,6 +406,7 @@ class Tracker:
                 rundir.write_json(folder / OFFSET, {"run_id": entry.run_id, "offset": offset, "closed": digest})
         if result is not None or end is not None:
             del self._open[name]
+            self._answered_at = time.monotonic()
 
     def _create(self, name: str, config: RunConfig, folder: Path) -> _Entry:
         """Make the run of MLflow, its tags in the same request, so that it is found again whatever comes next."""
@@ -317,6 +436,7 @@ class Tracker:
         ]
         for start in range(0, len(metrics), BATCH):
             self._client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+            self._answered_at = time.monotonic()
         return end
 
     def _close_run(self, entry: _Entry, folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
@@ -394,6 +514,10 @@ def _read(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return sent if isinstance(sent, dict) else {}
+
+
+def _local(address: str) -> Path:
+    return Path(url2pathname(urlsplit(address).path))
 
 
 def _one_line(error: BaseException, uri: str) -> str:
