@@ -311,7 +311,7 @@ def test_a_table_of_processors_that_cannot_be_read_is_one_warning(monkeypatch, t
 
     (tmp_path / "kernels.csv").touch()
     kernels._warn_once.cache_clear()
-    monkeypatch.setattr(pathlib.Path, "read_text", refuse)
+    monkeypatch.setattr(kernels, "read_text", refuse)
     with pytest.raises(PermissionError):
         kernels.read_own(tmp_path / "kernels.csv")
     monkeypatch.setattr(kernels, "read_table", lambda _: [])
