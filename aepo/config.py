@@ -44,7 +44,7 @@ CriticLearner = Literal["expectile", "softmax_in_support"]
 """How stage 2 values the next state: IQL's expectile regression [M6], or QGPO's backup over cloned actions [M8]."""
 Precision = Literal["float32", "tf32", "bfloat16"]
 MAX_COUNT = 2**31 - 1
-"""Of anything that is counted: seeds, steps, samples; what libraries take in 32 bits, and more than anybody has."""
+"""Seeds, steps and samples are at most so many, because libraries count in 32 bits."""
 Activation = Literal["silu", "relu"]
 """Between a network's layers; where a gradient by the action is used, SiLU gives a smooth one."""
 

@@ -54,7 +54,7 @@ NOISE_STD = 0.5
 EPISODE_STEPS = 1_000
 """Steps of a maze2d data episode: few and long ones, because Minari reads 3 ms per episode."""
 STEP_BYTES = 64
-"""Of a recorded step in a file."""
+"""A recorded step takes at least so many bytes of a file."""
 REFERENCE_SEED = 0
 """Seeds the reference episodes. They describe the evaluation, not the data: all seeds share one scale."""
 REQUIREMENTS = ("gymnasium-robotics>=1.4.2,<1.5", "mujoco>=3.3.7,<3.12")

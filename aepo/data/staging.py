@@ -29,7 +29,7 @@ from aepo.rundir import try_lock
 CHUNK_EPISODES = 100
 """Written episodes between two updates of a progress bar."""
 EPISODE_BYTES = 32_768
-"""Of an episode in HDF5 beside its arrays, at most; 14,000 to 21,000 were measured."""
+"""An episode takes so many bytes of an HDF5 file beside its arrays, at most; 14,000 to 21,000 were measured."""
 
 
 @contextlib.contextmanager

@@ -41,17 +41,17 @@ from aepo.tasks import RewardRule
 
 CACHE_FORMAT = 5
 MIN_STD = 1e-3
-"""Of a state's entry, in its own units, where others have more."""
+"""A smaller standard deviation of a state's entry counts as this one, in the entry's own units."""
 MAX_SPREADS = 1000.0
-"""From the mean to the farthest value of the data, in what counts as an entry's standard deviation."""
+"""The farthest value of an entry lies at most so many of what counts as its standard deviation from the mean."""
 MIN_BOUND = 10.0
-"""Standard deviations that evaluation may go from the mean at least (as VecNormalize of stable-baselines3 has it)."""
+"""Evaluation may go at least so many standard deviations from the mean, as in stable-baselines3's VecNormalize."""
 MIN_RETURN_RANGE = 0.01
-"""Of the largest return: what the returns of episodes are taken to span at least."""
+"""The returns of episodes are taken to span at least this share of the largest."""
 CONSTANT = 1e-12
-"""Of an entry's magnitude: within so much it is constant."""
+"""An entry that spans at most this share of its magnitude is constant."""
 FAR = 2.0**-14
-"""Of an entry's magnitude: what spans less keeps 10 bits or fewer in float32."""
+"""An entry that spans less than this share of its magnitude keeps 10 bits or fewer in float32."""
 
 
 class Batch(NamedTuple):
@@ -249,11 +249,11 @@ def cache_folder() -> Path:
 
 def content_digest(dataset: Any) -> str:
     """Return a digest of the bytes of a data set's files: what is decoded of them depends on nothing else."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()  # which processors have instructions for
     for path in sorted(Path(dataset.storage.data_path).iterdir()):
         if path.is_file():
             with path.open("rb") as file:
-                digest.update(f"{path.name} {hashlib.file_digest(file, 'blake2b').hexdigest()}\n".encode())
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
