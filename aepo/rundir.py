@@ -120,7 +120,10 @@ class _Result(TypedDict):
     folder: NotRequired[str]
 
 
-_ROW, _RESULT = TypeAdapter(_Row), TypeAdapter(_Result)
+@cache
+def _parser(kind: Any) -> TypeAdapter[Any]:
+    """Return the parser of a kind of document; making one takes milliseconds, so none is made at import."""
+    return TypeAdapter(kind)
 
 
 def parse_rows(path: Path, lines: bytes) -> list[dict[str, Any]]:
@@ -132,7 +135,7 @@ def parse_rows(path: Path, lines: bytes) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for line in lines.splitlines():
         try:
-            rows.append(dict(_ROW.validate_json(line)))
+            rows.append(dict(_parser(_Row).validate_json(line)))
         except ValidationError as error:
             raise CheckpointError(
                 f"{path}: {line[:60].decode(errors='replace')!r} is no row of metrics ({_first(error)}); "
@@ -167,7 +170,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / RESULT
     try:
-        return dict(_RESULT.validate_json(path.read_bytes()))
+        return dict(_parser(_Result).validate_json(path.read_bytes()))
     except FileNotFoundError:
         return None
     except NotADirectoryError:  # somebody's file in the place of the folder: not ours to delete
