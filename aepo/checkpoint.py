@@ -1,4 +1,4 @@
-"""One state dataclass <-> one file: complete, atomic, checked, never unpickled.
+"""The states of a run <-> one file: complete, atomic, checked, never unpickled.
 
 A file is MAGIC, the SHA-256 of the payload, the payload (torch's zip format, read with `weights_only=True`).
 `save` keeps the file before it; `load` falls back on that one if the newest is torn.
@@ -23,25 +23,27 @@ PREVIOUS = "state.previous.ckpt"
 
 
 def collect(state: Any) -> dict[str, Any]:
-    """Return every field of a state dataclass as plain values and tensors; a field of another kind raises.
+    """Return every field of a state dataclass, or entry of a dict of them, as plain values and tensors.
+
+    A field of another kind raises a TypeError.
 
     Tensors are those of the live state: write them before it goes on.
     """
-    return {field.name: _collect(getattr(state, field.name)) for field in dataclasses.fields(state)}
+    return {name: _collect(value) for name, value in _parts(state).items()}
 
 
 def restore(state: Any, saved: dict[str, Any]) -> None:
-    """Set every field of a state dataclass from what `collect` returned.
+    """Set every field of a state dataclass, or of a dict of them, from what `collect` returned.
 
     Raises:
         CheckpointError: if the fields, or the shapes in them, are those of another run.
     """
-    names = {field.name for field in dataclasses.fields(state)}
-    if not isinstance(saved, dict) or set(saved) != names:
+    parts = _parts(state)
+    if not isinstance(saved, dict) or set(saved) != set(parts):
         held = sorted(map(str, saved)) if isinstance(saved, dict) else f"a {type(saved).__name__}"
-        raise CheckpointError(f"checkpoint holds {held}, wanted {sorted(names)}: of another version")
-    for name in names:
-        value, part = getattr(state, name), saved[name]
+        raise CheckpointError(f"checkpoint holds {held}, wanted {sorted(parts)}: of another version")
+    for name, value in parts.items():
+        part = saved[name]
         try:
             if isinstance(value, nn.Module | torch.optim.Optimizer):
                 value.load_state_dict(part)
@@ -56,6 +58,12 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"checkpoint does not fit this run at {name!r}: {reason}") from error
+
+
+def _parts(state: Any) -> dict[str, Any]:
+    if isinstance(state, dict):
+        return state
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def _collect(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from aepo import method_table
 from aepo.console import emit_json, emit_table, err, say
 from aepo.errors import AEPOError, CheckpointError, ConfigError
 
@@ -39,7 +40,7 @@ class Train:
 
     For example:
       aepo train --task maze2d-umaze --seed 0
-      aepo train --dataset mujoco/hopper/medium-v0 --preset iql-smoke --json
+      aepo train --dataset mujoco/hopper/medium-v0 --preset analytic-smoke --json
     """
 
     task: str = ""
@@ -51,9 +52,7 @@ class Train:
     """Instead of a task: id of any local Minari data set with a Box action space."""
     seed: int = 0
     """Seeds weights, batches, noise and evaluation."""
-    preset: str = "quick"
-    """METHOD, BUDGET or METHOD-BUDGET. Methods: best (AEPO as it measured best), analytic (the paper's AEPO),
-    qgpo, iql, td3bc. Budgets: paper (days on a CPU), quick (minutes), smoke (seconds; scores mean nothing)."""
+    preset: Annotated[str, tyro.conf.arg(help=method_table.preset_help("best"))] = "quick"
     set: tuple[str, ...] = ()
     """Settings that differ from the preset, as in: critic.expectile=0.9 sampling.beta=1."""
     out: Path = Path("runs")
@@ -243,7 +242,7 @@ class Evaluate:
             _check_place(self.figure)
         from aepo import run, rundir
         from aepo.evaluate import Evaluator, draw_grid
-        from aepo.policy import GuidedPolicy, Policy
+        from aepo.policy import Policy
 
         run.set_up_torch(self.threads)
         path = self.policy / rundir.POLICY if self.policy.is_dir() else self.policy
@@ -256,7 +255,7 @@ class Evaluate:
         policies = self._settings(policy)
         for i, each in enumerate(policies):
             row = run.evaluate(each, evaluator, num_episodes=self.num_episodes, seed=self.seed)
-            steps = each.sampling.num_steps if isinstance(each, GuidedPolicy) else None
+            steps = each.sampling.num_steps if each.sampling else None
             if len(policies) > 1:
                 setting = f"beta {row['beta']:g}, guidance scale {row['guidance_scale']:g}, {steps} steps"
                 err.print(f"{i + 1} of {len(policies)}: {setting}: return {row['return_mean']:.4g}")
@@ -277,9 +276,8 @@ class Evaluate:
 
     def _settings(self, policy: "Policy") -> "list[Policy]":
         """Return the policy once per combination of beta, guidance scale and solver steps."""
-        from aepo.policy import GuidedPolicy
-
-        if not isinstance(policy, GuidedPolicy):
+        own = policy.sampling
+        if own is None:
             given = (self.beta, self.guidance_scale, self.num_candidates, self.num_steps, self.figure)
             if any(given) or self.temperature is not None:
                 raise ConfigError(
@@ -287,7 +285,6 @@ class Evaluate:
                     "--temperature, --num-candidates, --num-steps and --figure"
                 )
             return [policy]
-        own = policy.sampling
         temperature = own.temperature if self.temperature is None else self.temperature
         return [
             policy.with_sampling(

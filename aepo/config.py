@@ -22,8 +22,6 @@ from aepo.errors import ConfigError
 from aepo.names import bounded
 from aepo.tasks import ReturnRule, RewardRule, Source, check_references
 
-Method = Literal["aepo", "aepo-analytic", "qgpo", "iql", "td3bc"]
-"""Whose policy it is: the name in tables. Cloning, `diffusion-bc`, is the first three at guidance scale 0."""
 Expansion = Literal["posterior_mean", "data_action"]
 """Where Q is expanded in [M11]."""
 
@@ -269,19 +267,17 @@ class ActorConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ActorCriticConfig(StageConfig):
-    """TD3+BC, actor and critics together (arXiv 2106.06860); `steps` are the critics'."""
+class TwinDelayedConfig(StageConfig):
+    """An actor and two critics that learn together, with smoothed targets (TD3, arXiv 1802.09477)."""
 
     discount: float = 0.99
     """gamma, per environment step."""
     target_rate: float = 0.005
     """Soft update of the targets, whenever the actor is."""
     activation: Activation = "silu"
-    """Of the actor and both Q; published TD3+BC has relu."""
+    """Of the actor and both Q; published TD3+BC and ReBRAC have relu."""
     layer_norm: bool = True
     """Before each activation of Q. Published TD3+BC has none."""
-    q_weight: float = 2.5
-    """alpha: weight of Q over its mean size against the squared distance to the data's action."""
     policy_noise: float = 0.2
     """Standard deviation of the noise on the target's action."""
     noise_clip: float = 0.5
@@ -291,9 +287,21 @@ class ActorCriticConfig(StageConfig):
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)
-        _check(self, discount="[0, 1)", target_rate="(0, 1]", q_weight="(0, inf)")
+        _check(self, discount="[0, 1)", target_rate="(0, 1]")
         _check(self, policy_noise="[0, inf)", noise_clip="[0, inf)", actor_interval="[1, inf)")
         _check_choice(self, activation=Activation)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ActorCriticConfig(TwinDelayedConfig):
+    """TD3+BC, actor and critics together (arXiv 2106.06860); `steps` are the critics'."""
+
+    q_weight: float = 2.5
+    """alpha: weight of Q over its mean size against the squared distance to the data's action."""
+
+    def __post_init__(self) -> None:
+        TwinDelayedConfig.__post_init__(self)
+        _check(self, q_weight="(0, inf)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -361,7 +369,8 @@ class RunConfig:
     suite: str
     seed: int
     """Seeds weights, batches, noise and evaluation."""
-    method: Method
+    method: str
+    """The name in methods.csv."""
     preset: str
     """The preset from which the other fields came; a name, without effect."""
     data: DataConfig
@@ -372,8 +381,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check(self, seed="[0, inf)")
-        if CLASSES.get(self.method) is not type(self):
-            raise ConfigError(f"{type(self).__name__}: method {self.method!r} does not have these stages")
+        if self.evaluation.grid_beta and "sampling" not in self.groups:
+            raise ConfigError(
+                f"evaluation.grid_beta: {self.method} has neither beta nor guidance scale, so no heat map"
+            )
         shares = (0.0, *self.rounds)
         if shares[-1] != 1.0 or not all(low < high for low, high in pairwise(shares)):
             raise ConfigError(f"rounds must rise from above 0 to 1, as in 0.1, 0.3, 1; got {list(self.rounds)}")
@@ -382,10 +393,14 @@ class RunConfig:
                 raise ConfigError(f"{len(self.rounds)} rounds want more steps than {self.stages[name].steps} of {name}")
 
     @property
+    def groups(self) -> dict[str, Any]:
+        """The fields by name: those of all methods and the method's own."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
     def stages(self) -> dict[str, StageConfig]:
         """The stages of the method by name, in the order in which they are trained."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if isinstance(value, StageConfig)}
+        return {name: value for name, value in self.groups.items() if isinstance(value, StageConfig)}
 
     @property
     def fingerprint(self) -> str:
@@ -421,81 +436,18 @@ class RunConfig:
         return step + sum(ends[i][here + (i < number)] for i in range(len(ends)) if i != number)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class GuidedConfig(RunConfig):
-    """AEPO and QGPO: a diffusion behaviour policy, a critic, an energy that guides."""
-
-    behavior: BehaviorConfig
-    critic: CriticConfig
-    energy: EnergyConfig
-    sampling: SamplingConfig
-
-    def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)
-        for beta in (self.sampling.beta, *self.evaluation.grid_beta):
-            check_beta(self.energy, beta)
-        if self.energy.target == "analytic_second_order" and self.critic.activation == "relu":
-            raise ConfigError(
-                "energy.target analytic_second_order needs critic.activation silu: Q of relu layers has no second "
-                "derivative"
-            )
-        if self.sampling.guidance_scale == 0:
-            raise ConfigError("sampling.guidance_scale must be > 0: every run is evaluated at 0 (diffusion-bc) as well")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class IQLConfig(RunConfig):
-    """IQL: a critic, and a Gaussian policy that clones what it finds good (arXiv 2110.06169)."""
-
-    critic: CriticConfig
-    actor: ActorConfig
-
-    def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)
-        _check_unguided(self)
-        if self.critic.learner != "expectile":
-            raise ConfigError("iql wants critic.learner expectile: softmax_in_support needs stage 1's actions")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TD3BCConfig(RunConfig):
-    """TD3+BC: actor and critics in one stage (arXiv 2106.06860)."""
-
-    actor_critic: ActorCriticConfig
-
-    def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)
-        _check_unguided(self)
-
-
 Config = TypeVar("Config", bound=RunConfig)
-CLASSES: dict[str, type[RunConfig]] = {
-    "aepo": GuidedConfig,
-    "aepo-analytic": GuidedConfig,
-    "qgpo": GuidedConfig,
-    "iql": IQLConfig,
-    "td3bc": TD3BCConfig,
-}
-"""Method -> class of its config."""
 
 
-def _check_unguided(config: RunConfig) -> None:
-    if config.evaluation.grid_beta:
-        raise ConfigError(f"evaluation.grid_beta: {config.method} has neither beta nor guidance scale, so no heat map")
-
-
-def from_dict(values: Mapping[str, Any]) -> RunConfig:
+def parse(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     """Return the config that `dataclasses.asdict` (or JSON) wrote; numbers may be strings, as flags are.
 
     Raises:
         ConfigError: for an unknown, missing or mistyped key, or a value out of range.
     """
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"a config is an object of settings, got {str(values)[:40]!r}")
-    if not isinstance(method := values.get("method"), str) or method not in CLASSES:
-        raise ConfigError(f"method must be one of {', '.join(CLASSES)}, got {str(method)[:40]!r}")
+    parser: TypeAdapter[Config] = _adapter(config_class)  # type: ignore[arg-type]  # a TypeVar of a class is hashable
     try:
-        return _adapter(method).validate_python(dict(values))
+        return parser.validate_python(dict(values))
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}"
@@ -505,9 +457,9 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
 
 
 @cache
-def _adapter(method: str) -> TypeAdapter[RunConfig]:
-    """Return the parser of a method's config; making one takes milliseconds."""
-    return TypeAdapter(CLASSES[method])
+def _adapter(config_class: Any) -> TypeAdapter[Any]:
+    """Return the parser of a class of configs; making one takes milliseconds."""
+    return TypeAdapter(config_class)
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
@@ -533,9 +485,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
             for name in unused(str(overrides[f"{group}.{choice}"])):
                 if f"{group}.{name}" not in overrides:
                     values[group][name] = _default(config_class, name)
-    changed = from_dict(values)
-    assert isinstance(changed, type(config))
-    return changed
+    return parse(type(config), values)
 
 
 def settings(config: RunConfig) -> list[str]:
@@ -547,10 +497,11 @@ def settings(config: RunConfig) -> list[str]:
 def used_settings(config: RunConfig, overrides: Iterable[str] = ()) -> list[str]:
     """Return the dotted keys that make a difference to a run, or may, where `overrides` change a learner or target."""
     idle: set[str] = set()
-    if isinstance(config, GuidedConfig | IQLConfig) and "critic.learner" not in overrides:
-        idle |= {f"critic.{name}" for name in unused_of_learner(config.critic.learner)}
-    if isinstance(config, GuidedConfig) and "energy.target" not in overrides:
-        idle |= {f"energy.{name}" for name in unused_of_target(config.energy.target)}
+    critic, energy = config.stages.get("critic"), config.stages.get("energy")
+    if isinstance(critic, CriticConfig) and "critic.learner" not in overrides:
+        idle |= {f"critic.{name}" for name in unused_of_learner(critic.learner)}
+    if isinstance(energy, EnergyConfig) and "energy.target" not in overrides:
+        idle |= {f"energy.{name}" for name in unused_of_target(energy.target)}
     return [key for key in settings(config) if key not in idle]
 
 

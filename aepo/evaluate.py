@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from aepo.data.episodes import ACTION_TOLERANCE, action_bounds, doubt_pictures
 from aepo.data.transitions import Spaces, Transitions
 from aepo.environments import References, references, same_environment
 from aepo.errors import DataError, TrainingError
-from aepo.policy import Policy
 from aepo.slots import SharedSlots, Site, naming
 from aepo.tasks import ReturnRule
 
@@ -25,6 +24,20 @@ MAX_DOUBTS = 3
 """Entries of an observation that are named."""
 MAX_ENVS = 50
 """Environments that live at the same time."""
+
+
+class Actor(Protocol):
+    """Anything that can be rolled out."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the generator that `act` draws from."""
+
+    def act(self, observations_NS: NDArray[Any], generator: torch.Generator) -> NDArray[Any]:
+        """Return one action per raw observation, [N, A], that the environment accepts."""
+
+    def num_cut(self, observations_NS: NDArray[Any]) -> int:
+        """Return how many entries of raw observations it sees cut, because they are far from its data."""
 
 
 class Evaluator:
@@ -105,7 +118,7 @@ class Evaluator:
         """Seconds that starting other processes has taken."""
         return self._slots.start_s
 
-    def run(self, policy: Policy, *, num_episodes: int, seed: int) -> NDArray[np.float64]:
+    def run(self, policy: Actor, *, num_episodes: int, seed: int) -> NDArray[np.float64]:
         """Return what the return rule counts in each episode, [num_episodes], determined by the seed.
 
         Raises:
@@ -124,8 +137,8 @@ class Evaluator:
             raise TrainingError(f"the environment {self.env_id} gave a reward that is not finite")
         return returns
 
-    def _roll_out(self, policy: Policy, num_episodes: int, seed: int) -> NDArray[np.float64]:
-        generator = torch.Generator(policy.spaces.state_mean_S.device).manual_seed(seed)
+    def _roll_out(self, policy: Actor, num_episodes: int, seed: int) -> NDArray[np.float64]:
+        generator = torch.Generator(policy.device).manual_seed(seed)
         returns = np.zeros(num_episodes)
         episodes = {slot: slot for slot in range(min(num_episodes, MAX_ENVS))}
         waiting = iter(range(len(episodes), num_episodes))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aepo import kernels
-from aepo.config import Activation, ActorConfig, ActorCriticConfig, CriticConfig
+from aepo.config import Activation, ActorConfig, CriticConfig, TwinDelayedConfig
 
 Pull = Callable[[Tensor], list[Tensor]]
 Norm = tuple[tuple[int, ...], Tensor, Tensor, float]
@@ -226,7 +226,7 @@ class Prepared:
 class TwinQ(nn.Module):
     """Two independent critics Q_1, Q_2 of (s, a)."""
 
-    def __init__(self, state_dim: int, action_dim: int, config: CriticConfig | ActorCriticConfig):
+    def __init__(self, state_dim: int, action_dim: int, config: CriticConfig | TwinDelayedConfig):
         """Layer normalisation bounds what both say of actions that the data do not have."""
         super().__init__()
         sizes = [state_dim + action_dim] + [config.hidden_size] * config.num_layers + [1]
@@ -269,7 +269,7 @@ class ValueNet(nn.Module):
 class Actor(nn.Module):
     """A deterministic policy, pi(s) in (-1, 1)^A."""
 
-    def __init__(self, state_dim: int, action_dim: int, config: ActorConfig | ActorCriticConfig):
+    def __init__(self, state_dim: int, action_dim: int, config: ActorConfig | TwinDelayedConfig):
         """One output per action dimension; no layer normalisation."""
         super().__init__()
         sizes = [state_dim] + [config.hidden_size] * config.num_layers + [action_dim]

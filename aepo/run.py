@@ -38,7 +38,7 @@ from aepo.errors import (
 )
 from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
-from aepo.policy import GuidedPolicy, Policy
+from aepo.policy import Policy
 from aepo.rundir import (
     CONFIG,
     GRID,
@@ -56,6 +56,7 @@ from aepo.rundir import (
     record_failure,
     write_json,
 )
+from aepo.stages import States
 from aepo.store import Reuse, StageStore
 
 CLONING = "diffusion-bc"
@@ -398,7 +399,7 @@ class _Training:
         finally:
             self._evaluator.close()
 
-    def until(self, num_rounds: int) -> pipeline.PipelineState:
+    def until(self, num_rounds: int) -> States:
         """Train to the end of a round and return the state there.
 
         Raises:
@@ -409,14 +410,14 @@ class _Training:
             state = pipeline.start(self._config, self._data, self._device)
             if self._saved is not None:
                 checkpoint.restore(state, self._saved["state"])
-                reached = ", ".join(f"{name} step {getattr(state, name).step:,}" for name in self._config.stages)
+                reached = ", ".join(f"{name} step {state[name].step:,}" for name in self._config.stages)
                 say(f"{self._config.name} continues behind {reached}")
             if self._settle(state, 0, num_rounds) == num_rounds:
                 return state
             resume = checkpoint.collect(state)
         last_saved = time.monotonic()
         for progress in pipeline.train(self._config, self._data, device=self._device, resume=resume):
-            state = progress.state
+            state = progress.states
             self._note(progress)
             stop = bool(self._on_progress is not None and self._on_progress(progress))
             ends_round = progress.ends_stage and progress.stage == self._last_stage
@@ -440,24 +441,24 @@ class _Training:
             return
         metrics = dict(progress.metrics)
         if progress.stage == self._last_stage and progress.step in self._points:
-            metrics |= self._evaluate(progress.state, self._config.evaluation.num_curve_episodes)
+            metrics |= self._evaluate(progress.states, self._config.evaluation.num_curve_episodes)
         self.spool.write(progress.stage, progress.step, metrics)
 
-    def _settle(self, state: pipeline.PipelineState, number: int, num_rounds: int) -> int:
+    def _settle(self, state: States, number: int, num_rounds: int) -> int:
         """Take from the store what is there, and evaluate each round that has ended; return the first that has not."""
         while number < num_rounds:
             if self._reuse is not None:
                 self.spool.copy(self._reuse.take(state, number))
-            if any(getattr(state, name).step < self._config.round_ends(name)[number] for name in self._config.stages):
+            if any(state[name].step < self._config.round_ends(name)[number] for name in self._config.stages):
                 break
             number += 1
             if number <= self._num_evaluated and number not in self.spool.rounds:
                 self._evaluate_round(state, number)
         return number
 
-    def _evaluate_round(self, state: pipeline.PipelineState, number: int) -> None:
+    def _evaluate_round(self, state: States, number: int) -> None:
         policy = Policy.from_state(self._config, state, self._data.spaces)
-        if isinstance(policy, GuidedPolicy) and self._config.evaluation.grid_beta:
+        if self._config.evaluation.grid_beta:
             cells = _evaluate_grid(policy, self._evaluator, self._config)
             best = max(cells, key=lambda cell: float(cell["return_mean"]))
             keys = ("score", "return_mean", "beta", "guidance_scale")
@@ -471,7 +472,7 @@ class _Training:
         self.spool.write(self._last_stage, self._config.round_ends(self._last_stage)[number - 1], metrics)
         self._keep(state)
 
-    def _evaluate(self, state: pipeline.PipelineState, num_episodes: int) -> dict[str, float]:
+    def _evaluate(self, state: States, num_episodes: int) -> dict[str, float]:
         policy = Policy.from_state(self._config, state, self._data.spaces)
         seed = evaluation_seed(self._config.seed)
         return _eval_metrics(self._evaluator, self._evaluator.run(policy, num_episodes=num_episodes, seed=seed))
@@ -484,7 +485,7 @@ class _Training:
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._began_at
 
-    def _keep(self, state: pipeline.PipelineState) -> None:
+    def _keep(self, state: States) -> None:
         """Store a checkpoint, behind the metrics that it makes unrepeatable."""
         self.spool.sync()
         self._store.save(
@@ -497,18 +498,18 @@ class _Training:
             }
         )
 
-    def conclude(self, state: pipeline.PipelineState) -> dict[str, Any]:
+    def conclude(self, state: States) -> dict[str, Any]:
         """Write the policy, evaluate it, and return what the result says of training and evaluation."""
         config = self._config
         policy = Policy.from_state(config, state, self._data.spaces)
         policy.save(self._folder / POLICY)
         policies = [policy]
-        if isinstance(policy, GuidedPolicy):
+        if policy.sampling is not None:
             cloning = dataclasses.replace(policy.sampling, guidance_scale=0.0, num_candidates=1)
             policies.append(policy.with_sampling(cloning))
         num_episodes, seed = config.evaluation.num_episodes, evaluation_seed(config.seed)
         evaluations = [evaluate(each, self._evaluator, num_episodes=num_episodes, seed=seed) for each in policies]
-        grid = _evaluate_grid(policy, self._evaluator, config) if isinstance(policy, GuidedPolicy) else []
+        grid = _evaluate_grid(policy, self._evaluator, config)
         if grid:
             try:
                 draw_grid(grid, self._folder / GRID, title=f"{config.task}, seed {config.seed}")
@@ -625,7 +626,7 @@ def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: i
     metrics = _eval_metrics(evaluator, returns)
     method: str = policy.config.method
     beta = scale = None
-    if isinstance(policy, GuidedPolicy):
+    if policy.sampling is not None:
         beta, scale = policy.sampling.beta, policy.sampling.guidance_scale
         if scale == 0:
             method = CLONING if policy.sampling.num_candidates == 1 else BEST_CLONE
@@ -641,9 +642,11 @@ def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: i
     }
 
 
-def _evaluate_grid(policy: GuidedPolicy, evaluator: Evaluator, config: RunConfig) -> list[dict[str, Any]]:
+def _evaluate_grid(policy: Policy, evaluator: Evaluator, config: RunConfig) -> list[dict[str, Any]]:
     """Return one row per beta and guidance scale of the config's heat map."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if policy.sampling is None:
+        return rows
     for beta, scale in itertools.product(config.evaluation.grid_beta, config.evaluation.grid_guidance_scale):
         cell = policy.with_sampling(dataclasses.replace(policy.sampling, beta=beta, guidance_scale=scale))
         num_episodes = config.evaluation.num_grid_episodes

@@ -18,11 +18,12 @@ from typing import Any, TextIO, TypeAlias
 
 import torch
 
-from aepo import checkpoint, kernels
-from aepo.config import GuidedConfig, RunConfig
+from aepo import checkpoint, kernels, methods, pipeline
+from aepo.config import RunConfig
 from aepo.console import say, warn
 from aepo.errors import CheckpointError
 from aepo.rundir import open_lock, try_lock, write_atomically
+from aepo.stages import States
 
 FORMAT = 1
 SUFFIX = ".stage"
@@ -39,34 +40,32 @@ def stage_keys(config: RunConfig, data_digest: str) -> dict[tuple[str, int], str
         config: the run.
         data_digest: of its transitions.
     """
-    keys: dict[tuple[str, int], str] = {}
+    method, keys = methods.find(config.method), dict[tuple[str, int], str]()
+    stages = method.stages()
     for number in range(len(config.rounds)):
         ends = {name: config.round_ends(name) for name in config.stages}
-        for name, stage in config.stages.items():
+        for stage in stages:
+            name, own = stage.name, config.stages[stage.name]
             facts = {
                 "format": FORMAT,
                 "torch": torch.__version__,
                 "arithmetic": [kernels.ARITHMETIC, kernels.backend()],
                 "stage": name,
-                "config": dataclasses.asdict(stage),
+                "config": dataclasses.asdict(own),
                 "data": [data_digest, list(config.data.observation_keys), config.data.reward_rule],
                 "seed": config.seed,
-                "upstream": [keys[other, ends[other][number]] for other in _upstream(config, name)],
+                "upstream": [keys[other, ends[other][number]] for other in stage.learns_from(own)],
             }
+            if name not in pipeline.STREAMS:  # whose keys are from before streams had names
+                facts["stream"] = pipeline.stream(name, config.seed)
+            if method.code:
+                facts["code"] = method.code
             if len(config.rounds) > 1:
                 facts["until"] = ends[name][number]
                 facts["before"] = keys[name, ends[name][number - 1]] if number else ""
             text = json.dumps(facts, sort_keys=True)
             keys[name, ends[name][number]] = hashlib.sha256(text.encode()).hexdigest()[:24]
     return keys
-
-
-def _upstream(config: RunConfig, stage: str) -> tuple[str, ...]:
-    """Return the stages that a stage learns from."""
-    if stage == "critic":
-        in_support = isinstance(config, GuidedConfig) and config.critic.learner == "softmax_in_support"
-        return ("behavior",) if in_support else ()
-    return {"energy": ("behavior", "critic"), "actor": ("critic",)}.get(stage, ())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +189,7 @@ class Reuse:
         self.steps_taken = 0
         """Gradient steps that this run did not have to take."""
 
-    def give(self, stage: str, end: int, state: Any, rows: Sequence[Row]) -> None:
+    def give(self, stage: str, end: int, states: States, rows: Sequence[Row]) -> None:
         """Store a stage that a round has left at `end`, with its rows of the run's metrics."""
         begin = self._begin(stage, end)
         own = []
@@ -198,10 +197,10 @@ class Reuse:
             if row["stage"] == stage and begin < row["step"] <= end:
                 metrics = {key: value for key, value in row["metrics"].items() if key.startswith(f"{stage}/")}
                 own += [{**row, "metrics": metrics}] if metrics else []
-        content = {"stage": stage, "state": checkpoint.collect(getattr(state, stage)), "rows": json.dumps(own)}
+        content = {"stage": stage, "state": checkpoint.collect(states[stage]), "rows": json.dumps(own)}
         self._store.publish(self._keys[stage, end], content)
 
-    def take(self, state: Any, number: int) -> list[Row]:
+    def take(self, states: States, number: int) -> list[Row]:
         """Put the stages of a round that are there into the live state, up to the first that is not; it is claimed.
 
         Returns:
@@ -209,13 +208,13 @@ class Reuse:
         """
         taken: list[Row] = []
         for stage in self._config.stages:
-            end, reached = self._config.round_ends(stage)[number], getattr(state, stage).step
+            end, reached = self._config.round_ends(stage)[number], states[stage].step
             if reached >= end:
                 continue
             begin = self._begin(stage, end)
             if reached != begin or (found := self._store.claim(self._keys[stage, end])) is None:
                 break
-            checkpoint.restore(getattr(state, stage), found["state"])
+            checkpoint.restore(states[stage], found["state"])
             self.steps_taken += end - begin
             taken += json.loads(found["rows"])
         return taken

@@ -45,7 +45,7 @@ def test_the_n_step_return_is_the_sum_written_out(num_steps):
 def test_one_step_ahead_is_the_plain_backup(tiny_config, transitions):
     config = tiny_config(method="iql")
     steps = critic.look_ahead(transitions, 1, config.critic.discount)
-    states = [pipeline.start(config, transitions, CPU).critic for _ in range(2)]
+    states = [pipeline.start(config, transitions, CPU)["critic"] for _ in range(2)]
     for _ in range(5):
         plain = critic.train_step(states[0], config.critic, transitions)
         ahead = critic.train_step(states[1], config.critic, transitions, steps)
@@ -55,22 +55,23 @@ def test_one_step_ahead_is_the_plain_backup(tiny_config, transitions):
 @torch.no_grad()
 def test_iqls_loss_is_the_weighted_likelihood(tiny_config, transitions):
     config = tiny_config(method="iql", actor__inverse_temperature=2.0)
-    state = pipeline.start(config, transitions, CPU)
-    state.actor.net.log_std_A.copy_(torch.tensor([-0.7, 0.3]))
-    state.critic.q.q_1[-1].weight.mul_(20)  # some weights reach their limit of 100, others do not
-    state.critic.v.body[-1].bias.sub_(2.5)
-    state.critic.target.net.load_state_dict(state.critic.q.state_dict())
+    states = pipeline.start(config, transitions, CPU)
+    actor_state, judge = states["actor"], states["critic"]
+    actor_state.net.log_std_A.copy_(torch.tensor([-0.7, 0.3]))
+    judge.q.q_1[-1].weight.mul_(20)  # some weights reach their limit of 100, others do not
+    judge.v.body[-1].bias.sub_(2.5)
+    judge.target.net.load_state_dict(judge.q.state_dict())
     batch, singles = rows_of(transitions)
     total, num_clamped = 0.0, 0
     for one in singles:
-        advantage = float(state.critic.q(one.states_BS, one.actions_BA).min() - state.critic.v(one.states_BS))
+        advantage = float(judge.q(one.states_BS, one.actions_BA).min() - judge.v(one.states_BS))
         weight = min(math.exp(2 * advantage), 100.0)
         num_clamped += weight == 100.0
-        normal = torch.distributions.Normal(state.actor.net(one.states_BS), torch.tensor([-0.7, 0.3]).exp())
+        normal = torch.distributions.Normal(actor_state.net(one.states_BS), torch.tensor([-0.7, 0.3]).exp())
         total -= weight * float(normal.log_prob(one.actions_BA).sum())
     assert 0 < num_clamped < len(singles)
-    advantage_B = critic.advantages(state.critic.target.net, state.critic, transitions)[: len(singles)]
-    _, metrics = actor.gradients(state.actor, config.actor, batch, advantage_B)
+    advantage_B = critic.advantages(judge.target.net, judge, transitions)[: len(singles)]
+    _, metrics = actor.gradients(actor_state, config.actor, batch, advantage_B)
     assert float(metrics()["loss"]) == pytest.approx(total / len(singles), rel=1e-4)
     assert float(metrics()["clamped_share"]) == pytest.approx(num_clamped / len(singles))
 
@@ -125,7 +126,7 @@ def test_a_baseline_finds_the_best_action(method, settings):
     data = bandit()
     *_, last = pipeline.train(config, data, device=CPU)
     states = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1))
-    actions = Policy.from_state(config, last.state, data.spaces).act(states, torch.Generator())
+    actions = Policy.from_state(config, last.states, data.spaces).act(states, torch.Generator())
     reward = float(1 - np.square(actions - best_action(states).numpy()).sum(1).mean())
     uniform = float(1 - 2 / 3 - best_action(states).square().sum(1).mean())
     assert reward > 1 - (1 - uniform) / 5, "four fifths of the way from uniform actions to the optimum, which is 1"

@@ -61,7 +61,7 @@ STAGES = [
 def test_the_baselines_first_loss_is_ours(method, stage):
     """From the same weights, the same draws give both the same loss."""
     config, data = measure.configs_of("smoke", SHAPE.task)[method], SHAPE.data()
-    state, _ = pipeline.prepare(config, data, measure.CPU)
+    states, _ = pipeline.prepare(config, data, measure.CPU)
     own = config.stages[stage]
 
     def ours():
@@ -70,20 +70,21 @@ def test_the_baselines_first_loss_is_ours(method, stage):
             return behavior.train_step(behavior.start(own, data, generator), own, data)
         if stage == "critic":
             fresh = critic.start(own, data, generator)
-            critic.measure(fresh, own, data, getattr(state, "behavior", None))
+            critic.measure(fresh, own, data, states.get("behavior"))
             return critic.train_step(fresh, own, data)
         if stage == "energy":
             fresh = energy.start(own, data, generator)
-            energy.measure(fresh, own, data, state.behavior)
-            return energy.train_step(fresh, own, data, state.behavior, energy.q_source(state.critic, fresh, own, data))
+            energy.measure(fresh, own, data, states["behavior"])
+            source = energy.q_source(states["critic"], fresh, own, data)
+            return energy.train_step(fresh, own, data, states["behavior"], source)
         if stage == "actor":
             fresh = actor.start(own, data, generator)
-            of_rows = critic.advantage_of_rows(state.critic.target.net, state.critic, data, num_draws=0)
+            of_rows = critic.advantage_of_rows(states["critic"].target.net, states["critic"], data, num_draws=0)
             return actor.train_step(fresh, own, data, of_rows)
         return actor_critic.train_step(actor_critic.start(own, data, generator), own, data)
 
     torch.manual_seed(0)
-    baseline = measure.baseline_of(stage, config, state, data)()
+    baseline = measure.baseline_of(own, states, data)()
     torch.manual_seed(0)
     assert baseline == pytest.approx(float(ours()()["loss"]), rel=1e-4)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from aepo import cli
-from aepo.presets import METHODS
+from aepo import cli, method_table
+
+METHODS = method_table.presets()
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--set", *(f"{stage}.steps=20" for stage in ("behavior", "critic", "energy"))]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aepo import checkpoint, cli, rundir, tasks
+from aepo import checkpoint, cli, methods, rundir, tasks
 from aepo import config as configs
 from aepo.documents import MAX_DEPTH, parse_json, read_toml
 from aepo.errors import CheckpointError, ConfigError, DataError, from_machine
@@ -117,17 +117,17 @@ def test_a_sweep_file_from_windows_is_read(begin, tmp_path):
 @given(ANY)
 def test_any_value_is_a_config_or_a_config_error(value):
     with pytest.raises(ConfigError):
-        configs.from_dict(value)
+        methods.from_dict(value)
 
 
 @given(data=st.data(), method=st.sampled_from(METHODS))
 def test_a_config_with_any_value_anywhere_is_one_or_refused(data, method):
     document = spoiled(data, dataclasses.asdict(config_of(method)))
     try:
-        config = configs.from_dict(document)
+        config = methods.from_dict(document)
     except ConfigError:
         return
-    again = configs.from_dict(json.loads(json.dumps(dataclasses.asdict(config))))
+    again = methods.from_dict(json.loads(json.dumps(dataclasses.asdict(config))))
     assert again.fingerprint == config.fingerprint
 
 
@@ -281,7 +281,7 @@ def places_of_dicts(node):
 def write_policy(path, config):
     from tests.conftest import random_transitions
 
-    Policy.make(config, random_transitions().spaces).save(path)
+    Policy(config, random_transitions().spaces).save(path)
 
 
 def with_facts(path, make):

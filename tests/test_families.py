@@ -148,7 +148,7 @@ class Scripted:
 class Still:
     """A policy that does nothing."""
 
-    spaces = type("Spaces", (), {"state_mean_S": torch.zeros(1)})
+    device = torch.device("cpu")
 
     def num_cut(self, observations_NS):
         return 0

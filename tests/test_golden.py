@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from aepo import config as configs
-from aepo import pipeline, tasks
-from aepo.presets import METHODS, preset
+from aepo import method_table, pipeline, tasks
+from aepo.presets import preset
 from tests.conftest import random_transitions
+
+METHODS = method_table.presets()
 
 FOLDER = Path(__file__).parent / "golden"
 SEEDS = (0, 3)

@@ -11,15 +11,17 @@ from typing import get_args
 import pytest
 import torch
 
-from aepo import cli, kernels, pipeline, run, tasks
+from aepo import cli, kernels, method_table, pipeline, run, tasks
 from aepo.bench import measure
 from aepo.config import EnergyTarget, with_overrides
 from aepo.errors import CheckpointError, ConfigError, Interrupted
 from aepo.kernels import Measured, Processor
 from aepo.policy import Policy
-from aepo.presets import METHODS, preset
+from aepo.presets import preset
 from aepo.store import stage_keys
 from tests.conftest import random_transitions, write_pendulum
+
+METHODS = method_table.presets()
 
 CPU = torch.device("cpu")
 ZEN5 = Processor(vendor="AuthenticAMD", family="26", model="2", name="AMD EPYC")

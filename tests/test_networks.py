@@ -217,17 +217,17 @@ def test_a_policy_samples_as_its_networks_put_together_by_the_equations(
     config = tiny_config(energy__target=target)
     *_, last = pipeline.train(config, transitions, device=CPU)
     sampling = dataclasses.replace(config.sampling, beta=2.0, guidance_scale=guidance_scale, temperature=1.0)
-    policy = Policy.from_state(config, last.state, transitions.spaces).with_sampling(sampling)
+    policy = Policy.from_state(config, last.states, transitions.spaces).with_sampling(sampling)
     states = torch.randn(40, transitions.state_dim, generator=torch.Generator().manual_seed(0))
     start = torch.randn(40, transitions.action_dim, generator=torch.Generator().manual_seed(1))
 
     def guide(a_t_BA, t_B):
-        return guidance_scale * energy.slope(policy.energy, a_t_BA, states, t_B, torch.full_like(t_B, 2.0))
+        return guidance_scale * energy.slope(policy.sampler.energy, a_t_BA, states, t_B, torch.full_like(t_B, 2.0))
 
     by_equations = sampler.sample(
-        lambda a, t: policy.noise(a, states, t), guide, start, sampler.make_grid(config.sampling.num_steps)
+        lambda a, t: policy.sampler.noise(a, states, t), guide, start, sampler.make_grid(config.sampling.num_steps)
     )
-    assert torch.allclose(policy.sample(states, torch.Generator().manual_seed(1)), by_equations, atol=1e-4)
+    assert torch.allclose(policy.sampler.sample(states, torch.Generator().manual_seed(1)), by_equations, atol=1e-4)
 
 
 def test_adam_steps_as_torchs_on_gradients_of_any_layout():

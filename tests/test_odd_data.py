@@ -24,6 +24,7 @@ from aepo.errors import DataError, TrainingError
 from aepo.evaluate import Evaluator
 from aepo.policy import Policy
 from aepo.presets import preset
+from aepo.samplers import Sampler
 from tests import follow
 
 NAME = "own/odd-v0"
@@ -82,7 +83,7 @@ def scale_of(data):
     return float(data.scale_D[data.state_dim + data.action_dim])
 
 
-class AtBound(Policy):
+class AtBound(Sampler):
     """Always the largest or the smallest action."""
 
     sign = 1.0
@@ -109,8 +110,9 @@ def test_an_action_lies_in_the_space_that_it_is_for(low, size, dtype, sign):
         action_low_A=torch.tensor(space.low),
         action_high_A=torch.tensor(space.high),
     )
-    policy = AtBound(preset("iql-smoke", tasks.for_dataset(NAME), 0), own)
-    policy.sign = sign
+    sampler = AtBound()
+    sampler.sign = sign
+    policy = Policy(preset("iql-smoke", tasks.for_dataset(NAME), 0), own, sampler)
     (action,) = policy.act(np.zeros((1, 1)), torch.Generator())
     assert space.contains(action)
     wanted = float((space.high if sign > 0 else space.low)[0])

@@ -41,7 +41,7 @@ def train(name):
     last = None
     for progress in pipeline.train(make_config(name), random_transitions(), device=CPU):
         last = progress
-    return {key: value.clone() for key, value in weights(last.state)}, last.metrics
+    return {key: value.clone() for key, value in weights(last.states)}, last.metrics
 
 
 def weights(state, prefix=""):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aepo import config as configs
-from aepo import pipeline, run
+from aepo import methods, pipeline, run
 from aepo.errors import ConfigError, Interrupted
 from aepo.store import StageStore, stage_keys
 
@@ -45,9 +45,9 @@ def test_one_round_is_the_run_that_it_was_before_there_were_rounds(tiny_config):
     config = tiny_config()
     assert dataclasses.replace(config, rounds=(1.0,)).fingerprint == config.fingerprint
     assert dataclasses.replace(config, rounds=(0.5, 1.0)).fingerprint != config.fingerprint
-    assert configs.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert methods.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
     before = {key: value for key, value in dataclasses.asdict(config).items() if key != "rounds"}
-    assert configs.from_dict(before) == config
+    assert methods.from_dict(before) == config
 
 
 def test_steps_of_a_run_are_counted_over_its_rounds(config):
@@ -69,7 +69,7 @@ def test_every_round_goes_through_all_stages_and_measures_anew(config, make_data
         if progress.ends_stage:
             seen.append((progress.round, progress.stage, progress.step))
             if progress.stage == "energy":
-                scales.add(float(progress.state.energy.q_scale))
+                scales.add(float(progress.states["energy"].q_scale))
     assert seen == [
         (number, stage, step) for number, step in enumerate((10, 30, 60)) for stage in ("behavior", "critic", "energy")
     ]

@@ -257,7 +257,7 @@ def test_a_policy_read_back_acts_the_same_and_within_bounds(trained):
 def test_a_policy_acts_on_one_thread_and_gives_the_setting_back(threads, trained, monkeypatch):
     policy, generator = Policy.load(trained), torch.Generator()
     observations, saw, settings = np.zeros((2, 3)), [], []
-    sample, set_num_threads = policy.sample, torch.set_num_threads
+    sample, set_num_threads = policy.sampler.sample, torch.set_num_threads
 
     def watched(states_BS, generator):
         saw.append(torch.get_num_threads())
@@ -269,11 +269,11 @@ def test_a_policy_acts_on_one_thread_and_gives_the_setting_back(threads, trained
     set_num_threads(threads)
     try:
         monkeypatch.setattr(torch, "set_num_threads", lambda n: (settings.append(n), set_num_threads(n)))
-        monkeypatch.setattr(policy, "sample", watched)
+        monkeypatch.setattr(policy.sampler, "sample", watched)
         policy.act(observations, generator)
         assert (saw, torch.get_num_threads()) == ([1], threads)
         assert settings == ([] if threads == 1 else [1, threads])
-        monkeypatch.setattr(policy, "sample", broken)
+        monkeypatch.setattr(policy.sampler, "sample", broken)
         with pytest.raises(RuntimeError, match="no action"):
             policy.act(observations, generator)
         assert torch.get_num_threads() == threads
@@ -289,15 +289,15 @@ def test_of_several_candidates_the_one_with_the_largest_q_is_taken(trained):
     def value(num):
         several = policy.with_sampling(dataclasses.replace(policy.sampling, num_candidates=num))
         actions = several.sample(states, torch.Generator().manual_seed(1))
-        return policy.q(states, actions).amin(0)
+        return policy.sampler.q(states, actions).amin(0)
 
     assert value(16).mean() > value(1).mean()
     repeated = states.repeat_interleave(16, 0)
     several = policy.with_sampling(dataclasses.replace(policy.sampling, num_candidates=16))
-    drawn = policy.sample(repeated, torch.Generator().manual_seed(1))
-    best = policy.q(repeated, drawn).amin(0).view(32, 16).amax(1)
+    drawn = policy.sampler.sample(repeated, torch.Generator().manual_seed(1))
+    best = policy.sampler.q(repeated, drawn).amin(0).view(32, 16).amax(1)
     taken = several.sample(states, torch.Generator().manual_seed(1))
-    torch.testing.assert_close(policy.q(states, taken).amin(0), best)
+    torch.testing.assert_close(policy.sampler.q(states, taken).amin(0), best)
 
 
 def test_at_temperature_zero_nothing_is_drawn(trained):
@@ -321,11 +321,11 @@ def test_guidance_scale_zero_ignores_the_energy(trained):
     cloning = policy.with_sampling(dataclasses.replace(policy.sampling, guidance_scale=0.0))
     states = torch.randn(16, 3)
     before = cloning.sample(states, torch.Generator().manual_seed(0))
-    guided = policy.sample(states, torch.Generator().manual_seed(0))
-    for parameter in policy.energy.parameters():
+    guided = policy.sampler.sample(states, torch.Generator().manual_seed(0))
+    for parameter in policy.sampler.energy.parameters():
         parameter.data.mul_(-3)
     assert torch.equal(before, cloning.sample(states, torch.Generator().manual_seed(0)))
-    assert not torch.equal(guided, policy.sample(states, torch.Generator().manual_seed(0)))
+    assert not torch.equal(guided, policy.sampler.sample(states, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "missing"])

@@ -24,7 +24,7 @@ from tests.test_families import write_minari
 class Watching:
     """A policy whose actions follow from what it sees, which it remembers."""
 
-    spaces = type("Spaces", (), {"state_mean_S": torch.zeros(1)})
+    device = torch.device("cpu")
 
     def num_cut(self, observations_NS):
         return 0

@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aepo import checkpoint, kernels, pipeline, tasks
+from aepo import checkpoint, kernels, method_table, methods, pipeline, tasks
 from aepo import config as configs
 from aepo.errors import CheckpointError, ConfigError, TrainingError
 from aepo.kernels import multiplying
-from aepo.policy import GuidedPolicy, Policy
-from aepo.presets import METHODS, preset
+from aepo.policy import Policy
+from aepo.presets import preset
 from tests.conftest import random_transitions
+
+METHODS = method_table.presets()
 
 CPU = torch.device("cpu")
 
@@ -52,21 +54,11 @@ def same(first, second):
 
 def finish(config, data, resume=None):
     *_, last = pipeline.train(config, data, device=CPU, resume=resume)
-    return weights(last.state)
+    return weights(last.states)
 
 
-STAGES_OF = {
-    "best": ["behavior", "critic", "energy"],
-    "analytic": ["behavior", "critic", "energy"],
-    "qgpo": ["behavior", "critic", "energy"],
-    "iql": ["critic", "actor"],
-    "td3bc": ["actor_critic"],
-}
+STAGES_OF = {preset: [stage.name for stage in methods.find(name).stages()] for preset, name in METHODS.items()}
 METHOD_STAGES = [(method, stage) for method, stages in STAGES_OF.items() for stage in stages]
-
-
-def test_every_method_of_the_presets_is_examined():
-    assert set(STAGES_OF) == set(METHODS)
 
 
 @pytest.mark.parametrize(("method", "stage"), METHOD_STAGES)
@@ -77,7 +69,7 @@ def test_a_run_broken_in_any_stage_ends_bit_for_bit_like_an_unbroken_one(method,
     for progress in pipeline.train(config, transitions, device=CPU):
         if (progress.stage, progress.step) == (stage, step):
             file = io.BytesIO()
-            torch.save(checkpoint.collect(progress.state), file)
+            torch.save(checkpoint.collect(progress.states), file)
             break
     saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     if (stage, step) == (STAGES_OF[method][-1], 60):
@@ -132,7 +124,7 @@ def test_progress_runs_through_the_stages_in_order_and_to_their_last_step(method
 @pytest.mark.parametrize(("method", "stage"), METHOD_STAGES)
 def test_a_checkpoint_of_other_networks_is_refused(method, stage, tiny_config, transitions):
     *_, last = pipeline.train(tiny_config(method=method), transitions, device=CPU)
-    saved = checkpoint.collect(last.state)
+    saved = checkpoint.collect(last.states)
     with pytest.raises(CheckpointError, match="does not fit"):
         finish(tiny_config(method=method, **{f"{stage}__hidden_size": 17}), transitions, saved)
     with pytest.raises(CheckpointError, match="another version"):
@@ -253,16 +245,16 @@ TARGETS = get_args(configs.EnergyTarget)
 def test_every_target_trains_resumes_bit_for_bit_and_guides(target, variance, tiny_config, transitions):
     config = tiny_config(energy__target=target, behavior__variance=variance)
     *_, last = pipeline.train(config, transitions, device=CPU)
-    unbroken = weights(last.state)
+    unbroken = weights(last.states)
     for progress in pipeline.train(config, transitions, device=CPU):
         if (progress.stage, progress.step) == ("energy", 30):
-            saved = copy.deepcopy(checkpoint.collect(progress.state))
+            saved = copy.deepcopy(checkpoint.collect(progress.states))
             break
     assert same(finish(config, transitions, saved), unbroken)
-    policy = Policy.from_state(config, last.state, transitions.spaces)
+    policy = Policy.from_state(config, last.states, transitions.spaces)
     states = torch.randn(64, transitions.state_dim, generator=torch.Generator().manual_seed(0))
     drawn = [
-        policy.with_sampling(dataclasses.replace(config.sampling, guidance_scale=w, beta=beta)).sample(
+        policy.with_sampling(dataclasses.replace(config.sampling, guidance_scale=w, beta=beta)).sampler.sample(
             states, torch.Generator().manual_seed(1)
         )
         for w, beta in ((0.0, 1.0), (1.0, 1.0), (1.0, 3.0))
@@ -318,12 +310,12 @@ def test_every_target_takes_a_critic_of_relu_layers_or_is_refused(target, tiny_c
 def test_every_setting_of_sampling_changes_the_actions(tiny_config, transitions):
     config = tiny_config(sampling__temperature=0.5)
     *_, last = pipeline.train(config, transitions, device=CPU)
-    policy = Policy.from_state(config, last.state, transitions.spaces)
+    policy = Policy.from_state(config, last.states, transitions.spaces)
     states = torch.randn(64, transitions.state_dim, generator=torch.Generator().manual_seed(0))
 
     def act(**changes):
         changed = policy.with_sampling(dataclasses.replace(config.sampling, **changes))
-        return changed.sample(states, torch.Generator().manual_seed(1))
+        return changed.sampler.sample(states, torch.Generator().manual_seed(1))
 
     other = {"beta": 3.0, "guidance_scale": 0.5, "num_steps": 4, "temperature": 1.0, "num_candidates": 2}
     assert set(other) == {field.name for field in dataclasses.fields(config.sampling)}, "a new setting wants a value"
@@ -335,11 +327,11 @@ def test_every_setting_of_sampling_changes_the_actions(tiny_config, transitions)
 def test_every_methods_policy_acts_the_same_after_save_and_load(method, tiny_config, transitions, tmp_path):
     config = tiny_config(method=method)
     *_, last = pipeline.train(config, transitions, device=CPU)
-    policy = Policy.from_state(config, last.state, transitions.spaces)
+    policy = Policy.from_state(config, last.states, transitions.spaces)
     policy.save(tmp_path / "policy")
     loaded = Policy.load(tmp_path / "policy")
-    assert (type(loaded), loaded.config) == (type(policy), config)
-    assert isinstance(loaded, GuidedPolicy) == ("energy" in STAGES_OF[method])
+    assert (loaded.sampler.__class__, loaded.config) == (policy.sampler.__class__, config)
+    assert (loaded.sampling is not None) == ("energy" in STAGES_OF[method])
     observations = torch.randn(33, transitions.state_dim, generator=torch.Generator().manual_seed(0))
     first, second = (each.act(observations, torch.Generator().manual_seed(1)) for each in (policy, loaded))
     assert first.shape == (33, transitions.action_dim)
@@ -353,7 +345,7 @@ def test_a_beta_that_was_not_trained_is_refused(target, tiny_config, transitions
         tiny_config(energy__target=target, sampling__beta=11)
     config = tiny_config(energy__target=target)
     *_, last = pipeline.train(config, transitions, device=CPU)
-    policy = Policy.from_state(config, last.state, transitions.spaces)
+    policy = Policy.from_state(config, last.states, transitions.spaces)
     with pytest.raises(ConfigError, match=r"beta 0\.01 is outside"):
         policy.with_sampling(dataclasses.replace(config.sampling, beta=0.01))
 
@@ -386,17 +378,17 @@ def test_every_row_of_the_settings_table_is_heeded():
 @pytest.mark.parametrize("method", STAGES_OF)
 def test_an_unknown_key_of_a_stored_config_is_refused(method, tiny_config):
     values = dataclasses.asdict(tiny_config(method=method))
-    assert configs.from_dict(values) == tiny_config(method=method)
+    assert methods.from_dict(values) == tiny_config(method=method)
     for place in (values, *(values[stage] for stage in STAGES_OF[method])):
         place["unheard_of"] = 1
         with pytest.raises(ConfigError, match="unheard_of"):
-            configs.from_dict(values)
+            methods.from_dict(values)
         del place["unheard_of"]
     with pytest.raises(ConfigError, match="method must be one of"):
-        configs.from_dict(values | {"method": "sac"})
+        methods.from_dict(values | {"method": "sac"})
     other = "td3bc" if method != "td3bc" else "iql"
     with pytest.raises(ConfigError):
-        configs.from_dict(values | {"method": other})
+        methods.from_dict(values | {"method": other})
 
 
 @pytest.mark.parametrize("name", ["best-", "-quick", "fast", "iql-fast", "sac-quick", "", "iql-quick-quick"])

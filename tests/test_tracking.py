@@ -233,7 +233,7 @@ def test_dict_observations_are_joined_as_the_run_joined_them(tmp_path, tiny_conf
     config = tiny_config(method="iql")
     data = dataclasses.replace(config.data, observation_keys=("goal", "place"))
     torch.manual_seed(0)
-    policy = Policy.make(dataclasses.replace(config, data=data), random_transitions().spaces)
+    policy = Policy(dataclasses.replace(config, data=data), random_transitions().spaces)
     policy.save(tmp_path / run.POLICY)
     (tmp_path / "model").mkdir()
     write_model(tmp_path / "model", tmp_path / run.POLICY, run_id="r", model_id="m-1")
@@ -388,7 +388,9 @@ def test_a_server_that_never_answers_is_given_up_whatever_its_client_waits_for(s
         assert not tracker.close(collect_rows(folder, plan))
     finally:
         silent.set()
-        for thread in set(threading.enumerate()) - before:  # it would call what the next test puts in the client's place
+        for thread in (
+            set(threading.enumerate()) - before
+        ):  # it would call what the next test puts in the client's place
             thread.join(60)
     assert " ".join(capsys.readouterr().err.split()).count("has not answered for 0.5 s; metrics wait on disk") == 1
 

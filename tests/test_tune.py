@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aepo import config as configs
-from aepo import run
+from aepo import method_table, run
 from aepo.errors import CheckpointError, ConfigError, DataError, IncompleteError, ResourceError
-from aepo.presets import METHODS
 from tune import plan as plans
 from tune.commands import check_complete
 from tune.plan import make_plan, pending, read_manifest, run_folder, write_manifest
 from tune.record import collect_rows, write_rows
 from tune.sweep import Board, Resources, _slots
+
+METHODS = method_table.presets()
 
 CPU = torch.device("cpu")
 

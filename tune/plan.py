@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aepo import config as configs
-from aepo import rundir, tasks
+from aepo import methods, rundir, tasks
 from aepo.config import RunConfig
 from aepo.errors import CheckpointError, ConfigError
 from aepo.presets import preset
@@ -90,7 +90,7 @@ def read_manifest(sweep: Path) -> list[RunConfig]:
         CheckpointError: if there is no manifest or it is not of this version.
     """
     try:
-        return [configs.from_dict(values) for values in _document(sweep)["runs"].values()]
+        return [methods.from_dict(values) for values in _document(sweep)["runs"].values()]
     except ConfigError as error:
         raise CheckpointError(f"{sweep} holds a run that is not of this version: {error}") from error
 
@@ -141,7 +141,7 @@ def read_planned(sweep: Path, name: str) -> RunConfig:
     if name not in runs:
         raise CheckpointError(f"{sweep / MANIFEST} plans no run {name}")
     try:
-        return configs.from_dict(runs[name])
+        return methods.from_dict(runs[name])
     except ConfigError as error:
         raise CheckpointError(f"{sweep} holds a run that is not of this version: {error}") from error
 

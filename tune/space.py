@@ -21,7 +21,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from aepo import config as configs
-from aepo.config import GuidedConfig, RunConfig
+from aepo.config import RunConfig
 from aepo.documents import read_toml
 from aepo.errors import ConfigError
 
@@ -69,13 +69,8 @@ class Space:
         chosen = configs.with_overrides(chosen, {key: params[key] for key in params if key in used})
         if not self.grid:
             return chosen
-        assert isinstance(chosen, GuidedConfig)
-        grid = {
-            "evaluation.grid_beta": self.grid.get("sampling.beta", (chosen.sampling.beta,)),
-            "evaluation.grid_guidance_scale": self.grid.get(
-                "sampling.guidance_scale", (chosen.sampling.guidance_scale,)
-            ),
-        }
+        values = configs.flatten(dataclasses.asdict(chosen))
+        grid = {f"evaluation.grid_{key.removeprefix('sampling.')}": self.grid.get(key, (values[key],)) for key in GRID}
         return configs.with_overrides(chosen, grid)
 
 

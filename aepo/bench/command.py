@@ -79,7 +79,6 @@ class Bench:
 
         from aepo import kernels, rundir
         from aepo.bench import measure
-        from aepo.config import GuidedConfig
         from aepo.run import set_up_torch
 
         shapes = self._shapes()
@@ -95,13 +94,11 @@ class Bench:
             rows.append(row)
             floor = f", {row['of_floor']:.2f} of the floor" if row["of_floor"] is not None else ""
             what = f"{row['work']}, {row['shape']}" if row["shape"] else row["work"]
-            err.print(
-                f"{what}: {row['cpu_ms']:.3g} ms, {row['ratio']:.2f} times the baseline's speed{floor}", soft_wrap=True
-            )
+            speed = f", {row['ratio']:.2f} times the baseline's speed" if row["ratio"] is not None else ""
+            err.print(f"{what}: {row['cpu_ms']:.3g} ms{speed}{floor}", soft_wrap=True)
 
         for shape, of_methods in zip(shapes, configs, strict=True):
             guided = of_methods["best"]
-            assert isinstance(guided, GuidedConfig)
             if self._has("steps"):
                 for row in measure.steps(of_methods, shape, seconds=self.seconds):
                     show(row)
@@ -121,7 +118,6 @@ class Bench:
         rates = []
         if self._has("processes"):
             guided = configs[0]["best"]
-            assert isinstance(guided, GuidedConfig)
             for num in self.processes:
                 total = measure.together(num, guided, shapes[0], seconds=self.seconds)
                 rates.append({"processes": num, "critic_steps_per_s": total})
@@ -171,7 +167,8 @@ class Bench:
         summary: list[dict[str, Any]],
         rates: list[dict[str, Any]],
     ) -> None:
-        slowest = min(rows, key=lambda row: float(row["ratio"]), default=None)
+        compared = [row for row in rows if row["ratio"] is not None]
+        slowest = min(compared, key=lambda row: float(row["ratio"]), default=None)
         if self.json:
             emit_json({"machine": machine, "rows": rows, "summary": summary, "slowest": slowest, "processes": rates})
             return

@@ -21,19 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aepo import kernels, pipeline, run, tasks
+from aepo import kernels, method_table, pipeline, run, tasks
 from aepo.bench import naive
-from aepo.config import (
-    Config,
-    GuidedConfig,
-    IQLConfig,
-    Precision,
-    RunConfig,
-    TD3BCConfig,
-    settings,
-    used_settings,
-    with_overrides,
-)
+from aepo.config import Config, Precision, RunConfig, StageConfig, settings, used_settings, with_overrides
 from aepo.data import pointmaze, staging
 from aepo.data.episodes import action_bounds
 from aepo.data.library import open_dataset
@@ -42,9 +32,10 @@ from aepo.environments import own_temporary_folder, register_robotics
 from aepo.errors import ConfigError, ResourceError
 from aepo.evaluate import Evaluator
 from aepo.kernels import linear, multiplying
-from aepo.pipeline import GuidedState, IQLState
-from aepo.policy import GuidedPolicy, Policy
-from aepo.presets import METHODS, preset
+from aepo.policy import Policy
+from aepo.presets import preset
+from aepo.samplers import GuidedSampler
+from aepo.stages import States
 from aepo.stages.optim import Metrics
 from aepo.tasks import Task
 
@@ -157,7 +148,7 @@ def configs_of(
         ConfigError: for a setting of which nothing here depends, or a bad value.
     """
     overrides = overrides or {}
-    configs = {method: preset(f"{method}-{budget}", task, 0) for method in METHODS}
+    configs = {method: preset(f"{method}-{budget}", task, 0) for method in method_table.presets()}
     measured = {"sampling", *(stage for config in configs.values() for stage in config.stages)}
     every = dict.fromkeys(key for config in configs.values() for key in settings(config))
     known = [key for key in every if key.partition(".")[0] in measured]
@@ -200,7 +191,8 @@ class Work:
     methods: list[str]
     size: str
     ours: Callable[[], Metrics]
-    baseline: naive.Step
+    baseline: naive.Step | None
+    """None where there is no baseline."""
 
     @property
     def name(self) -> str:
@@ -217,7 +209,7 @@ def works(configs: Mapping[str, RunConfig], data: Transitions) -> Iterator[Work]
             stages.setdefault(key, []).append(method)
     prepared = {method: pipeline.prepare(configs[method], data, CPU) for method in {use[0] for use in stages.values()}}
     for (name, *_), methods in stages.items():
-        config, (state, steps) = configs[methods[0]], prepared[methods[0]]
+        config, (states, steps) = configs[methods[0]], prepared[methods[0]]
         stage = config.stages[name]
         yield Work(
             stage=name,
@@ -225,26 +217,14 @@ def works(configs: Mapping[str, RunConfig], data: Transitions) -> Iterator[Work]
             methods=methods,
             size=f"{stage.num_layers} x {stage.hidden_size}, batch {stage.batch_size}",
             ours=steps[name],
-            baseline=baseline_of(name, config, state, data),
+            baseline=baseline_of(stage, states, data),
         )
 
 
-def baseline_of(name: str, config: RunConfig, state: pipeline.PipelineState, data: Transitions) -> naive.Step:
-    """Return the baseline's step of a stage; `state` is that of the stages before."""
-    if isinstance(config, TD3BCConfig):
-        return naive.actor_critic_step(config, data)
-    if isinstance(config, IQLConfig):
-        assert isinstance(state, IQLState)
-        if name == "critic":
-            return naive.critic_step(config.critic, data)
-        return naive.actor_step(config, state, data)
-    assert isinstance(config, GuidedConfig)
-    assert isinstance(state, GuidedState)
-    if name == "behavior":
-        return naive.behavior_step(config.behavior, data)
-    if name == "critic":
-        return naive.critic_step(config.critic, data, state.behavior)
-    return naive.energy_step(config.energy, state, data)
+def baseline_of(config: StageConfig, states: States, data: Transitions) -> naive.Step | None:
+    """Return the baseline's step of a stage, None if research code's version of it is not here."""
+    make = naive.BASELINES.get(type(config))
+    return make(config, states, data) if make else None
 
 
 def products_of(step: Callable[[], Any]) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -309,7 +289,8 @@ def steps(configs: Mapping[str, RunConfig], shape: Shape, *, seconds: float) -> 
     for work in works(configs, data):
         work.ours()  # what comes before the first step
         floor = floor_of(work.ours, seconds=seconds / 5)
-        ours, baseline, least = compare(work.ours, work.baseline, floor, seconds=seconds)
+        ours, least, *others = compare(work.ours, floor, *filter(None, [work.baseline]), seconds=seconds)
+        baseline = others[0] if others else None
         row = _row(work.name, shape, ours, baseline)
         yield row | {
             "size": work.size,
@@ -319,21 +300,22 @@ def steps(configs: Mapping[str, RunConfig], shape: Shape, *, seconds: float) -> 
         }
 
 
-def sampling(config: GuidedConfig, shape: Shape, *, seconds: float) -> Iterator[dict[str, Any]]:
+def sampling(config: RunConfig, shape: Shape, *, seconds: float) -> Iterator[dict[str, Any]]:
     """Yield a row per number of states: milliseconds per call that returns one guided action for each."""
     data = shape.data()
     policy = Policy.from_state(config, pipeline.start(config, data, CPU), data.spaces)
-    assert isinstance(policy, GuidedPolicy)
+    guided = policy.sampler
+    assert isinstance(guided, GuidedSampler)
     generator = torch.Generator().manual_seed(0)
     for num in NUM_STATES:
         states_BS = torch.randn(num, data.state_dim, generator=generator)
         ours, baseline = compare(
             lambda states_BS=states_BS: policy.act(states_BS, generator),  # type: ignore[misc]
-            naive.Sampler(policy, states_BS),
+            naive.Sampler(guided, states_BS),
             seconds=seconds,
         )
         work = f"guided actions of {num} state{'s' if num > 1 else ''}"
-        yield _row(work, shape, ours, baseline) | {"size": f"{config.sampling.num_steps} solver steps"}
+        yield _row(work, shape, ours, baseline) | {"size": f"{guided.sampling.num_steps} solver steps"}
 
 
 @contextlib.contextmanager
@@ -416,7 +398,7 @@ def _name_environment(task: Task) -> str:
     return BENCH_DATASET
 
 
-def _row(work: str, shape: Shape | None, ours: Cost, baseline: Cost) -> dict[str, Any]:
+def _row(work: str, shape: Shape | None, ours: Cost, baseline: Cost | None) -> dict[str, Any]:
     return {
         "work": work,
         "shape": str(shape or ""),
@@ -424,9 +406,9 @@ def _row(work: str, shape: Shape | None, ours: Cost, baseline: Cost) -> dict[str
         "methods": "",
         "cpu_ms": ours.cpu_ms,
         "wall_ms": ours.wall_ms,
-        "baseline_cpu_ms": baseline.cpu_ms,
-        "baseline_wall_ms": baseline.wall_ms,
-        "ratio": baseline.cpu_ms / ours.cpu_ms,
+        "baseline_cpu_ms": baseline.cpu_ms if baseline else None,
+        "baseline_wall_ms": baseline.wall_ms if baseline else None,
+        "ratio": baseline.cpu_ms / ours.cpu_ms if baseline else None,
         "floor_cpu_ms": None,
         "of_floor": None,
     }
@@ -439,15 +421,15 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         by_work.setdefault(row["work"], []).append(row)
     found = []
     for work, own in by_work.items():
-        ratios, floors = [row["ratio"] for row in own], [row["of_floor"] for row in own if row["of_floor"] is not None]
-        slowest = min(own, key=lambda row: row["ratio"])
+        ratios, floors = ([row[key] for row in own if row[key] is not None] for key in ("ratio", "of_floor"))
+        slowest = min((row for row in own if row["ratio"] is not None), key=lambda row: row["ratio"], default=None)
         found.append(
             {
                 "work": work,
                 "shapes": len(own),
-                "ratio": statistics.median(ratios),
-                "lowest_ratio": min(ratios),
-                "of_shape": slowest["shape"],
+                "ratio": statistics.median(ratios) if ratios else None,
+                "lowest_ratio": min(ratios, default=None),
+                "of_shape": slowest["shape"] if slowest else "",
                 "of_floor": statistics.median(floors) if floors else None,
                 "highest_of_floor": max(floors, default=None),
             }
@@ -493,7 +475,7 @@ def linear_rates(*, seconds: float = 0.2) -> dict[str, float]:
     return rates
 
 
-def together(num_processes: int, config: GuidedConfig, shape: Shape, *, seconds: float) -> float:
+def together(num_processes: int, config: RunConfig, shape: Shape, *, seconds: float) -> float:
     """Return the critic steps per second of so many processes at once, in all, each on one thread as trials are."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(num_processes)
@@ -511,7 +493,7 @@ def _join(barrier: Barrier) -> None:
     run.set_up_torch(1)
 
 
-def _rate(config: GuidedConfig, shape: Shape, seconds: float) -> float:
+def _rate(config: RunConfig, shape: Shape, seconds: float) -> float:
     _, ours = pipeline.prepare(config, shape.data(), CPU)
     ours["critic"]()
     _barrier.wait()

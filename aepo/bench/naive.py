@@ -8,7 +8,7 @@ parameter, a loss read out at every step, autograd for every gradient.
 import copy
 import math
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import minari
 import numpy as np
@@ -17,16 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from aepo.config import BehaviorConfig, CriticConfig, EnergyConfig, IQLConfig, TD3BCConfig
+from aepo.config import ActorConfig, ActorCriticConfig, BehaviorConfig, CriticConfig, EnergyConfig, StageConfig
 from aepo.data.episodes import flatten
 from aepo.data.transitions import Batch, Transitions
 from aepo.diffusion import sampler
 from aepo.diffusion.posterior import interpolate_variance
 from aepo.diffusion.schedule import BETA_0, BETA_1, draw_times
 from aepo.networks import Mlp, TimeNet
-from aepo.pipeline import GuidedState, IQLState
-from aepo.policy import GuidedPolicy
-from aepo.stages import actor, actor_critic, behavior, critic, energy, targets
+from aepo.samplers import GuidedSampler
+from aepo.stages import States, actor, actor_critic, behavior, critic, energy, targets
 
 Step = Callable[[], float]
 Net = TypeVar("Net", bound=nn.Module)
@@ -98,7 +97,7 @@ def noise_of(net: behavior.NoiseNet, a_t_BA: Tensor, states_BS: Tensor, t_B: Ten
     return sigma_B[:, None] * a_t_BA + alpha_B[:, None] * time_net(net, a_t_BA, states_BS, t_B)
 
 
-def behavior_step(config: BehaviorConfig, data: Transitions) -> Step:
+def behavior_step(config: BehaviorConfig, states: States, data: Transitions) -> Step:  # noqa: ARG001  # asks no other
     """Return stage 1's step."""
     state = behavior.start(config, data, torch.Generator())
     net, average = plain(state.net), plain(state.ema.net)
@@ -118,11 +117,10 @@ def behavior_step(config: BehaviorConfig, data: Transitions) -> Step:
     return step
 
 
-def critic_step(config: CriticConfig, data: Transitions, behavior_state: behavior.BehaviorState | None = None) -> Step:
+def critic_step(config: CriticConfig, states: States, data: Transitions) -> Step:
     """Return the step of the critics, V and Q one after the other: IQL's, or over actions of stage 1 [M8]."""
     if config.learner == "softmax_in_support":
-        assert behavior_state is not None
-        return _critic_in_support(config, data, behavior_state)
+        return _critic_in_support(config, data, states["behavior"])
     state = critic.start(config, data, torch.Generator())
     q, v, target = plain(state.q), plain(state.v), plain(state.target.net)
     q_optimizer, v_optimizer = adam(q.parameters()), adam(v.parameters())
@@ -168,12 +166,12 @@ def _critic_in_support(config: CriticConfig, data: Transitions, behavior_state: 
     return step
 
 
-def energy_step(config: EnergyConfig, state: GuidedState, data: Transitions) -> Step:
+def energy_step(config: EnergyConfig, states: States, data: Transitions) -> Step:
     """Return stage 3's step, of the targets that presets have; Q is asked for every batch."""
     own = energy.start(config, data, torch.Generator())
-    energy.measure(own, config, data, state.behavior)
+    energy.measure(own, config, data, states["behavior"])
     own.net, average = plain(own.net), plain(own.ema.net)
-    noise, q, v = plain(state.behavior.ema.net), plain(state.critic.q), plain(state.critic.v)
+    noise, q, v = (plain(net) for net in (states["behavior"].ema.net, states["critic"].q, states["critic"].v))
     loss = {"log_expectation": _log_expectation, "analytic": _analytic, "contrastive": _contrastive}[config.target]
     optimizer = adam(own.net.parameters())
 
@@ -268,18 +266,18 @@ def _contrastive(
     return -(weight_BK * energy_BK.log_softmax(dim=1)).sum(dim=1).mean()
 
 
-def actor_step(config: IQLConfig, state: IQLState, data: Transitions) -> Step:
+def actor_step(config: ActorConfig, states: States, data: Transitions) -> Step:
     """Return the step of IQL's actor; its advantages are asked for every batch."""
-    own = actor.start(config.actor, data, torch.Generator())
+    own = actor.start(config, data, torch.Generator())
     net = plain(own.net)
-    target, v = plain(state.critic.target.net), plain(state.critic.v)
+    target, v = plain(states["critic"].target.net), plain(states["critic"].v)
     optimizer = adam(net.parameters())
 
     def step() -> float:
-        batch = draw(data, config.actor.batch_size, own.generator)
+        batch = draw(data, config.batch_size, own.generator)
         with torch.no_grad():
             advantage_B = target(batch.states_BS, batch.actions_BA).amin(dim=0) - v(batch.states_BS)
-        weight_B = (config.actor.inverse_temperature * advantage_B).exp().clamp(max=actor.MAX_WEIGHT)
+        weight_B = (config.inverse_temperature * advantage_B).exp().clamp(max=actor.MAX_WEIGHT)
         policy = Normal(net(batch.states_BS), net.log_std_A.clamp(-5.0, 2.0).exp())
         log_prob_B = policy.log_prob(batch.actions_BA).sum(dim=1)  # type: ignore[no-untyped-call]
         return step_on(optimizer, -(weight_B * log_prob_B).mean())
@@ -287,9 +285,8 @@ def actor_step(config: IQLConfig, state: IQLState, data: Transitions) -> Step:
     return step
 
 
-def actor_critic_step(config: TD3BCConfig, data: Transitions) -> Step:
+def actor_critic_step(own: ActorCriticConfig, states: States, data: Transitions) -> Step:  # noqa: ARG001  # asks no other
     """Return TD3+BC's step, of which every second one trains the actor as well."""
-    own = config.actor_critic
     state = actor_critic.start(own, data, torch.Generator())
     pi, pi_target, q, q_target = (
         plain(net) for net in (state.actor, state.actor_target.net, state.q, state.q_target.net)
@@ -322,10 +319,20 @@ def actor_critic_step(config: TD3BCConfig, data: Transitions) -> Step:
     return step
 
 
+BASELINES: dict[type[StageConfig], Callable[[Any, States, Transitions], Step]] = {
+    BehaviorConfig: behavior_step,
+    CriticConfig: critic_step,
+    EnergyConfig: energy_step,
+    ActorConfig: actor_step,
+    ActorCriticConfig: actor_critic_step,
+}
+"""Class of a stage's config -> (config, states of all stages, data) -> its step."""
+
+
 class Sampler:
     """Guided actions in given states, eps_phi and grad E as they are written [M4]."""
 
-    def __init__(self, policy: GuidedPolicy, states_BS: Tensor):
+    def __init__(self, policy: GuidedSampler, states_BS: Tensor):
         """Copy the policy's networks."""
         self._noise, self._energy, self._sampling = plain(policy.noise), plain(policy.energy), policy.sampling
         self._states_BS, self._action_dim = states_BS, policy.noise.action_dim

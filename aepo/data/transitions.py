@@ -163,6 +163,16 @@ class Transitions:
         rows_BP = self.rows_ND[:, :p].index_select(0, index_B).sub_(self.shift_D[:p]).mul_(self.scale_D[:p])
         return Pairs(rows_BP[:, :s], rows_BP[:, s:].clamp_(-1.0, 1.0))
 
+    def next_actions(self, index_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the actions that the data took after these rows, [B, A], and whether there is one, bool [B].
+
+        There is none after an episode's last row; what stands there is that row's own action.
+        """
+        following_B = index_B + 1
+        ends_B = self.episode_ends_E[torch.searchsorted(self.episode_ends_E, following_B)]
+        exists_B = ends_B != following_B
+        return self.take_pairs(torch.where(exists_B, following_B, index_B)).actions_BA, exists_B
+
     def batch(self, rows_BD: Tensor) -> Batch:
         """Return raw rows normalised and cut into their parts."""
         s, a = self.state_dim, self.action_dim

@@ -12,7 +12,8 @@ from aepo.config import ActorConfig
 from aepo.data.transitions import Pairs, Transitions
 from aepo.networks import GaussianActor
 from aepo.parallel import share
-from aepo.stages.critic import OfRows
+from aepo.stages import Stage, States, Step
+from aepo.stages.critic import OfRows, advantage_of_rows
 from aepo.stages.optim import Adam, Metrics
 
 MAX_WEIGHT = 100.0
@@ -55,3 +56,13 @@ def train_step(state: ActorState, config: ActorConfig, data: Transitions, of_row
     state.optimizer.step_along(found)
     state.step += 1
     return metrics
+
+
+def make_step(config: ActorConfig, states: States, data: Transitions) -> Step:
+    """Return the function that takes one step of the stage."""
+    judge, num_draws = states["critic"], config.steps * config.batch_size
+    of_rows = advantage_of_rows(judge.target.net, judge, data, num_draws=num_draws)
+    return lambda: train_step(states["actor"], config, data, of_rows)
+
+
+STAGE = Stage(name="actor", start=start, step=make_step, learns_from=lambda _: ("critic",))

@@ -9,10 +9,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from aepo.config import ActorCriticConfig
+from aepo.config import ActorCriticConfig, TwinDelayedConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.networks import Actor, TwinQ, aten
 from aepo.parallel import mean, share
+from aepo.stages import Stage, States, Step
 from aepo.stages.critic import squared_errors
 from aepo.stages.optim import Adam, Ema, Metrics
 
@@ -31,7 +32,7 @@ class ActorCriticState:
     step: int = 0
 
 
-def start(config: ActorCriticConfig, data: Transitions, generator: torch.Generator) -> ActorCriticState:
+def start(config: TwinDelayedConfig, data: Transitions, generator: torch.Generator) -> ActorCriticState:
     """Return the stage before its first step; weights are drawn from torch's global generator."""
     actor = Actor(data.state_dim, data.action_dim, config).to(generator.device)
     q = TwinQ(data.state_dim, data.action_dim, config).to(generator.device)
@@ -95,3 +96,11 @@ def train_step(state: ActorCriticState, config: ActorCriticConfig, data: Transit
     state.actor_target.update()
     state.q_target.update()
     return lambda: of_q() | of_actor()
+
+
+def make_step(config: ActorCriticConfig, states: States, data: Transitions) -> Step:
+    """Return the function that takes one step of the stage."""
+    return lambda: train_step(states["actor_critic"], config, data)
+
+
+STAGE = Stage(name="actor_critic", start=start, step=make_step)

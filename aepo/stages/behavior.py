@@ -17,6 +17,7 @@ from aepo.diffusion.sampler import Grid, Predict
 from aepo.diffusion.schedule import alpha_sigma, draw_times
 from aepo.networks import Prepared, TimeNet
 from aepo.parallel import share
+from aepo.stages import Stage, States, Step
 from aepo.stages.optim import Adam, Ema, Metrics
 
 SUPPORT_SOLVER_STEPS = 15
@@ -143,3 +144,11 @@ def predict_mean(net: NoiseNet, states_BS: Tensor, grid: Grid) -> Predict:
         return torch.add(grid.alpha[i] * a_t_BA, prepared.output(a_t_BA, i), alpha=-grid.sigma[i])
 
     return predict
+
+
+def make_step(config: BehaviorConfig, states: States, data: Transitions) -> Step:
+    """Return the function that takes one step of stage 1."""
+    return lambda: train_step(states["behavior"], config, data)
+
+
+STAGE = Stage(name="behavior", start=start, step=make_step)

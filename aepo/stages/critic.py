@@ -20,6 +20,7 @@ from aepo.config import CriticConfig
 from aepo.data.transitions import Batch, Transitions
 from aepo.networks import Mlp, TwinQ, ValueNet
 from aepo.parallel import share
+from aepo.stages import Stage, States, Step
 from aepo.stages.behavior import BehaviorState, sample_support
 from aepo.stages.optim import Adam, Ema, Metrics
 
@@ -267,3 +268,23 @@ def advantage_scale(state: CriticState, data: Transitions, *, num_samples: int =
     index_M = torch.arange(0, len(data), max(1, len(data) // num_samples), device=data.rows_ND.device)
     u_M = advantages(state.q, state, data, index_M)
     return u_M.std(correction=min(1, len(u_M) - 1)).clamp(min=1e-6)  # of one transition there is no spread
+
+
+def learns_from(config: CriticConfig) -> tuple[str, ...]:
+    """Return stage 1 for a learner that backs up over its actions [M8]."""
+    return ("behavior",) if config.learner == "softmax_in_support" else ()
+
+
+def prepare(config: CriticConfig, states: States, data: Transitions) -> None:
+    """Draw the support actions, if the learner has any."""
+    if learns_from(config):
+        measure(states["critic"], config, data, states["behavior"])
+
+
+def make_step(config: CriticConfig, states: States, data: Transitions) -> Step:
+    """Return the function that takes one step of stage 2."""
+    steps = look_ahead(data, config.backup_steps, config.discount) if config.backup_steps > 1 else None
+    return lambda: train_step(states["critic"], config, data, steps)
+
+
+STAGE = Stage(name="critic", start=start, step=make_step, prepare=prepare, learns_from=learns_from)

@@ -23,7 +23,7 @@ from aepo.diffusion.sampler import Grid, Predict
 from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
 from aepo.networks import Prepared, TimeNet
 from aepo.parallel import share
-from aepo.stages import critic, targets
+from aepo.stages import Stage, States, Step, critic, targets
 from aepo.stages.behavior import BehaviorState, sample_support
 from aepo.stages.critic import CriticState, OfRows
 from aepo.stages.optim import Adam, Ema, Metrics, gradients_of
@@ -352,3 +352,19 @@ def _draw_betas(config: EnergyConfig, num: int, generator: torch.Generator) -> T
 def _add_noise(actions_BA: Tensor, t_B: Tensor, generator: torch.Generator) -> Tensor:
     eps_BA = torch.randn(actions_BA.shape, generator=generator, device=t_B.device)
     return add_noise(actions_BA, t_B, eps_BA)
+
+
+def prepare(config: EnergyConfig, states: States, data: Transitions) -> None:
+    """Measure the scale of Q, and of stage 1 what the target asks for."""
+    state = states["energy"]
+    state.q_scale = critic.advantage_scale(states["critic"], data)
+    measure(state, config, data, states["behavior"])
+
+
+def make_step(config: EnergyConfig, states: States, data: Transitions) -> Step:
+    """Return the function that takes one step of stage 3."""
+    source = q_source(states["critic"], states["energy"], config, data)
+    return lambda: train_step(states["energy"], config, data, states["behavior"], source)
+
+
+STAGE = Stage(name="energy", start=start, step=make_step, prepare=prepare, learns_from=lambda _: ("behavior", "critic"))

@@ -1,0 +1,140 @@
+"""The recipes of docs/extending.md, each followed to the letter from a folder of the test's own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from aepo import run
+
+PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
+SMALL = [
+    *("sarsa.steps=120", "sarsa.hidden_size=16", "clone.steps=120", "clone.hidden_size=16"),
+    *("evaluation.num_episodes=2", "sarsa.batch_size=32", "clone.batch_size=32"),
+]
+
+
+def block(kind, begin):
+    """Return the page's code block of a kind that begins like this."""
+    found = [text for text in re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.S) if text.startswith(begin)]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.fixture
+def package(tmp_path):
+    """An installed package with the page's method; returns the environment in which it is found."""
+    folder = tmp_path / "site"
+    metadata = folder / "onestep-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (folder / "onestep.py").write_text(block("python", "# onestep.py"))
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: onestep\nVersion: 1.0\n")
+    points = block("toml", '[project.entry-points."aepo.methods"]').replace(
+        'project.entry-points."aepo.methods"', "aepo.methods"
+    )
+    (metadata / "entry_points.txt").write_text(points.replace('"', ""))
+    paths = [str(folder), str(PAGE.parent.parent), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def aepo(package, *words, check=True):
+    """Run a command in a process of its own."""
+    argv = [sys.executable, "-m", "aepo", *words]
+    done = subprocess.run(argv, env=package, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def train(package, dataset, out, *words, **kwargs):
+    flags = ["--dataset", dataset, "--preset", "onestep-smoke", "--out", str(out), "--json", "--set", *SMALL]
+    return aepo(package, "train", *flags, *words, **kwargs)
+
+
+def test_a_method_of_another_package_trains_is_killed_and_goes_on_to_the_same_bits(package, make_dataset, tmp_path):
+    dataset = make_dataset()
+    whole = json.loads(train(package, dataset, tmp_path / "whole").stdout)
+    assert whole["status"] == "finished"
+    argv = [sys.executable, "-m", "aepo", "train", "--dataset", dataset, "--preset", "onestep-smoke"]
+    argv += ["--out", str(tmp_path / "broken"), "--checkpoint-s", "0", "--set", *SMALL]
+    process = subprocess.Popen(argv, env=package, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = None
+    while metrics is None or "clone" not in metrics.read_text():  # the second stage has begun
+        assert process.poll() is None, "it ended before it was killed"
+        metrics = next((tmp_path / "broken").glob(f"**/{run.METRICS}"), None)
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train(package, dataset, tmp_path / "broken")
+    first, second = (next((tmp_path / name).glob(f"**/{run.POLICY}")).read_bytes() for name in ("whole", "broken"))
+    assert first == second
+
+
+def test_a_method_of_another_package_has_streams_of_its_own(package):
+    code = (
+        "from aepo import pipeline, methods; print(methods.find('onestep').code, "
+        "pipeline.stream('sarsa', 0), pipeline.stream('clone', 0), pipeline.stream('sarsa', 1))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=package, capture_output=True, text=True, check=True)
+    digest, *streams = done.stdout.split()
+    assert len(digest) == 24
+    assert len(set(streams)) == 3
+    assert min(map(int, streams)) > 10_000, "none of the first five stages, whose streams are small numbers"
+
+
+def test_a_method_of_another_package_is_benched(package):
+    done = aepo(
+        package,
+        "bench",
+        "--only",
+        "steps",
+        "--shape",
+        "3x1",
+        "--preset",
+        "smoke",
+        "--seconds",
+        "0.02",
+        "--transitions",
+        "2000",
+        "--json",
+    )
+    rows = {row["work"]: row for row in json.loads(done.stdout)["rows"]}
+    assert rows["sarsa step"]["ratio"] is None
+    assert rows["clone step"]["of_floor"] > 0
+
+
+@pytest.mark.ray
+def test_a_method_of_another_package_is_swept_searched_and_reported(package, make_dataset, tmp_path):
+    dataset, out = make_dataset(), str(tmp_path / "sweep")
+    flags = ["--dataset", dataset, "--seeds", "0", "1", "--preset", "onestep-smoke", "iql-smoke", "--out", out]
+    small = [*SMALL, "critic.steps=20", "actor.steps=20"]
+    aepo(package, "sweep", *flags, "--reuse-stages", "--yes", "--set", *small)
+    table = json.loads(aepo(package, "report", out, "--json").stdout)
+    assert {row["method"] for row in table} >= {"onestep", "iql"}
+    assert "onestep" in (Path(out) / "report" / "report.md").read_text()
+    space = tmp_path / "space.toml"
+    space.write_text("[clone]\ninverse_temperature = [0.5, 1.0, 3.0]\n")
+    found = tmp_path / "search"
+    aepo(
+        package,
+        "search",
+        "--dataset",
+        dataset,
+        "--preset",
+        "onestep-smoke",
+        "--trials",
+        "3",
+        "--space",
+        str(space),
+        "--out",
+        str(found),
+        "--yes",
+        "--set",
+        *SMALL,
+    )
+    assert (found / "found.toml").exists()
