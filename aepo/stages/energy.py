@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aepo.config import POLYNOMIAL_TARGETS, EnergyConfig
+from aepo.config import EnergyConfig
 from aepo.data.transitions import Transitions
 from aepo.diffusion import posterior
 from aepo.diffusion.sampler import Grid, Predict
@@ -95,7 +95,7 @@ def make_net(config: EnergyConfig, state_dim: int, action_dim: int) -> EnergyNet
         action_dim,
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
-        takes_beta=config.target not in POLYNOMIAL_TARGETS,
+        takes_beta=config.facts.takes_beta,
     )
 
 
