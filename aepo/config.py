@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -35,46 +35,69 @@ Activation = Literal["silu", "relu"]
 """Between a network's layers; where a gradient by the action is used, SiLU gives a smooth one."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """One value of a setting on which it depends what other settings a stage has."""
+Ask = Literal["data", "posterior", "slope", "curvature", "draws", "support"]
+"""What an energy target is given of a batch: Q of the data's actions; the posterior [M9, M10]; with it Q and its slope,
+or its curvature too, at the point of expansion c [M11]; with it standard normal draws; or, in place of the data's
+actions, several of stage 1 in one state, with their Q.
+"""
 
-    settings: tuple[str, ...] = ()
-    """Settings that this value uses and another does not."""
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EnergyTarget(Choice):
-    """What the settings know of an energy target; its loss is in aepo/stages/targets.py."""
-
-    needs_curvature: bool = False
-    """Whether Q must have a second derivative by the action."""
+class Choice(Protocol):
+    """A value of a setting on which it depends what other settings a stage has."""
 
     @property
-    def takes_beta(self) -> bool:
-        """Whether beta is an input of the network, which then knows the range trained.
-
-        The other targets are polynomials in beta: two heads, any beta after training.
-        """
-        return "beta_min" in self.settings
+    def settings(self) -> tuple[str, ...]:
+        """Settings that this value uses and another does not."""
 
 
-_BETAS = ("beta_min", "beta_max")
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CriticLearner:
+    """A way to value the next state in stage 2; its loss is in aepo/stages/critic.py."""
+
+    settings: tuple[str, ...]
+    """Settings that this learner uses and another does not."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyTarget:
+    """What the energy network may learn; its loss is in aepo/stages/targets.py."""
+
+    asks: tuple[Ask, ...] = ()
+    """What the loss is given."""
+    takes_beta: bool = True
+    """Whether beta is an input of the network, which then knows the range trained.
+
+    If not, the target is a polynomial in beta: two heads, any beta after training.
+    """
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Settings that this target uses and another does not."""
+        needs: dict[Ask, tuple[str, ...]] = {
+            "slope": ("expansion",),
+            "curvature": ("expansion",),
+            "draws": ("num_samples",),
+            "support": ("num_samples", "num_support_states"),
+        }
+        return tuple(name for ask in self.asks for name in needs.get(ask, ())) + BETAS * self.takes_beta
+
+
+BETAS = ("beta_min", "beta_max")
 CRITIC_LEARNERS = {
-    "expectile": Choice(settings=("expectile", "backup_steps")),
-    "softmax_in_support": Choice(settings=("num_samples", "num_support_states", "backup_beta")),
+    "expectile": CriticLearner(settings=("expectile", "backup_steps")),
+    "softmax_in_support": CriticLearner(settings=("num_samples", "num_support_states", "backup_beta")),
 }
-"""How stage 2 values the next state: expectile regression [M6], or a backup over actions of stage 1 [M8]."""
+"""Expectile regression [M6], or a backup over actions of stage 1 [M8]."""
 ENERGY_TARGETS = {
-    "analytic": EnergyTarget(settings=("expansion",)),
-    "analytic_second_order": EnergyTarget(settings=("expansion", *_BETAS), needs_curvature=True),
-    "monte_carlo": EnergyTarget(settings=("num_samples", *_BETAS)),
-    "mse": EnergyTarget(),
-    "log_expectation": EnergyTarget(settings=_BETAS),
-    "weighted_denoising": EnergyTarget(settings=_BETAS),
-    "contrastive": EnergyTarget(settings=("num_samples", "num_support_states", *_BETAS)),
+    "analytic": EnergyTarget(asks=("posterior", "slope"), takes_beta=False),
+    "analytic_second_order": EnergyTarget(asks=("posterior", "curvature")),
+    "monte_carlo": EnergyTarget(asks=("posterior", "draws")),
+    "mse": EnergyTarget(asks=("data",), takes_beta=False),
+    "log_expectation": EnergyTarget(asks=("data",)),
+    "weighted_denoising": EnergyTarget(asks=("data", "posterior")),
+    "contrastive": EnergyTarget(asks=("support",)),
 }
-"""What the energy network may learn; `aepo.stages.targets.register` adds a target here and its loss there."""
+"""The targets by name; `aepo.stages.targets.register` adds one with its loss."""
 
 
 def setting(default: Any = dataclasses.MISSING, interval: str = "", *, uses: Mapping[str, Choice] | None = None) -> Any:
@@ -267,7 +290,7 @@ class EnergyConfig(StageConfig):
 
     @property
     def facts(self) -> EnergyTarget:
-        """What the settings know of the target."""
+        """What the target asks for, and whether it takes beta."""
         return ENERGY_TARGETS[self.target]
 
     @property
@@ -458,7 +481,7 @@ class GuidedConfig(RunConfig):
         RunConfig.__post_init__(self)
         for beta in (self.sampling.beta, *self.evaluation.grid_beta):
             check_beta(self.energy, beta)
-        if self.energy.facts.needs_curvature and self.critic.activation == "relu":
+        if "curvature" in self.energy.facts.asks and self.critic.activation == "relu":
             raise ConfigError(
                 f"energy.target {self.energy.target} needs critic.activation silu: Q of relu layers has no second "
                 "derivative"

@@ -22,6 +22,7 @@ from aepo import config as configs
 from aepo.config import GuidedConfig, IQLConfig, RunConfig, SamplingConfig, TD3BCConfig
 from aepo.data.transitions import Spaces
 from aepo.diffusion import sampler
+from aepo.diffusion.networks import NoiseNet
 from aepo.documents import parse_json
 from aepo.errors import CheckpointError, ConfigError
 from aepo.networks import Actor, GaussianActor, TwinQ
@@ -141,9 +142,7 @@ class GuidedPolicy(Policy):
         super().__init__(config, spaces)
         self.sampling = sampling or config.sampling
         dims = len(spaces.state_mean_S), len(spaces.action_low_A)
-        self.noise = behavior.NoiseNet(
-            *dims, hidden_size=config.behavior.hidden_size, num_layers=config.behavior.num_layers
-        )
+        self.noise = NoiseNet(*dims, hidden_size=config.behavior.hidden_size, num_layers=config.behavior.num_layers)
         self.energy = energy.make_net(config.energy, *dims)
         self.q = TwinQ(*dims, config.critic)
         self.requires_grad_(False)

@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 from aepo.config import ENERGY_TARGETS, BehaviorConfig, EnergyConfig, Expansion
 from aepo.data.transitions import Spaces, Transitions
 from aepo.diffusion import sampler
+from aepo.diffusion.networks import EnergyNet
 from aepo.stages import behavior, energy, targets
 
 NUM_SAMPLES = 4000
@@ -98,7 +99,7 @@ class Bench:
 
     def compare(self, variant: str) -> list[dict[str, Any]]:
         """Train one target, or `none` for the behaviour model alone; return one row per beta."""
-        net: energy.EnergyNet | None = None
+        net: EnergyNet | None = None
         if variant != "none":
             config = energy_config(variant, self._steps)
             torch.manual_seed(self._seed)

@@ -232,19 +232,19 @@ def works(configs: Mapping[str, RunConfig], data: Transitions) -> Iterator[Work]
 def baseline_of(name: str, config: RunConfig, state: pipeline.PipelineState, data: Transitions) -> naive.Step:
     """Return the baseline's step of a stage; `state` is that of the stages before."""
     if isinstance(config, TD3BCConfig):
-        return naive.actor_critic_step(config, data)
+        return naive.actor_critic_step(config.actor_critic, data)
     if isinstance(config, IQLConfig):
         assert isinstance(state, IQLState)
         if name == "critic":
             return naive.critic_step(config.critic, data)
-        return naive.actor_step(config, state, data)
+        return naive.actor_step(config.actor, state.critic, data)
     assert isinstance(config, GuidedConfig)
     assert isinstance(state, GuidedState)
     if name == "behavior":
         return naive.behavior_step(config.behavior, data)
     if name == "critic":
         return naive.critic_step(config.critic, data, state.behavior)
-    return naive.energy_step(config.energy, state, data)
+    return naive.energy_step(config.energy, state.behavior, state.critic, data)
 
 
 def products_of(step: Callable[[], Any]) -> list[tuple[Any, tuple[Any, ...]]]:
