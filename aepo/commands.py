@@ -338,21 +338,21 @@ class Toy:
 
         from aepo.config import check_beta
         from aepo.run import set_up_torch
-        from aepo.toy import SETS, VARIANTS, Bench, energy_config
+        from aepo.toy import SETS, Bench, energy_config, variants
 
-        names, variants = self.sets or tuple(SETS), self.targets or VARIANTS
-        for given, known in ((names, tuple(SETS)), (variants, VARIANTS)):
+        names, targets = self.sets or tuple(SETS), self.targets or variants()
+        for given, known in ((names, SETS), (targets, variants())):
             if unknown := [name for name in given if name not in known]:
                 raise ConfigError(f"unknown {unknown[0]!r}; known: {', '.join(known)}")
         if min(self.steps, self.threads) < 1 or not self.betas or min(self.betas) <= 0:
             raise ConfigError("--steps and --threads must be at least 1 and every beta above 0")
         _check_cores(self.threads)
-        for variant in variants:
+        for variant in targets:
             for beta in self.betas:
                 check_beta(energy_config(variant, self.steps), beta)
         set_up_torch(self.threads)
         self.out.mkdir(parents=True, exist_ok=True)
-        jobs = [(name, variant) for name in names for variant in ("none", *variants)]
+        jobs = [(name, variant) for name in names for variant in ("none", *targets)]
         bench: Bench | None = None
         rows: list[dict[str, Any]] = []
         for name, variant in track(jobs, description="targets", console=err, disable=not err.is_terminal):

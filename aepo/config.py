@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -25,21 +25,7 @@ from aepo.tasks import ReturnRule, RewardRule, Source, check_references
 Expansion = Literal["posterior_mean", "data_action"]
 """Where Q is expanded in [M11]."""
 
-EnergyTarget = Literal[
-    "analytic",
-    "analytic_second_order",
-    "monte_carlo",
-    "mse",
-    "log_expectation",
-    "weighted_denoising",
-    "contrastive",
-]
-"""What the energy network learns; aepo/stages/targets.py says how they differ."""
-POLYNOMIAL_TARGETS = ("analytic", "mse")
-"""Polynomials in beta: two heads, any beta after training. The others take beta, within the range trained."""
 VarianceEstimate = Literal["time", "learned"]
-CriticLearner = Literal["expectile", "softmax_in_support"]
-"""How stage 2 values the next state: IQL's expectile regression [M6], or QGPO's backup over cloned actions [M8]."""
 Precision = Literal["float32", "tf32", "bfloat16"]
 MAX_COUNT = 2**31 - 1
 """Seeds, steps and samples are at most so many, because libraries count in 32 bits."""
@@ -47,48 +33,126 @@ Activation = Literal["silu", "relu"]
 """Between a network's layers; where a gradient by the action is used, SiLU gives a smooth one."""
 
 
-def _check(config: object, **ranges: str) -> None:
-    """Raise a ConfigError for the first field outside its interval, written as in '(0, 1]'.
+Ask = Literal["data", "posterior", "slope", "curvature", "draws", "support"]
+"""What an energy target is given of a batch: Q of the data's actions; the posterior [M9, M10]; with it Q and its slope,
+or its curvature too, at the point of expansion c [M11]; with it standard normal draws; or, in place of the data's
+actions, several of stage 1 in one state, with their Q.
+"""
 
-    A whole number without an upper end has MAX_COUNT.
+
+class Choice(Protocol):
+    """A value of a setting on which it depends what other settings a stage has."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Settings that this value uses and another does not."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CriticLearner:
+    """A way to value the next state in stage 2; its loss is in aepo/stages/critic.py."""
+
+    settings: tuple[str, ...]
+    """Settings that this learner uses and another does not."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyTarget:
+    """What the energy network may learn; its loss is in aepo/stages/targets.py."""
+
+    asks: tuple[Ask, ...] = ()
+    """What the loss is given."""
+    takes_beta: bool = True
+    """Whether beta is an input of the network, which then knows the range trained.
+
+    If not, the target is a polynomial in beta: two heads, any beta after training.
     """
-    for name, interval in ranges.items():
-        value = getattr(config, name)
-        if isinstance(value, int):
-            interval = interval.replace("inf)", f"{MAX_COUNT}]")
-        low, high = (float(end) for end in interval[1:-1].split(","))
-        above = value >= low if interval[0] == "[" else value > low
-        below = value <= high if interval[-1] == "]" else value < high
-        if not (above and below):
-            raise ConfigError(f"{type(config).__name__}: {name} must be in {interval}, got {str(value)[:40]}")
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Settings that this target uses and another does not."""
+        needs: dict[Ask, tuple[str, ...]] = {
+            "slope": ("expansion",),
+            "curvature": ("expansion",),
+            "draws": ("num_samples",),
+            "support": ("num_samples", "num_support_states"),
+        }
+        return tuple(name for ask in self.asks for name in needs.get(ask, ())) + BETAS * self.takes_beta
 
 
-def _check_choice(config: object, **choices: Any) -> None:
-    """Raise a ConfigError for the first field that is not one of its Literal's values."""
-    for name, choice in choices.items():
-        if getattr(config, name) not in get_args(choice):
-            raise ConfigError(
-                f"{type(config).__name__}: {name} must be one of {', '.join(get_args(choice))}, "
-                f"got {getattr(config, name)!r}"
-            )
+BETAS = ("beta_min", "beta_max")
+CRITIC_LEARNERS = {
+    "expectile": CriticLearner(settings=("expectile", "backup_steps")),
+    "softmax_in_support": CriticLearner(settings=("num_samples", "num_support_states", "backup_beta")),
+}
+"""Expectile regression [M6], or a backup over actions of stage 1 [M8]."""
+ENERGY_TARGETS = {
+    "analytic": EnergyTarget(asks=("posterior", "slope"), takes_beta=False),
+    "analytic_second_order": EnergyTarget(asks=("posterior", "curvature")),
+    "monte_carlo": EnergyTarget(asks=("posterior", "draws")),
+    "mse": EnergyTarget(asks=("data",), takes_beta=False),
+    "log_expectation": EnergyTarget(asks=("data",)),
+    "weighted_denoising": EnergyTarget(asks=("data", "posterior")),
+    "contrastive": EnergyTarget(asks=("support",)),
+}
+"""The targets by name; `aepo.stages.targets.register` adds one with its loss."""
 
 
-def _check_unused(config: object, choice: str, unused: Sequence[str]) -> None:
-    """Raise a ConfigError for the first setting that this choice does not have and that is not at its default."""
-    for name in unused:
-        if getattr(config, name) != _default(type(config), name):
-            raise ConfigError(f"{type(config).__name__}: {choice} has no {name}; leave that setting out")
+def setting(default: Any = dataclasses.MISSING, interval: str = "", *, uses: Mapping[str, Choice] | None = None) -> Any:
+    """Return a dataclass field and what is checked of its value.
+
+    Args:
+        default: the field's default; none given = the field must be.
+        interval: where a number lies, as in "(0, 1]"; a whole number without an upper end has MAX_COUNT.
+        uses: the values of a choice, each with the settings that it uses.
+    """
+    return dataclasses.field(default=default, metadata={"interval": interval, "uses": uses or {}})
 
 
-def unused_of_learner(learner: str) -> list[str]:
-    """Return the settings of stage 2 that a learner does not have."""
-    if learner == "expectile":
-        return ["num_samples", "num_support_states", "backup_beta"]
-    return ["expectile", "backup_steps"]
+def _check(config: object, **intervals: str) -> None:
+    """Raise a ConfigError for the first setting that is out of its interval or values, or that a choice does not use.
+
+    `intervals` are those of fields without their own.
+    """
+    name, fields = type(config).__name__, dataclasses.fields(config)  # type: ignore[arg-type]
+    for field in fields:
+        if interval := intervals.get(field.name) or field.metadata.get("interval"):
+            _check_interval(f"{name}: {field.name}", getattr(config, field.name), interval)
+    for field in fields:
+        known = get_args(field.type) if get_origin(field.type) is Literal else tuple(field.metadata.get("uses") or ())
+        if known and getattr(config, field.name) not in known:
+            got = getattr(config, field.name)
+            raise ConfigError(f"{name}: {field.name} must be one of {', '.join(known)}, got {got!r}")
+    for choice in _choices(config):
+        for unused in _unused(choice, value := getattr(config, choice.name)):
+            if getattr(config, unused) != _default(config, unused):
+                raise ConfigError(f"{name}: {value} has no {unused}; leave that setting out")
 
 
-def _default(config_class: type, name: str) -> Any:
-    return next(field.default for field in dataclasses.fields(config_class) if field.name == name)
+def _check_interval(name: str, value: float, interval: str) -> None:
+    if isinstance(value, int):
+        interval = interval.replace("inf)", f"{MAX_COUNT}]")
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise ConfigError(f"{name} must be in {interval}, got {str(value)[:40]}")
+
+
+def _choices(config: object) -> list[dataclasses.Field[Any]]:
+    """Return the fields on whose value it depends what other settings there are."""
+    return [field for field in dataclasses.fields(config) if field.metadata.get("uses")]  # type: ignore[arg-type]
+
+
+def _unused(choice: dataclasses.Field[Any], value: str) -> list[str]:
+    """Return the settings that some value of a choice uses, but not this one; of an unknown value none."""
+    uses: Mapping[str, Choice] = choice.metadata["uses"]
+    every = dict.fromkeys(name for each in uses.values() for name in each.settings)
+    return [name for name in every if value in uses and name not in uses[value].settings]
+
+
+def _default(config: object, name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(config) if field.name == name)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +177,7 @@ class DataConfig:
     """Return of score 100."""
 
     def __post_init__(self) -> None:
-        _check_choice(self, source=Source, reward_rule=RewardRule, return_rule=ReturnRule)
+        _check(self)
         if (self.ref_min is None) != (self.ref_max is None):
             raise ConfigError("DataConfig: ref_min and ref_max are given together or not at all")
         if self.ref_min is not None and self.ref_max is not None:
@@ -126,12 +190,12 @@ class StageConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    steps: int
+    steps: int = setting(interval="[1, inf)")
     """Gradient steps."""
-    batch_size: int
-    hidden_size: int
-    num_layers: int
-    learning_rate: float = 3e-4
+    batch_size: int = setting(interval="[1, inf)")
+    hidden_size: int = setting(interval="[1, 1000000]")
+    num_layers: int = setting(interval="[1, 1000]")
+    learning_rate: float = setting(3e-4, "(0, 1]")
     """Adam, decayed to 0 by a cosine over `steps`."""
     precision: Precision = "float32"
     """Of the factors in large matrix products while the stage trains, if the device has units for it: tf32 has 10 bits
@@ -140,111 +204,107 @@ class StageConfig:
     without it gains nothing, not even where avx512_bf16 is listed (AMD Zen 4), and may lose a fifth (Ice Lake)."""
 
     def __post_init__(self) -> None:
-        _check(self, steps="[1, inf)", batch_size="[1, inf)", hidden_size="[1, 1000000]", num_layers="[1, 1000]")
-        _check(self, learning_rate="(0, 1]")
-        _check_choice(self, precision=Precision)
+        _check(self)
+
+    @property
+    def support(self) -> tuple[int, int]:
+        """States, and actions in each, that stage 1 draws for this stage before its first step and that it keeps."""
+        return 0, 0
+
+    @property
+    def num_units(self) -> int:
+        """Units of a batch that belong together and that workers can share: rows, or states with all their actions."""
+        return self.batch_size
+
+    def uses(self, name: str) -> bool:
+        """Return whether a setting has an effect, given what is chosen."""
+        return not any(name in _unused(choice, getattr(self, choice.name)) for choice in _choices(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BehaviorConfig(StageConfig):
     """Stage 1, the diffusion behaviour policy [M5]."""
 
-    ema_decay: float = 0.995
-    """Per step, of the weights that sample."""
+    ema_decay: float = setting(0.995, "[0, 1)")
+    """Decay per step of the average of weights that samples."""
     variance: VarianceEstimate = "time"
-    """Of the posterior [M10]: one table over t, or `learned`, a network of (a_t, s, t) per action dimension."""
-
-    def __post_init__(self) -> None:
-        StageConfig.__post_init__(self)
-        _check(self, ema_decay="[0, 1)")
-        _check_choice(self, variance=VarianceEstimate)
+    """The posterior's [M10]: one table over t, or `learned`, a network of (a_t, s, t) per action dimension."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CriticConfig(StageConfig):
     """Stage 2, twin Q and V: expectile regression [M6, M7] (IQL, arXiv 2110.06169), or [M8]."""
 
-    expectile: float = 0.7
+    expectile: float = setting(0.7, "(0, 1)")
     """tau of [M6], in (0, 1); 0.5 is the mean, 1 the maximum over the data's actions."""
-    discount: float = 0.99
+    discount: float = setting(0.99, "[0, 1)")
     """gamma of [M7], per environment step."""
-    target_rate: float = 0.005
+    target_rate: float = setting(0.005, "(0, 1]")
     """Soft update of the target critics, per step."""
     activation: Activation = "silu"
     """Of Q and V; published IQL has relu."""
     layer_norm: bool = True
     """Before each activation: it bounds Q of actions that the data do not have. Published IQL has none."""
-    backup_steps: int = 1
+    backup_steps: int = setting(1, "[1, 1000]")
     """expectile: n of the n-step return that Q follows, within an episode of the data; 1 is IQL's [M7]."""
-    learner: CriticLearner = "expectile"
+    learner: str = setting("expectile", uses=CRITIC_LEARNERS)
     """`softmax_in_support` backs up over actions sampled from stage 1; `expectile` is its counterpart's setting."""
-    num_samples: int = 16
+    num_samples: int = setting(16, "[2, 1000]")
     """softmax_in_support: K, support actions per next state."""
-    num_support_states: int = 100_000
+    num_support_states: int = setting(100_000, "[1, inf)")
     """softmax_in_support: transitions whose next states get support actions, once, at most; the others are not used."""
-    backup_beta: float = 1.0
+    backup_beta: float = setting(1.0, "[0, inf)")
     """softmax_in_support: inverse temperature of the backup, in units of Q."""
 
-    def __post_init__(self) -> None:
-        StageConfig.__post_init__(self)
-        _check(self, expectile="(0, 1)", discount="[0, 1)", target_rate="(0, 1]")
-        _check(
-            self,
-            backup_steps="[1, 1000]",
-            num_samples="[2, 1000]",
-            num_support_states="[1, inf)",
-            backup_beta="[0, inf)",
-        )
-        _check_choice(self, learner=CriticLearner, activation=Activation)
-        _check_unused(self, self.learner, unused_of_learner(self.learner))
+    @property
+    def support(self) -> tuple[int, int]:
+        """Next states, and actions in each, of [M8]."""
+        return (self.num_support_states, self.num_samples) if self.uses("num_support_states") else (0, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EnergyConfig(StageConfig):
     """Stage 3, the intermediate energy [M11, M12]."""
 
-    ema_decay: float = 0.995
-    """Per step, of the weights that guide."""
-    target: EnergyTarget = "analytic"
+    ema_decay: float = setting(0.995, "[0, 1)")
+    """Decay per step of the average of weights that guides."""
+    target: str = setting("analytic", uses=ENERGY_TARGETS)
     """What the network learns; see aepo/stages/targets.py."""
     expansion: Expansion = "data_action"
     """The point c of [M11] at which Q is expanded; analytic targets only."""
-    num_samples: int = 16
+    num_samples: int = setting(16, "[2, 1000]")
     """monte_carlo: draws from the posterior per sample; contrastive: support actions per state."""
-    num_support_states: int = 20_000
+    num_support_states: int = setting(20_000, "[1, inf)")
     """contrastive: states for which support actions are sampled once, at most."""
-    beta_min: float = 0.1
+    beta_min: float = setting(0.1, "(0, inf)")
     """Smallest inverse temperature trained; targets that are no polynomial in beta only."""
-    beta_max: float = 10.0
+    beta_max: float = setting(10.0, "(0, inf)")
     """Largest one."""
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)
-        _check(self, ema_decay="[0, 1)")
-        _check(self, num_samples="[2, 1000]", num_support_states="[1, inf)", beta_min="(0, inf)", beta_max="(0, inf)")
-        _check_choice(self, target=EnergyTarget, expansion=Expansion)
         if self.beta_min >= self.beta_max:
             raise ConfigError(f"EnergyConfig: beta_min must be below beta_max, got {self.beta_min} and {self.beta_max}")
-        _check_unused(self, self.target, unused_of_target(self.target))
 
+    @property
+    def facts(self) -> EnergyTarget:
+        """What the target asks for, and whether it takes beta."""
+        return ENERGY_TARGETS[self.target]
 
-def unused_of_target(target: str) -> list[str]:
-    """Return the settings of stage 3 that a target does not have."""
-    unused = []
-    if not target.startswith("analytic"):
-        unused += ["expansion"]
-    if target not in ("monte_carlo", "contrastive"):
-        unused += ["num_samples"]
-    if target != "contrastive":
-        unused += ["num_support_states"]
-    if target in POLYNOMIAL_TARGETS:
-        unused += ["beta_min", "beta_max"]
-    return unused
+    @property
+    def support(self) -> tuple[int, int]:
+        """States, and actions in each, of a target over the behaviour policy's support."""
+        return (self.num_support_states, self.num_samples) if self.uses("num_support_states") else (0, 0)
+
+    @property
+    def num_units(self) -> int:
+        """Rows, or states with all their support actions."""
+        return self.batch_size // max(1, self.support[1])
 
 
 def check_beta(energy: EnergyConfig, beta: float) -> None:
     """Raise a ConfigError if an energy network trained like this knows nothing of `beta`."""
-    if energy.target not in POLYNOMIAL_TARGETS and not energy.beta_min <= beta <= energy.beta_max:
+    if energy.facts.takes_beta and not energy.beta_min <= beta <= energy.beta_max:
         raise ConfigError(
             f"beta {beta:g} is outside what target {energy.target} is trained for, "
             f"energy.beta_min {energy.beta_min:g} to energy.beta_max {energy.beta_max:g}"
@@ -255,53 +315,38 @@ def check_beta(energy: EnergyConfig, beta: float) -> None:
 class ActorConfig(StageConfig):
     """IQL's policy: a Gaussian, cloned with weight exp(advantage) (arXiv 2110.06169)."""
 
-    inverse_temperature: float = 3.0
+    inverse_temperature: float = setting(3.0, "[0, inf)")
     """Factor of Q - V in the exponent, in units of the data set's (scaled) rewards."""
     activation: Activation = "silu"
     """Published IQL has relu."""
-
-    def __post_init__(self) -> None:
-        StageConfig.__post_init__(self)
-        _check(self, inverse_temperature="[0, inf)")
-        _check_choice(self, activation=Activation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TwinDelayedConfig(StageConfig):
     """An actor and two critics that learn together, with smoothed targets (TD3, arXiv 1802.09477)."""
 
-    discount: float = 0.99
+    discount: float = setting(0.99, "[0, 1)")
     """gamma, per environment step."""
-    target_rate: float = 0.005
+    target_rate: float = setting(0.005, "(0, 1]")
     """Soft update of the targets, whenever the actor is."""
     activation: Activation = "silu"
     """Of the actor and both Q; published TD3+BC and ReBRAC have relu."""
     layer_norm: bool = True
     """Before each activation of Q. Published TD3+BC has none."""
-    policy_noise: float = 0.2
+    policy_noise: float = setting(0.2, "[0, inf)")
     """Standard deviation of the noise on the target's action."""
-    noise_clip: float = 0.5
+    noise_clip: float = setting(0.5, "[0, inf)")
     """Largest noise."""
-    actor_interval: int = 2
+    actor_interval: int = setting(2, "[1, inf)")
     """Critic steps per actor step."""
-
-    def __post_init__(self) -> None:
-        StageConfig.__post_init__(self)
-        _check(self, discount="[0, 1)", target_rate="(0, 1]")
-        _check(self, policy_noise="[0, inf)", noise_clip="[0, inf)", actor_interval="[1, inf)")
-        _check_choice(self, activation=Activation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ActorCriticConfig(TwinDelayedConfig):
     """TD3+BC, actor and critics together (arXiv 2106.06860); `steps` are the critics'."""
 
-    q_weight: float = 2.5
+    q_weight: float = setting(2.5, "(0, inf)")
     """alpha: weight of Q over its mean size against the squared distance to the data's action."""
-
-    def __post_init__(self) -> None:
-        TwinDelayedConfig.__post_init__(self)
-        _check(self, q_weight="(0, inf)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,20 +355,19 @@ class SamplingConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    beta: float = 1.0
+    beta: float = setting(1.0, "(0, inf)")
     """Inverse temperature of exp(beta Q) [M1], Q in units of the standard deviation of Q - V on the data."""
-    guidance_scale: float = 3.0
+    guidance_scale: float = setting(3.0, "[0, inf)")
     """w of [M4]; 0 = diffusion behaviour cloning."""
-    num_steps: int = 6
+    num_steps: int = setting(6, "[1, 1000]")
     """Solver steps per action."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0, "[0, 1]")
     """Standard deviation of the solver's start, in [0, 1]: 1 draws from the policy, 0 is one action, near the mode."""
-    num_candidates: int = 1
+    num_candidates: int = setting(1, "[1, 1000]")
     """Actions drawn per state; of several the one with the largest Q is taken."""
 
     def __post_init__(self) -> None:
-        _check(self, beta="(0, inf)", guidance_scale="[0, inf)")
-        _check(self, num_steps="[1, 1000]", temperature="[0, 1]", num_candidates="[1, 1000]")
+        _check(self)
         if self.temperature == 0 and self.num_candidates > 1:
             raise ConfigError("sampling.temperature 0 draws one action: num_candidates must be 1")
 
@@ -334,24 +378,23 @@ class EvaluationConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    num_episodes: int
+    num_episodes: int = setting(interval="[1, inf)")
     """Episodes of the final evaluation, once guided and once at guidance scale 0."""
-    num_curve_points: int = 0
+    num_curve_points: int = setting(0, "[0, inf)")
     """Evaluations during the last stage, equally spaced, its last step left to the final one."""
-    num_curve_episodes: int = 10
+    num_curve_episodes: int = setting(10, "[1, inf)")
     """Episodes of each of these."""
-    horizon: int = 0
+    horizon: int = setting(0, "[0, inf)")
     """Steps of an episode; 0 = the environment's own limit."""
     grid_beta: tuple[float, ...] = ()
     """Inverse temperatures of the heat map at the end of a guided run, times `grid_guidance_scale`."""
     grid_guidance_scale: tuple[float, ...] = ()
     """Guidance scales of the heat map."""
-    num_grid_episodes: int = 10
+    num_grid_episodes: int = setting(10, "[1, inf)")
     """Episodes of each of its cells."""
 
     def __post_init__(self) -> None:
-        _check(self, num_episodes="[1, inf)", num_curve_points="[0, inf)", num_curve_episodes="[1, inf)")
-        _check(self, horizon="[0, inf)", num_grid_episodes="[1, inf)")
+        _check(self)
         if bool(self.grid_beta) != bool(self.grid_guidance_scale):
             raise ConfigError("a heat map wants both evaluation.grid_beta and evaluation.grid_guidance_scale")
         betas, scales = self.grid_beta, self.grid_guidance_scale
@@ -477,14 +520,12 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
         group, _, field = key.partition(".")
         is_list = isinstance(values[group][field], tuple)
         values[group][field] = value.split(",") if is_list and isinstance(value, str) else value
-    for group, choice, config_class, unused in (
-        ("critic", "learner", CriticConfig, unused_of_learner),
-        ("energy", "target", EnergyConfig, unused_of_target),
-    ):
-        if f"{group}.{choice}" in overrides:  # what only the preset set and this choice lacks is no contradiction
-            for name in unused(str(overrides[f"{group}.{choice}"])):
-                if f"{group}.{name}" not in overrides:
-                    values[group][name] = _default(config_class, name)
+    for group, stage in config.stages.items():
+        for choice in _choices(stage):
+            if f"{group}.{choice.name}" in overrides:  # what a preset set and this choice lacks is no contradiction
+                for name in _unused(choice, str(values[group][choice.name])):
+                    if f"{group}.{name}" not in overrides:
+                        values[group][name] = _default(stage, name)
     return parse(type(config), values)
 
 
@@ -495,13 +536,14 @@ def settings(config: RunConfig) -> list[str]:
 
 
 def used_settings(config: RunConfig, overrides: Iterable[str] = ()) -> list[str]:
-    """Return the dotted keys that make a difference to a run, or may, where `overrides` change a learner or target."""
-    idle: set[str] = set()
-    critic, energy = config.stages.get("critic"), config.stages.get("energy")
-    if isinstance(critic, CriticConfig) and "critic.learner" not in overrides:
-        idle |= {f"critic.{name}" for name in unused_of_learner(critic.learner)}
-    if isinstance(energy, EnergyConfig) and "energy.target" not in overrides:
-        idle |= {f"energy.{name}" for name in unused_of_target(energy.target)}
+    """Return the dotted keys that make a difference to a run, or may, where `overrides` change what is chosen."""
+    idle = {
+        f"{group}.{name}"
+        for group, stage in config.stages.items()
+        for choice in _choices(stage)
+        if f"{group}.{choice.name}" not in overrides
+        for name in _unused(choice, getattr(stage, choice.name))
+    }
     return [key for key in settings(config) if key not in idle]
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aepo.config import EnergyConfig, RunConfig
+from aepo.config import RunConfig
 from aepo.errors import ConfigError
 
 Part = TypeVar("Part")
@@ -31,10 +31,7 @@ def leads() -> bool:
 def check_batches(config: RunConfig, workers: int) -> None:
     """Raise a ConfigError unless every batch can be cut into equal parts."""
     for name, stage in config.stages.items():
-        rows = stage.batch_size
-        if isinstance(stage, EnergyConfig) and stage.target == "contrastive":
-            rows = stage.batch_size // stage.num_samples  # states, each with its actions
-        if rows % workers or rows < workers:
+        if stage.num_units % workers or stage.num_units < workers:
             raise ConfigError(f"{name}.batch_size {stage.batch_size} cannot be shared by {workers} workers equally")
 
 

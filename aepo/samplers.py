@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from aepo import config as configs
 from aepo.config import SamplingConfig
 from aepo.diffusion import sampler
+from aepo.diffusion.networks import NoiseNet
 from aepo.errors import ConfigError
 from aepo.networks import TwinQ
 from aepo.stages import States, behavior, energy
@@ -55,7 +56,7 @@ class GuidedSampler(Sampler):
         super().__init__()
         self.sampling = config.sampling
         self._config, self._dims = config, (state_dim, action_dim)
-        self.noise = behavior.NoiseNet(
+        self.noise = NoiseNet(
             *self._dims, hidden_size=config.behavior.hidden_size, num_layers=config.behavior.num_layers
         )
         self.energy = energy.make_net(config.energy, *self._dims)

@@ -5,6 +5,7 @@ mu exp(beta Q) / Z [M1] is drawn by reweighting a large sample of mu. Q is given
 scale 1, so what is compared is the target and the network's fit to it.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
-from aepo.config import BehaviorConfig, EnergyConfig, EnergyTarget
+from aepo.config import ENERGY_TARGETS, BehaviorConfig, EnergyConfig, Expansion
 from aepo.data.transitions import Spaces, Transitions
 from aepo.diffusion import sampler
+from aepo.diffusion.networks import EnergyNet
 from aepo.stages import behavior, energy, targets
 
 NUM_SAMPLES = 4000
@@ -29,23 +31,25 @@ NUM_FLOORS = 10
 NUM_DATA = 100_000
 NUM_PROJECTIONS = 256
 NUM_SOLVER_STEPS = 30
-VARIANTS = (
-    "analytic/posterior_mean",
-    "analytic/data_action",
-    "analytic_second_order/posterior_mean",
-    "analytic_second_order/data_action",
-    *(name for name in get_args(EnergyTarget) if not name.startswith("analytic")),
-)
-"""Targets of stage 3, the analytic ones with their expansion point."""
+NUM_SUPPORT_STATES = 2000
+"""Support states are so many at most: all states are the same."""
+
+
+def variants() -> list[str]:
+    """Return the targets of stage 3, as `target/expansion` those that expand Q."""
+    return [
+        name
+        for target, facts in ENERGY_TARGETS.items()
+        for name in ([f"{target}/{c}" for c in get_args(Expansion)] if "expansion" in facts.settings else [target])
+    ]
 
 
 def energy_config(variant: str, steps: int) -> EnergyConfig:
-    """Return the settings of one of VARIANTS."""
+    """Return the settings of one of `variants`."""
     target, _, expansion = variant.partition("/")
     settings: dict[str, Any] = {"target": target, **({"expansion": expansion} if expansion else {})}
-    if target == "contrastive":
-        settings["num_support_states"] = 2000  # all states are the same
-    return EnergyConfig(steps=steps, batch_size=512, hidden_size=256, num_layers=3, learning_rate=2e-3, **settings)
+    config = EnergyConfig(steps=steps, batch_size=512, hidden_size=256, num_layers=3, learning_rate=2e-3, **settings)
+    return dataclasses.replace(config, num_support_states=NUM_SUPPORT_STATES) if config.support[0] else config
 
 
 class Bench:
@@ -95,7 +99,7 @@ class Bench:
 
     def compare(self, variant: str) -> list[dict[str, Any]]:
         """Train one target, or `none` for the behaviour model alone; return one row per beta."""
-        net: energy.EnergyNet | None = None
+        net: EnergyNet | None = None
         if variant != "none":
             config = energy_config(variant, self._steps)
             torch.manual_seed(self._seed)

@@ -12,7 +12,7 @@ from aepo import pipeline, tasks
 from aepo.data.transitions import Batch
 from aepo.policy import Policy
 from aepo.presets import preset
-from aepo.stages import actor, actor_critic, critic
+from aepo.stages import actor, actor_critic, critic, fast
 from tests.conftest import random_transitions
 from tests.test_learning import bandit, best_action
 
@@ -71,7 +71,7 @@ def test_iqls_loss_is_the_weighted_likelihood(tiny_config, transitions):
         total -= weight * float(normal.log_prob(one.actions_BA).sum())
     assert 0 < num_clamped < len(singles)
     advantage_B = critic.advantages(judge.target.net, judge, transitions)[: len(singles)]
-    _, metrics = actor.gradients(actor_state, config.actor, batch, advantage_B)
+    _, metrics = actor.loss(actor_state.net, batch, advantage_B, config.actor)
     assert float(metrics()["loss"]) == pytest.approx(total / len(singles), rel=1e-4)
     assert float(metrics()["clamped_share"]) == pytest.approx(num_clamped / len(singles))
 
@@ -89,10 +89,11 @@ def test_td3bcs_losses_are_the_papers_sums(tiny_config, transitions):
         action = state.actor(one.states_BS)
         values.append(float(state.q(one.states_BS, action)[0]))
         distances.append(float((action - one.actions_BA).square().mean()))
-    _, metrics = actor_critic.q_gradients(state, config, batch, torch.randn(batch.actions_BA.shape))
+    nets, normal_BA = (state.q, state.q_target.net, state.actor_target.net), torch.randn(batch.actions_BA.shape)
+    _, metrics = actor_critic.q_loss(*nets, batch, normal_BA, config)
     assert float(metrics()["loss"]) == pytest.approx(q_total / len(singles), rel=1e-4)
     scale = 2.0 / np.mean(np.abs(values))
-    _, metrics = actor_critic.actor_gradients(state, config, batch)
+    _, metrics = actor_critic.pi_loss(state.actor, state.q, batch, config)
     assert float(metrics()["actor_loss"]) == pytest.approx(np.mean(distances) - scale * np.mean(values), rel=1e-4)
 
 
@@ -107,7 +108,7 @@ def test_td3bcs_target_noise_is_clipped(tiny_config, transitions, monkeypatch):
     monkeypatch.setattr(target, "lowest", lambda states, actions: seen.append(actions) or of_actions(states, actions))
     state.actor.body[-1].weight.mul_(0.1)  # no action near its bounds, where the noise is cut again
     state.actor_target.net.load_state_dict(state.actor.state_dict())
-    actor_critic.q_gradients(state, config, batch, torch.randn(batch.actions_BA.shape))
+    fast.smoothed_q(state.q, target, state.actor_target.net, batch, torch.randn(batch.actions_BA.shape), config)
     noise = seen[0] - state.actor(batch.next_states_BS)
     assert noise.abs().max() <= 0.3 + 1e-6
     assert noise.abs().median() == pytest.approx(0.3, abs=1e-6)

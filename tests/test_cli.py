@@ -190,7 +190,7 @@ def test_a_bug_is_one_line_too_and_exit_status_one(capsys, monkeypatch):
 
 
 def test_a_failed_run_prints_its_row_and_exits_five(make_dataset, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("aepo.stages.critic.expectile_loss", lambda u_B, _: u_B.sum() / 0)
+    monkeypatch.setattr("aepo.stages.fast.expectile_loss", lambda u_B, _: u_B.sum() / 0)
     argv = [
         "train",
         "--dataset",

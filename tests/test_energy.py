@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aepo.diffusion.networks import combine
 from aepo.diffusion.schedule import alpha_sigma
 from aepo.stages import behavior, critic, energy, targets
 from aepo.stages.behavior import BehaviorState
@@ -40,7 +41,7 @@ def test_target_is_exact_for_a_linear_q_wherever_it_is_expanded(q, g, v, beta, m
     value = linear(q, torch.tensor([g], dtype=torch.float64))
     heads = torch.stack(first_order(value, *where), dim=1)
     beta_B = torch.tensor([beta], dtype=torch.float64)
-    assert targets.combine(heads, beta_B).item() == pytest.approx(exact, rel=1e-5, abs=1e-5)
+    assert combine(heads, beta_B).item() == pytest.approx(exact, rel=1e-5, abs=1e-5)
     second, used = targets.second_order(value, *where, beta_B)
     assert used.all()
     assert second.item() == pytest.approx(exact, rel=1e-5, abs=1e-5)
@@ -99,26 +100,38 @@ def test_where_the_integral_does_not_exist_first_order_stands_in():
     got, used = targets.second_order(value, torch.zeros(2, 1), x, x, variance_BA, beta_B)
     assert used.tolist() == [False, True]
     heads = torch.stack(first_order(value, torch.zeros(2, 1), x, x, variance_BA), dim=1)
-    assert got[0] == targets.combine(heads, beta_B)[0]
+    assert got[0] == combine(heads, beta_B)[0]
 
 
-def minimise(target, *shape):
-    """Return the outputs f = E / beta at which a target's loss is least, by the gradient that it says."""
-    outputs = torch.zeros(*shape, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([outputs], line_search_fn="strong_wolfe", max_iter=200, tolerance_grad=1e-12)
+class Free:
+    """Stands for a network: E = beta f, its outputs f free numbers."""
+
+    def __init__(self, *shape):
+        self.f = torch.zeros(*shape, dtype=torch.float64, requires_grad=True)
+
+    def __call__(self, a_t_BA, states_BS, t_B, beta_B):
+        return beta_B * self.f.flatten()
+
+
+def minimise(loss, x, *shape):
+    """Return the outputs f = E / beta at which a target's loss is least."""
+    net = Free(*shape)
+    optimizer = torch.optim.LBFGS([net.f], line_search_fn="strong_wolfe", max_iter=200, tolerance_grad=1e-12)
 
     def closure():
-        outputs.grad, metrics = target(outputs.detach())
-        return metrics()["loss"]
+        optimizer.zero_grad()
+        value, _ = loss(net, x)
+        value.backward()
+        return value
 
     optimizer.step(closure)
-    return outputs.detach()
+    return net.f.detach()
 
 
-def noised(actions_BA, beta, q_B):
+def sample(actions_BA, beta, **asked):
     zeros = torch.zeros_like(actions_BA)
     t_B = torch.full((len(actions_BA),), 0.5, dtype=actions_BA.dtype)
-    return targets.Noised(torch.arange(len(actions_BA)), zeros, actions_BA, t_B, zeros, torch.full_like(t_B, beta), q_B)
+    return targets.Sample(zeros, actions_BA, t_B, zeros, torch.full_like(t_B, 1.0) * beta, **{"value": None, **asked})
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
@@ -127,18 +140,15 @@ def test_the_minimiser_of_log_expectation_is_the_log_expectation(beta):
     actions_BA = torch.rand(50, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q_B = actions_BA[:, 0].square()
 
-    def target(f_11):
-        slope_B1, metrics = targets.log_expectation(f_11.expand(50, 1), noised(actions_BA, beta, q_B))
-        return slope_B1.sum(dim=0, keepdim=True), metrics
-
     exact = (torch.logsumexp(beta * q_B, 0) - np.log(50)) / beta
-    assert minimise(target, 1, 1).item() == pytest.approx(exact.item(), abs=1e-4)
+    found = minimise(targets.log_expectation, sample(actions_BA, beta, q_B=q_B), 1)
+    assert found.item() == pytest.approx(exact.item(), abs=1e-4)
 
 
 def test_an_outlier_moves_log_expectation_along_a_line():
     zero = torch.zeros(1, 1).double()
     losses = [
-        targets.log_expectation(zero, noised(zero, 1.0, torch.tensor([q])))[1]()["loss"].item()
+        targets.log_expectation(Free(1), sample(zero, 1.0, q_B=torch.tensor([q]).double()))[0].item()
         for q in (100.0, 101.0, 102.0)
     ]
     slope = np.exp(targets.MAX_EXPONENT)
@@ -175,15 +185,13 @@ def test_the_minimiser_of_weighted_denoising_is_the_gradient_of_the_log_expectat
 
     exact_A = torch.autograd.functional.jacobian(exact_energy, a_t_A)
     mean_KA = atoms_KA.mean(dim=0).expand(6, 2)
-    a_t_KA, zeros = a_t_A.expand(6, 2), torch.zeros(6, 1, dtype=torch.float64)
-    x = targets.Noised(torch.arange(6), zeros, atoms_KA, t_B, a_t_KA, torch.full_like(t_B, beta), q_K)
-    origin = targets.Posterior(mean_KA, mean_KA, mean_KA)
+    x = sample(atoms_KA, beta, q_B=q_K, mean_BA=mean_KA)._replace(a_t_BA=a_t_A.expand(6, 2), t_B=t_B)
     net = Slope(2)
     optimizer = torch.optim.LBFGS([net.slope_A], line_search_fn="strong_wolfe", max_iter=100, tolerance_grad=1e-12)
 
     def closure():
         optimizer.zero_grad()
-        loss = targets.weighted_denoising(net, x, origin)[0]
+        loss = targets.weighted_denoising(net, x)[0]
         loss.backward()
         return loss
 
@@ -195,7 +203,8 @@ def test_the_minimiser_of_the_contrastive_loss_is_q_up_to_a_constant():
     """Without noise the posterior is a point, so f = E / beta = Q."""
     q_BK = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     beta_B = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    difference = minimise(lambda f_BK: targets.contrastive(f_BK, q_BK, beta_B), 3, 5) - q_BK
+    x = sample(torch.zeros(15, 1).double(), beta_B.repeat_interleave(5), q_B=q_BK.flatten(), num_actions=5)
+    difference = minimise(targets.contrastive, x, 3, 5) - q_BK
     torch.testing.assert_close(
         difference - difference.mean(1, keepdim=True), torch.zeros_like(difference), atol=1e-3, rtol=0
     )
@@ -205,10 +214,10 @@ def test_monte_carlo_tends_to_the_gaussian_integral():
     actions_BA = torch.zeros(1, 1, dtype=torch.float64)
     draws = torch.randn(200_000, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     beta = 2.0
-    x, value = noised(actions_BA, beta, actions_BA.new_empty(0)), linear(0.3, torch.tensor([0.8]).double())
     # six deviations inside [-1, 1]: clipping does nothing
-    origin = targets.Posterior(actions_BA + 0.2, actions_BA + 0.01, actions_BA)
-    got = minimise(lambda f_B1: targets.monte_carlo(f_B1, value, x, origin, draws), 1, 1)
+    asked = {"mean_BA": actions_BA + 0.2, "variance_BA": actions_BA + 0.01, "draws_KBA": draws}
+    x = sample(actions_BA, beta, value=linear(0.3, torch.tensor([0.8]).double()), **asked)
+    got = minimise(targets.monte_carlo, x, 1)
     assert got.item() == pytest.approx(0.3 + 0.8 * 0.2 + 0.5 * beta * 0.01 * 0.8**2, abs=1e-3)
 
 
@@ -223,7 +232,7 @@ def test_guidance_of_a_gaussian_with_linear_q_is_exact(action_dim):
 
     def combined(a_t_BA):
         f_1, f_2 = first_order(linear(0.3, slope), a_t_BA, shrink * a_t_BA, shrink * a_t_BA, variance)
-        return targets.combine(torch.stack([f_1, f_2], dim=1), torch.tensor([beta]).double())
+        return combine(torch.stack([f_1, f_2], dim=1), torch.tensor([beta]).double())
 
     step = 1e-4
     numeric = torch.stack(
@@ -254,8 +263,8 @@ def test_two_heads_fit_what_one_head_would_at_every_beta():
     heads = features @ torch.linalg.lstsq(features, f).solution
     for beta in (0.5, 1.0, 3.0):
         beta_B = torch.full((200,), beta)
-        one = features @ torch.linalg.lstsq(features, targets.combine(f, beta_B)[:, None]).solution
-        torch.testing.assert_close(targets.combine(heads, beta_B), one[:, 0], rtol=1e-4, atol=1e-4)
+        one = features @ torch.linalg.lstsq(features, combine(f, beta_B)[:, None]).solution
+        torch.testing.assert_close(combine(heads, beta_B), one[:, 0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("expectile", [0.1, 0.5, 0.9])
@@ -351,7 +360,8 @@ def test_terminal_transitions_do_not_bootstrap_and_episode_ends_do(tiny_config):
     assert 0 < batch.terminals_B.mean() < 1
     steps = critic.look_ahead(data, 1, config.discount)
     ahead = critic.Ahead(steps.rewards_N, steps.discounts_N, data.take(steps.last_N).next_states_BS)
-    assert critic.gradients(state, config, batch, ahead)[1]()["loss"].item() == pytest.approx(exact, rel=1e-5)
+    loss, _ = critic.in_sample_loss(state.q, state.v, state.target.net, batch, ahead, config)
+    assert loss.item() == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.7, 50.0])
@@ -376,7 +386,8 @@ def test_the_softmax_backup_values_next_states_by_their_support(tiny_config):
         backup = batch.rewards_B.numpy() + config.discount * np.where(batch.terminals_B > 0, 0, next_v)
         exact = sum(np.mean((backup - q_i.numpy()) ** 2) for q_i in state.q(batch.states_BS, batch.actions_BA))
         exact += np.mean((state.v(batch.next_states_BS).numpy() - next_v) ** 2)
-    assert critic.softmax_gradients(state, config, batch, support)[1]()["loss"].item() == pytest.approx(exact, rel=1e-5)
+    loss, _ = critic.in_support_loss(state.q, state.v, state.target.net, batch, support, config)
+    assert loss.item() == pytest.approx(exact, rel=1e-5)
 
 
 def test_states_hold_nothing_but_what_a_checkpoint_can_hold():

@@ -135,7 +135,7 @@ def test_a_worker_leaves_a_run_to_another_that_does_not_end(make_dataset, tiny_c
 def test_a_failed_run_is_repeated_and_is_not_failed_meanwhile(make_dataset, tiny_config, tmp_path, monkeypatch):
     config = tiny_config(make_dataset())
     with monkeypatch.context() as patch:
-        patch.setattr("aepo.stages.critic.expectile_loss", lambda u_B, _: u_B.sum() * math.nan)
+        patch.setattr("aepo.stages.fast.expectile_loss", lambda u_B, _: u_B.sum() * math.nan)
         with pytest.raises(Exception, match="critic/loss is nan"):
             execute(config, tmp_path)
     assert run.read_result(tmp_path)["status"] == "failed"

@@ -13,7 +13,7 @@ import torch
 
 from aepo import cli, kernels, method_table, pipeline, run, tasks
 from aepo.bench import measure
-from aepo.config import EnergyTarget, with_overrides
+from aepo.config import ENERGY_TARGETS, with_overrides
 from aepo.errors import CheckpointError, ConfigError, Interrupted
 from aepo.kernels import Measured, Processor
 from aepo.policy import Policy
@@ -150,7 +150,7 @@ def steps_of(dims, monkeypatch):
         base = preset(f"{method}-smoke", tasks.for_dataset("bench"), 0)
         configs = {method: base}
         if method == "best":
-            configs = {target: with_overrides(base, {"energy.target": target}) for target in get_args(EnergyTarget)}
+            configs = {target: with_overrides(base, {"energy.target": target}) for target in ENERGY_TARGETS}
         for name, config in configs.items():
             sizes = {f"{stage}.{key}": 32 for stage in config.stages for key in ("batch_size", "hidden_size")}
             few = dict.fromkeys(("critic.num_support_states", "energy.num_support_states"), 50)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from aepo import kernels, networks, pipeline
+from aepo.backward import CachedTimeNet, fit, vjp, with_slope
 from aepo.diffusion import sampler
-from aepo.networks import Mlp, Prepared, TimeNet
+from aepo.networks import Mlp, TimeNet
 from aepo.policy import Policy
 from aepo.stages import energy
 from aepo.stages.optim import Adam, gradients_of
@@ -78,13 +79,13 @@ def test_an_mlp_whose_weights_alone_learn_has_autograds_gradients(activation, no
     weights = torch.randn(rows, 2)
     wanted = torch.autograd.grad(exact(x.double()), list(exact.parameters()), weights.double())
     with torch.no_grad():
-        _, pull = copy.deepcopy(mlp).double().vjp(x.double())
+        _, pull = vjp(copy.deepcopy(mlp).double(), x.double())
         found = pull(weights.double())
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     for backend in BACKENDS:
         with kernels.using(backend), torch.no_grad():
-            single = mlp.vjp(x)[1](weights)
+            single = vjp(mlp, x)[1](weights)
         for one, other in zip(single, wanted, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
@@ -96,7 +97,7 @@ def test_a_vjp_changes_nothing_it_was_given_and_answers_once(activation):
     mlp = Mlp([7, 33, 33, 2], norm=activation == "silu", activation=activation)
     x, weights = torch.randn(20, 7), torch.randn(20, 2)
     before = [tensor.clone() for tensor in (x, weights, *mlp.parameters())]
-    output, pull = mlp.vjp(x)
+    output, pull = vjp(mlp, x)
     kept = output.clone()
     pull(weights)
     assert not output.requires_grad
@@ -114,8 +115,8 @@ def test_a_slope_leaves_the_weights_as_they_are(norm, rows, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK_ROWS", 16)
     mlp, x = Mlp([7, 33, 33, 1], norm=norm), torch.randn(rows, 7)
     before = [parameter.clone() for parameter in mlp.parameters()]
-    slopes = [mlp.with_slope(x, slice(2, 5))[1] for _ in range(2)]
-    mlp.fit(x, torch.randn(rows, 1))
+    slopes = [with_slope(mlp, x, slice(2, 5))[1] for _ in range(2)]
+    fit(mlp, x, torch.randn(rows, 1))
     assert torch.equal(*slopes)
     assert all(map(torch.equal, before, mlp.parameters()))
 
@@ -126,12 +127,12 @@ def test_rows_go_through_in_blocks_as_in_one_piece(norm, monkeypatch):
     """Outputs, gradients and slopes of 70 rows in blocks of 16, the last one shorter."""
     torch.manual_seed(0)
     mlp, x, target = Mlp([7, 33, 33, 1], norm=norm), torch.randn(70, 7), torch.randn(70, 1)
-    whole = [mlp(x), *mlp.with_slope(x, slice(2, 5)), mlp.fit(x, target)[0], *mlp.fit(x, target)[1]]
-    output, pull = mlp.vjp(x)
+    whole = [mlp(x), *with_slope(mlp, x, slice(2, 5)), fit(mlp, x, target)[0], *fit(mlp, x, target)[1]]
+    output, pull = vjp(mlp, x)
     by_hand = [output - target, *pull(2.0 / 70 * (output - target))]
     monkeypatch.setattr(kernels, "BLOCK_ROWS", 16)
     assert [len(part) for (part,) in kernels.blocks(x)] == [16, 16, 16, 16, 6]
-    blocks = [mlp(x), *mlp.with_slope(x, slice(2, 5)), mlp.fit(x, target)[0], *mlp.fit(x, target)[1]]
+    blocks = [mlp(x), *with_slope(mlp, x, slice(2, 5)), fit(mlp, x, target)[0], *fit(mlp, x, target)[1]]
     for one, other in zip([*whole, *whole[3:]], [*blocks, *by_hand], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -191,20 +192,20 @@ def test_a_gradient_of_the_slope_is_that_of_double_precision(rows):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("rows", [1, 15, 16, 70])
 @pytest.mark.parametrize("num_layers", [1, 2, 4])
-def test_a_prepared_network_says_what_the_network_says(rows, num_layers):
+def test_a_cached_network_says_what_the_network_says(rows, num_layers):
     torch.manual_seed(1)
     net = TimeNet(4, 3, 2, hidden_size=32, num_layers=num_layers)
     states, actions, times = torch.randn(rows, 4), torch.randn(rows, 3), torch.tensor([1.0, 0.4, 0.001])
     weights = torch.tensor([0.7, -2.0])
     with torch.no_grad():
-        prepared = Prepared(net, states, times)
+        cached = CachedTimeNet(net, states, times)
     for step, t in enumerate(times):
         x = actions.clone().requires_grad_()
         output = net(x, states, t.expand(rows))
         (slope,) = torch.autograd.grad((output * weights).sum(), x)
         with torch.no_grad():
-            assert torch.allclose(prepared.output(actions, step), output, atol=1e-5)
-            assert torch.allclose(prepared.slope(actions, step, weights), slope, atol=1e-5)
+            assert torch.allclose(cached.output(actions, step), output, atol=1e-5)
+            assert torch.allclose(cached.slope(actions, step, weights), slope, atol=1e-5)
 
 
 @pytest.mark.usefixtures("backend")

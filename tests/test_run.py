@@ -191,7 +191,7 @@ def test_a_checkpoint_of_another_run_or_of_other_data_is_refused(make_dataset, t
 
 def test_a_failed_run_is_a_result(make_dataset, tiny_config, tmp_path, monkeypatch):
     config = tiny_config(make_dataset())
-    monkeypatch.setattr("aepo.stages.critic.expectile_loss", lambda u_B, _: u_B.sum() * math.nan)
+    monkeypatch.setattr("aepo.stages.fast.expectile_loss", lambda u_B, _: u_B.sum() * math.nan)
     with pytest.raises(TrainingError, match="critic/loss is nan"):
         execute(config, tmp_path)
     result = run.read_result(tmp_path)

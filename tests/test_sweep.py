@@ -380,7 +380,7 @@ def test_a_trial_evaluates_on_the_cores_that_it_was_granted(sweep, values):
 
 
 def test_a_failure_that_repeats_is_a_result_and_no_exception(sweep, values, monkeypatch):
-    monkeypatch.setattr("aepo.stages.critic.expectile_loss", lambda u_B, _: u_B.sum() / 0)
+    monkeypatch.setattr("aepo.stages.fast.expectile_loss", lambda u_B, _: u_B.sum() / 0)
     trainable.run_inline(values)
     place = run_folder(sweep[0], sweep[1][3])
     assert run.read_result(place)["status"] == "failed"

@@ -1,13 +1,14 @@
 """What a plan will take: seconds per run from step rates measured here, and memory per run."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from rich.progress import track
 
 from aepo import pipeline, run
-from aepo.config import CriticConfig, EnergyConfig, RunConfig, with_overrides
+from aepo.config import RunConfig, with_overrides
 from aepo.console import err
 from aepo.data.transitions import Transitions
 
@@ -63,9 +64,7 @@ def work(config: RunConfig) -> float:
 
 def memory_gib(config: RunConfig, runner: str) -> float:
     """Return the memory of a run: processes, and the support actions that a stage keeps; data are shared."""
-    support = 0
-    for stage in _keepers(config).values():
-        support += stage.num_support_states * stage.num_samples * MAX_ACTION_DIM * 4
+    support = sum(math.prod(stage.support) for stage in config.stages.values()) * MAX_ACTION_DIM * 4
     return BASE_GIB[runner] + support / 2**30
 
 
@@ -73,18 +72,7 @@ def _light(config: RunConfig) -> RunConfig:
     """Return the same steps with little preparation."""
     changes = {
         f"{name}.num_support_states": MEASURED_SUPPORT
-        for name, stage in _keepers(config).items()
-        if stage.num_support_states > MEASURED_SUPPORT
+        for name, stage in config.stages.items()
+        if stage.support[0] > MEASURED_SUPPORT
     }
     return with_overrides(config, changes)
-
-
-def _keepers(config: RunConfig) -> dict[str, CriticConfig | EnergyConfig]:
-    """Return the stages that draw support actions before their first step and keep them."""
-    found: dict[str, CriticConfig | EnergyConfig] = {}
-    for name, stage in config.stages.items():
-        if isinstance(stage, CriticConfig) and stage.learner == "softmax_in_support":
-            found[name] = stage
-        if isinstance(stage, EnergyConfig) and stage.target == "contrastive":
-            found[name] = stage
-    return found

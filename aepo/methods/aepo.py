@@ -39,9 +39,9 @@ class GuidedConfig(RunConfig):
         RunConfig.__post_init__(self)
         for beta in (self.sampling.beta, *self.evaluation.grid_beta):
             check_beta(self.energy, beta)
-        if self.energy.target == "analytic_second_order" and self.critic.activation == "relu":
+        if "curvature" in self.energy.facts.asks and self.critic.activation == "relu":
             raise ConfigError(
-                "energy.target analytic_second_order needs critic.activation silu: Q of relu layers has no second "
+                f"energy.target {self.energy.target} needs critic.activation silu: Q of relu layers has no second "
                 "derivative"
             )
         if self.sampling.guidance_scale == 0:

@@ -1,4 +1,4 @@
-"""IQL's policy, trained after its critic: a Gaussian that clones the data's actions by how good they are.
+"""IQL's policy, trained after its critic: a Gaussian fitted by advantage-weighted regression.
 
 max_pi E min(exp(beta (min_i Q'_i(s, a) - V(s))), 100) log pi(a|s)     (arXiv 2110.06169)
 """
@@ -12,11 +12,20 @@ from aepo.config import ActorConfig
 from aepo.data.transitions import Pairs, Transitions
 from aepo.networks import GaussianActor
 from aepo.parallel import share
-from aepo.stages import Stage, States, Step
+from aepo.stages import Stage, States, Step, fast
 from aepo.stages.critic import OfRows, advantage_of_rows
-from aepo.stages.optim import Adam, Metrics
+from aepo.stages.optim import MAX_WEIGHT, Adam, Loss, Metrics
 
-MAX_WEIGHT = 100.0
+
+def loss(net: GaussianActor, batch: Pairs, advantage_B: Tensor, config: ActorConfig) -> Loss:
+    """Return -E min(exp(beta (min_i Q'_i(s, a) - V(s))), 100) log pi(a|s)."""
+    weight_B = (config.inverse_temperature * advantage_B).exp().clamp(max=MAX_WEIGHT)
+    loss = -(weight_B * net.log_prob(batch.states_BS, batch.actions_BA)).mean()
+    return loss, lambda: {
+        "loss": loss,
+        "weight": weight_B.mean(),
+        "clamped_share": (weight_B == MAX_WEIGHT).to(loss.dtype).mean(),
+    }
 
 
 @dataclasses.dataclass
@@ -35,25 +44,11 @@ def start(config: ActorConfig, data: Transitions, generator: torch.Generator) ->
     return ActorState(net, Adam(net.parameters(), lr=config.learning_rate, num_steps=config.steps), generator)
 
 
-@torch.no_grad()
-def gradients(
-    state: ActorState, config: ActorConfig, batch: Pairs, advantage_B: Tensor
-) -> tuple[list[Tensor], Metrics]:
-    """Return those of the weighted negative log-likelihood of the data's actions, and metrics."""
-    weight_B = (config.inverse_temperature * advantage_B).exp().clamp(max=MAX_WEIGHT)
-    log_prob, pull = state.net.log_prob(batch.states_BS, batch.actions_BA)
-    return pull(-weight_B / len(weight_B)), lambda: {
-        "loss": -(weight_B * log_prob()).mean(),
-        "weight": weight_B.mean(),
-        "clamped_share": (weight_B == MAX_WEIGHT).float().mean(),
-    }
-
-
 def train_step(state: ActorState, config: ActorConfig, data: Transitions, of_rows: OfRows) -> Metrics:
     """Take one gradient step and return its metrics; `of_rows` gives min_i Q'_i - V."""
     index_B = share(data.draw_rows(config.batch_size, state.generator))
-    found, metrics = gradients(state, config, data.take_pairs(index_B), of_rows(index_B))
-    state.optimizer.step_along(found)
+    gradients, metrics = fast.actor(state.net, data.take_pairs(index_B), of_rows(index_B), config)
+    state.optimizer.step_along(gradients)
     state.step += 1
     return metrics
 

@@ -18,16 +18,68 @@ from torch import Tensor
 
 from aepo.config import CriticConfig
 from aepo.data.transitions import Batch, Transitions
-from aepo.networks import Mlp, TwinQ, ValueNet
+from aepo.networks import TwinQ, ValueNet
 from aepo.parallel import share
-from aepo.stages import Stage, States, Step
+from aepo.stages import Stage, States, Step, fast
 from aepo.stages.behavior import BehaviorState, sample_support
-from aepo.stages.optim import Adam, Ema, Metrics
+from aepo.stages.optim import Adam, Ema, Loss, Metrics
+
+
+def in_sample_loss(q: TwinQ, v: ValueNet, target: TwinQ, batch: Batch, ahead: "Ahead", config: CriticConfig) -> Loss:
+    """Return the losses of V, Q_1 and Q_2, whose parameters are disjoint, in one sum.
+
+    V:    E |tau - 1(u < 0)| u^2,   u = min_i Q'_i(s, a) - V(s)     [M6]
+    Q_i:  E (r + gamma V(s') - Q_i(s, a))^2                         [M7]
+    """
+    with torch.no_grad():
+        target_q_B = target.lowest(batch.states_BS, batch.actions_BA)
+        backup_B = ahead.rewards_B + ahead.discounts_B * v(ahead.states_BS)
+    v_B = v(batch.states_BS)
+    u_B = target_q_B - v_B
+    v_loss = expectile_loss(u_B, config.expectile)
+    q_loss = (q(batch.states_BS, batch.actions_BA) - backup_B).square().mean(dim=1).sum()
+    return v_loss + q_loss, lambda: {
+        "loss": v_loss + q_loss,
+        "v": v_B.mean(),
+        "advantage_std": u_B.std(correction=0),
+    }
+
+
+def expectile_loss(u_B: Tensor, expectile: float) -> Tensor:
+    """Return E |tau - 1(u < 0)| u^2, a scalar  [M6]."""
+    return ((expectile - (u_B < 0).to(u_B.dtype)).abs() * u_B.square()).mean()
+
+
+def in_support_loss(
+    q: TwinQ, v: ValueNet, target: TwinQ, batch: Batch, support_BKA: Tensor, config: CriticConfig
+) -> Loss:
+    """Return the losses of Q_1, Q_2 and V in one sum; the network of V is what the energy's scale needs.
+
+    Q_i:  E (r + gamma next_v - Q_i(s, a))^2,   next_v = sum_k softmax_k(beta_Q q_k) q_k,   q_k = min_i Q'_i(s', a_k)
+    V:    E (next_v - V(s'))^2                                                                      [M7, M8]
+    """
+    num_actions = support_BKA.shape[1]
+    with torch.no_grad():
+        next_states_NS = batch.next_states_BS.repeat_interleave(num_actions, dim=0)
+        q_BK = target.lowest(next_states_NS, support_BKA.flatten(0, 1)).view(-1, num_actions)
+        next_v_B = soft_maximum(q_BK, config.backup_beta)
+        backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_v_B
+    q_loss = (q(batch.states_BS, batch.actions_BA) - backup_B).square().mean(dim=1).sum()
+    v_loss = (v(batch.next_states_BS) - next_v_B).square().mean()
+    return q_loss + v_loss, lambda: {
+        "loss": q_loss + v_loss,
+        "v": next_v_B.mean(),
+        "support_std": q_BK.std(dim=1, correction=min(1, num_actions - 1)).mean(),
+    }
+
+
+def soft_maximum(q_BK: Tensor, beta: float) -> Tensor:
+    """Return sum_i softmax_i(beta q_i) q_i, [B]: the mean at beta 0, the maximum as beta grows  [M8]."""
+    return ((beta * q_BK).softmax(dim=1) * q_BK).sum(dim=1)
+
 
 OfRows = Callable[[Tensor], Tensor]
 """Rows of the data [B] -> a number for each [B]."""
-Loss = Callable[[], Tensor]
-"""A scalar, computed when it is asked for."""
 Table = TypeVar("Table")
 
 
@@ -52,7 +104,7 @@ def start(config: CriticConfig, data: Transitions, generator: torch.Generator) -
     q = TwinQ(data.state_dim, data.action_dim, config).to(generator.device)
     v = ValueNet(data.state_dim, config).to(generator.device)
     optimizer = Adam([*q.parameters(), *v.parameters()], lr=config.learning_rate, num_steps=config.steps)
-    num_support = min(len(data), config.num_support_states) if config.learner == "softmax_in_support" else 0
+    num_support = min(len(data), config.support[0])
     return CriticState(
         q=q,
         target=Ema(q, 1.0 - config.target_rate),
@@ -66,44 +118,11 @@ def start(config: CriticConfig, data: Transitions, generator: torch.Generator) -
 
 def measure(state: CriticState, config: CriticConfig, data: Transitions, behavior: BehaviorState) -> None:
     """Draw what stage 2 takes from stage 1 before its first step of a round: support actions [M8]."""
-    if config.learner == "softmax_in_support":
-        num, device = len(state.support_index_M), state.generator.device
+    if num := len(state.support_index_M):
+        device = state.generator.device
         state.support_index_M = torch.randperm(len(data), generator=state.generator, device=device)[:num]
         next_states_MS = data.take(state.support_index_M).next_states_BS
         state.support_MKA = sample_support(behavior, next_states_MS, config.num_samples, state.generator)
-
-
-def expectile_loss(u_B: Tensor, expectile: float) -> Tensor:
-    """Return the mean of |tau - 1(u < 0)| u^2, a scalar  [M6]."""
-    return (_weighted(u_B, expectile) * u_B).mean()
-
-
-def expectile_slope(u_B: Tensor, expectile: float) -> Tensor:
-    """Return the gradient of `expectile_loss` by u, [B]."""
-    return 2.0 / u_B.shape[0] * _weighted(u_B, expectile)
-
-
-def _weighted(u_B: Tensor, expectile: float) -> Tensor:
-    """Return |tau - 1(u < 0)| u."""
-    return torch.where(u_B < 0, (1.0 - expectile) * u_B, expectile * u_B)
-
-
-def squared_error(net: Mlp, x_BI: Tensor, target_B: Tensor) -> tuple[Loss, list[Tensor]]:
-    """Return the mean squared error of a network's only output and its gradients by the parameters."""
-    error_B1, gradients = net.fit(x_BI, target_B.unsqueeze(1))
-    return lambda: error_B1.square().mean(), gradients
-
-
-def squared_errors(q: TwinQ, pairs_BP: Tensor, target_B: Tensor) -> tuple[Loss, list[Tensor]]:
-    """Return the sum of both critics' mean squared errors and its gradients by their parameters  [M7].
-
-    Args:
-        q: Q_1 and Q_2.
-        pairs_BP: states and actions side by side.
-        target_B: what both follow.
-    """
-    (loss_1, of_q_1), (loss_2, of_q_2) = (squared_error(net, pairs_BP, target_B) for net in (q.q_1, q.q_2))
-    return lambda: loss_1() + loss_2(), [*of_q_1, *of_q_2]
 
 
 class Ahead(NamedTuple):
@@ -149,47 +168,12 @@ def look_ahead(data: Transitions, num_steps: int, discount: float) -> Steps:
     return Steps(sum_N, discounts_N * (1.0 - terminals_N[last_N]), last_N)
 
 
-@torch.no_grad()
-def gradients(state: CriticState, config: CriticConfig, batch: Batch, ahead: Ahead) -> tuple[list[Tensor], Metrics]:
-    """Return those of the sum of the losses, whose parameters are disjoint, Q's before V's, and metrics  [M6, M7]."""
-    backup_B = torch.addcmul(ahead.rewards_B, ahead.discounts_B, state.v.forward(ahead.states_BS))
-    v_B1, pull = state.v.body.vjp(batch.states_BS)
-    pairs_BP = torch.cat([batch.states_BS, batch.actions_BA], dim=1)
-    u_B = state.target.net.lowest_of(pairs_BP) - v_B1.squeeze(1)
-    of_v = pull(-expectile_slope(u_B, config.expectile).unsqueeze(1))
-    q_loss, of_q = squared_errors(state.q, pairs_BP, backup_B)
-    return [*of_q, *of_v], lambda: {
-        "loss": q_loss() + expectile_loss(u_B, config.expectile),
-        "v": v_B1.mean(),
-        "advantage_std": u_B.std(correction=0),
-    }
-
-
-@torch.no_grad()
-def softmax_gradients(
-    state: CriticState, config: CriticConfig, batch: Batch, support_BKA: Tensor
-) -> tuple[list[Tensor], Metrics]:
-    """Return those of the sum of the losses with the in-support backup, Q's before V's, and metrics  [M7, M8].
-
-    V, which the energy's scale needs, follows the backup by squared error in the next states.
-    """
-    num_support = support_BKA.shape[1]
-    repeated = batch.next_states_BS.repeat_interleave(num_support, dim=0)
-    q_BK = state.target.net.lowest(repeated, support_BKA.flatten(0, 1)).view(-1, num_support)
-    next_v_B = soft_maximum(q_BK, config.backup_beta)
-    backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_v_B
-    q_loss, of_q = squared_errors(state.q, torch.cat([batch.states_BS, batch.actions_BA], dim=1), backup_B)
-    v_loss, of_v = squared_error(state.v.body, batch.next_states_BS, next_v_B)
-    return [*of_q, *of_v], lambda: {
-        "loss": q_loss() + v_loss(),
-        "v": next_v_B.mean(),
-        "support_std": q_BK.std(dim=1, correction=min(1, q_BK.shape[1] - 1)).mean(),
-    }
-
-
-def soft_maximum(q_BK: Tensor, beta: float) -> Tensor:
-    """Return sum_i softmax_i(beta q_i) q_i, [B]: the mean at beta 0, the maximum as beta grows  [M8]."""
-    return ((beta * q_BK).softmax(dim=1) * q_BK).sum(dim=1)
+def _ahead(data: Transitions, batch: Batch, index_B: Tensor, steps: Steps | None, config: CriticConfig) -> Ahead:
+    """Return what follows the transitions of these rows."""
+    if steps is None:
+        return Ahead(batch.rewards_B, config.discount * (1.0 - batch.terminals_B), batch.next_states_BS)
+    next_states_BS = data.take(steps.last_N[index_B]).next_states_BS
+    return Ahead(steps.rewards_N[index_B], steps.discounts_N[index_B], next_states_BS)
 
 
 def train_step(state: CriticState, config: CriticConfig, data: Transitions, steps: Steps | None = None) -> Metrics:
@@ -201,22 +185,17 @@ def train_step(state: CriticState, config: CriticConfig, data: Transitions, step
         data: transitions.
         steps: what `look_ahead` returned, for `backup_steps` above 1.
     """
-    generator = state.generator
-    num_rows = len(data) if config.learner == "expectile" else len(state.support_index_M)
+    generator, num_support = state.generator, len(state.support_index_M)
+    num_rows = num_support or len(data)
     index_B = share(torch.randint(num_rows, (config.batch_size,), generator=generator, device=generator.device))
-    if config.learner == "expectile":
-        batch = data.take(index_B)
-        if steps is None:
-            discounts_B = config.discount * (1.0 - batch.terminals_B)
-            ahead = Ahead(batch.rewards_B, discounts_B, batch.next_states_BS)
-        else:
-            next_states_BS = data.take(steps.last_N[index_B]).next_states_BS
-            ahead = Ahead(steps.rewards_N[index_B], steps.discounts_N[index_B], next_states_BS)
-        found, metrics = gradients(state, config, batch, ahead)
-    else:
+    nets = state.q, state.v, state.target.net
+    if num_support:
         batch = data.take(state.support_index_M[index_B])
-        found, metrics = softmax_gradients(state, config, batch, state.support_MKA[index_B])
-    state.optimizer.step_along(found)
+        gradients, metrics = fast.in_support(*nets, batch, state.support_MKA[index_B], config)
+    else:
+        batch = data.take(index_B)
+        gradients, metrics = fast.in_sample(*nets, batch, _ahead(data, batch, index_B, steps, config), config)
+    state.optimizer.step_along(gradients)
     state.target.update()
     state.step += 1
     return metrics
@@ -272,7 +251,7 @@ def advantage_scale(state: CriticState, data: Transitions, *, num_samples: int =
 
 def learns_from(config: CriticConfig) -> tuple[str, ...]:
     """Return stage 1 for a learner that backs up over its actions [M8]."""
-    return ("behavior",) if config.learner == "softmax_in_support" else ()
+    return ("behavior",) if config.support[0] else ()
 
 
 def prepare(config: CriticConfig, states: States, data: Transitions) -> None:

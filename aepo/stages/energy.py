@@ -4,8 +4,8 @@
                 ~= beta (Q(s, c) + g.(m_t - c)) + beta^2 g' diag(v_t) g / 2,   g = grad_a Q(s, c)   [M11]
                  = beta f_1(s, a_t, t) + beta^2 f_2(s, a_t, t)                                      [M12]
 
-So beta is chosen after training. This is the paper's target; it and the others are in targets.py. Q here is
-(Q - V) / scale.
+So beta is chosen after training. This is the paper's target, `analytic`; its loss and those of the others are in
+targets.py. Q here is (Q - V) / scale.
 """
 
 import dataclasses
@@ -16,57 +16,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aepo.config import POLYNOMIAL_TARGETS, EnergyConfig
+from aepo import backward
+from aepo.config import EnergyConfig
 from aepo.data.transitions import Transitions
 from aepo.diffusion import posterior
+from aepo.diffusion.networks import EnergyNet
 from aepo.diffusion.sampler import Grid, Predict
-from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
-from aepo.networks import Prepared, TimeNet
+from aepo.diffusion.schedule import add_noise, draw_times
 from aepo.parallel import share
-from aepo.stages import Stage, States, Step, critic, targets
+from aepo.stages import Stage, States, Step, critic, fast, targets
 from aepo.stages.behavior import BehaviorState, sample_support
 from aepo.stages.critic import CriticState, OfRows
-from aepo.stages.optim import Adam, Ema, Metrics, gradients_of
-from aepo.stages.targets import Noised, Posterior, Value, WithSlope
+from aepo.stages.optim import Adam, Ema, Loss, Metrics
+from aepo.stages.targets import Sample, Value, WithSlope
+
+
+def loss(net: EnergyNet, target: str, x: Sample) -> Loss:
+    """Return the loss of a target on noised actions: for `analytic` the squared error of both heads  [M11, M12].
+
+    E (f_1 - Q(s, c) - g.(m_t - c))^2 + E (f_2 - g' diag(v_t) g / 2)^2
+    """
+    return targets.LOSSES[target](net, x)
+
 
 NUM_VARIANCE_TIMES = 64
 NUM_VARIANCE_SAMPLES = 4096
 PART_ROWS = 8192
 """Rows of which Q is asked at once where it is asked of all."""
-OF_DATA_ACTIONS = ("mse", "log_expectation", "weighted_denoising")
-"""Targets that ask for Q of the data's actions alone."""
-
-
-class EnergyNet(TimeNet):
-    """E_t as beta f_1 + beta^2 f_2 [M12], or, with `takes_beta`, as beta f(s, a_t, t, log beta).
-
-    The network sees alpha_t a_t: E_t forgets a_t as alpha_t falls, and the sampler divides grad E_t by alpha_t
-    [M13]. So the gradient has the factor alpha_t by construction, and no error of the network is blown up at
-    high noise.
-    """
-
-    def __init__(self, state_dim: int, action_dim: int, *, hidden_size: int, num_layers: int, takes_beta: bool):
-        """Two outputs, or one and one more input."""
-        super().__init__(
-            state_dim + int(takes_beta),
-            action_dim,
-            1 if takes_beta else 2,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-        )
-        self.takes_beta = takes_beta
-
-    def inputs(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor, beta_B: Tensor) -> Tensor:  # type: ignore[override]
-        """Return what the layers see, [B, I]."""
-        alpha_B, _ = alpha_sigma(t_B)
-        if self.takes_beta:
-            states_BS = torch.cat([states_BS, beta_B.log()[:, None]], dim=-1)
-        return super().inputs(alpha_B[:, None] * a_t_BA, states_BS, t_B)
-
-    def forward(self, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor, beta_B: Tensor) -> Tensor:  # type: ignore[override]
-        """Return E_t(s, a_t) at inverse temperature beta, [B]."""
-        outputs_BO = self.body(self.inputs(a_t_BA, states_BS, t_B, beta_B))
-        return beta_B * outputs_BO[:, 0] if self.takes_beta else targets.combine(outputs_BO, beta_B)
 
 
 @dataclasses.dataclass
@@ -82,7 +58,7 @@ class EnergyState:
     variance_K: Tensor
     """v_t over `posterior.time_grid(K)`  [M10]; unused where stage 1 has learned v_t(s, a_t)."""
     support_index_M: Tensor
-    """Transitions whose states have support actions; none but for the contrastive target."""
+    """Transitions whose states have support actions; none but for targets that ask for them."""
     support_MKA: Tensor
     """Actions of the behaviour policy in these states."""
     step: int = 0
@@ -95,7 +71,7 @@ def make_net(config: EnergyConfig, state_dim: int, action_dim: int) -> EnergyNet
         action_dim,
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
-        takes_beta=config.target not in POLYNOMIAL_TARGETS,
+        takes_beta=config.facts.takes_beta,
     )
 
 
@@ -103,7 +79,7 @@ def start(config: EnergyConfig, data: Transitions, generator: torch.Generator) -
     """Return stage 3 before its first step; weights are drawn from torch's global generator."""
     device = generator.device
     net = make_net(config, data.state_dim, data.action_dim).to(device)
-    num_support = min(len(data), config.num_support_states) if config.target == "contrastive" else 0
+    num_support = min(len(data), config.support[0])
     return EnergyState(
         net=net,
         ema=Ema(net, config.ema_decay),
@@ -120,8 +96,8 @@ def measure(state: EnergyState, config: EnergyConfig, data: Transitions, behavio
     """Measure what stage 3 takes from stage 1 before its first step of a round: v_t, support actions."""
     if not behavior.has_variance:
         state.variance_K = measure_variance(behavior, data, state.generator)
-    if config.target == "contrastive":
-        num, device = len(state.support_index_M), state.generator.device
+    if num := len(state.support_index_M):
+        device = state.generator.device
         state.support_index_M = torch.randperm(len(data), generator=state.generator, device=device)[:num]
         states_MS = data.take(state.support_index_M).states_BS
         state.support_MKA = sample_support(behavior, states_MS, config.num_samples, state.generator)
@@ -154,8 +130,8 @@ def predict_slope(net: EnergyNet, states_BS: Tensor, beta: float, grid: Grid) ->
     if net.takes_beta:
         states_BS = torch.cat([states_BS, states_BS.new_full((len(states_BS), 1), beta).log()], dim=-1)
     heads_O = states_BS.new_tensor([beta] if net.takes_beta else [beta, beta**2])
-    prepared = Prepared(net, states_BS, grid.t)
-    return lambda a_t_BA, i: prepared.slope(grid.alpha[i] * a_t_BA, i, heads_O)
+    cached = backward.CachedTimeNet(net, states_BS, grid.t)
+    return lambda a_t_BA, i: cached.slope(grid.alpha[i] * a_t_BA, i, heads_O)
 
 
 class QSource(NamedTuple):
@@ -184,7 +160,7 @@ def q_source(critic_state: CriticState, state: EnergyState, config: EnergyConfig
 
     @torch.no_grad()
     def with_slope(states_BS: Tensor, actions_BA: Tensor) -> tuple[Tensor, Tensor]:
-        q_B, slope_BA = critic_state.q.lowest_with_slope(states_BS, actions_BA)
+        q_B, slope_BA = backward.lowest_with_slope(critic_state.q, states_BS, actions_BA)
         return (q_B - critic_state.v(states_BS)) / state.q_scale, slope_BA / state.q_scale
 
     resting = functools.partial(critic.while_resting, critic_state)
@@ -246,101 +222,77 @@ def source_of(
     return source
 
 
-def gradients(
-    state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, source: QSource
-) -> tuple[list[Tensor], Metrics]:
-    """Return those of the loss of the config's target on a new batch by the network's parameters, and metrics."""
-    if config.target == "contrastive":
-        return _contrastive(state, config, data, source)
-    x = _noised(state, config, data, source)
-    if config.target == "weighted_denoising":
-        loss, metrics = targets.weighted_denoising(state.net, x, _posterior(state, config, x, behavior))
-        return gradients_of(loss, state.net.parameters()), metrics
-    with torch.no_grad():
-        outputs_BO, pull = state.net.body.vjp(state.net.inputs(x.a_t_BA, x.states_BS, x.t_B, x.beta_B))
-        slope_BO, metrics = _target(outputs_BO, state, config, x, behavior, source)
-        return pull(slope_BO), metrics
-
-
-def _target(
-    outputs_BO: Tensor, state: EnergyState, config: EnergyConfig, x: Noised, behavior: BehaviorState, source: QSource
-) -> targets.Outcome:
-    if config.target == "mse":
-        return targets.mse(outputs_BO, x)
-    if config.target == "log_expectation":
-        return targets.log_expectation(outputs_BO, x)
-    origin = _posterior(state, config, x, behavior)
-    if config.target == "monte_carlo":
-        shape = (config.num_samples, config.batch_size, x.actions_BA.shape[1])
-        draws_KBA = torch.randn(shape, generator=state.generator, device=x.t_B.device)
-        return targets.monte_carlo(outputs_BO, source.value, x, origin, share(draws_KBA, dim=1))
-    if config.target == "analytic":
-        if config.expansion == "data_action":
-            return targets.analytic(outputs_BO, *source.with_slope_of_rows(x.index_B), origin)
-        return targets.analytic(outputs_BO, *source.with_slope(x.states_BS, origin.point_BA), origin)
-    return targets.analytic_second_order(outputs_BO, source.value, x, origin)
-
-
 def train_step(
     state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, source: QSource
 ) -> Metrics:
     """Take one gradient step and return its metrics."""
-    found, metrics = gradients(state, config, data, behavior, source)
-    state.optimizer.step_along(found)
+    x = draw(state, config, data, behavior, source)
+    gradients, metrics = fast.energy(state.net, targets.LOSSES[config.target], x)
+    state.optimizer.step_along(gradients)
     state.ema.update()
     state.step += 1
     return metrics
 
 
-def _noised(state: EnergyState, config: EnergyConfig, data: Transitions, source: QSource) -> Noised:
-    generator = state.generator
-    index_B = data.draw_rows(config.batch_size, generator)
-    t_B = draw_times(len(index_B), generator)
-    eps_BA = torch.randn((len(index_B), data.action_dim), generator=generator, device=generator.device)
-    beta_B = torch.ones_like(t_B) if not state.net.takes_beta else _draw_betas(config, len(t_B), generator)
+@torch.no_grad()
+def draw(
+    state: EnergyState, config: EnergyConfig, data: Transitions, behavior: BehaviorState, source: QSource
+) -> Sample:
+    """Return a new batch of noised actions with all that the target asks for."""
+    asks, generator, num = config.facts.asks, state.generator, config.batch_size
+    if "support" in asks:
+        return _draw_support(state, config, data, source)
+    index_B, t_B = data.draw_rows(num, generator), draw_times(num, generator)
+    eps_BA = torch.randn((num, data.action_dim), generator=generator, device=generator.device)
+    beta_B = _draw_betas(config, num, generator) if config.facts.takes_beta else torch.ones_like(t_B)
+    draws_KBA = targets.NOTHING
+    if "draws" in asks:
+        shape = (config.num_samples, num, data.action_dim)
+        draws_KBA = share(torch.randn(shape, generator=generator, device=generator.device), dim=1)
     index_B, t_B, eps_BA, beta_B = share(index_B), share(t_B), share(eps_BA), share(beta_B)
-    batch = data.take_pairs(index_B)
-    return Noised(
-        index_B=index_B,
-        states_BS=batch.states_BS,
-        actions_BA=batch.actions_BA,
-        t_B=t_B,
-        a_t_BA=add_noise(batch.actions_BA, t_B, eps_BA),
-        beta_B=beta_B,
-        q_B=source.of_rows(index_B) if config.target in OF_DATA_ACTIONS else t_B.new_empty(0),
-    )
-
-
-@torch.no_grad()
-def _posterior(state: EnergyState, config: EnergyConfig, x: Noised, behavior: BehaviorState) -> Posterior:
-    mean_BA = posterior.posterior_mean(x.a_t_BA, behavior.ema(x.a_t_BA, x.states_BS, x.t_B), x.t_B)
+    states_BS, actions_BA = data.take_pairs(index_B)
+    a_t_BA = add_noise(actions_BA, t_B, eps_BA)
+    q_B = source.of_rows(index_B) if "data" in asks else targets.NOTHING
+    x = Sample(states_BS, actions_BA, t_B, a_t_BA, beta_B, source.value, q_B=q_B, draws_KBA=draws_KBA)
+    if "posterior" not in asks:
+        return x
+    mean_BA = posterior.posterior_mean(a_t_BA, behavior.ema(a_t_BA, states_BS, t_B), t_B)
     if behavior.has_variance:
-        variance_BA = behavior.variance(x.a_t_BA, x.states_BS, x.t_B)
+        variance_BA = behavior.variance(a_t_BA, states_BS, t_B)
     else:
-        variance_BA = posterior.interpolate_variance(state.variance_K, x.t_B)[:, None].expand_as(mean_BA)
-    point_BA = {"posterior_mean": mean_BA, "data_action": x.actions_BA}[config.expansion]
-    return Posterior(mean_BA, variance_BA, point_BA)
+        variance_BA = posterior.interpolate_variance(state.variance_K, t_B)[:, None].expand_as(mean_BA)
+    x = x._replace(mean_BA=mean_BA, variance_BA=variance_BA)
+    in_data = config.expansion == "data_action"
+    if "slope" in asks or "curvature" in asks:
+        x = x._replace(point_BA=actions_BA if in_data else mean_BA)
+    if "slope" in asks:
+        q_B, slope_BA = source.with_slope_of_rows(index_B) if in_data else source.with_slope(states_BS, mean_BA)
+        x = x._replace(q_B=q_B, slope_BA=slope_BA)
+    return x
 
 
-@torch.no_grad()
-def _contrastive(
-    state: EnergyState, config: EnergyConfig, data: Transitions, source: QSource
-) -> tuple[list[Tensor], Metrics]:
+def _draw_support(state: EnergyState, config: EnergyConfig, data: Transitions, source: QSource) -> Sample:
+    """Return a batch of support actions, noised, all of a state at one time and one beta."""
     generator, num = state.generator, config.num_samples
-    num_states = max(1, config.batch_size // num)
-    pick_B = torch.randint(len(state.support_index_M), (num_states,), generator=generator, device=generator.device)
-    states_BS = data.take(state.support_index_M[pick_B]).states_BS
-    actions_BKA = state.support_MKA[pick_B]
-    t_B = draw_times(num_states, generator)
-    a_t = _add_noise(actions_BKA.flatten(0, 1), t_B.repeat_interleave(num), generator)
-    beta_B = _draw_betas(config, num_states, generator)
-    states_BS, a_t_BKA = share(states_BS), share(a_t.view_as(actions_BKA))
-    pick_B, t_B, beta_B = share(pick_B), share(t_B), share(beta_B)
-    repeated = [part.repeat_interleave(num, dim=0) for part in (states_BS, t_B, beta_B)]
-    q_BK = source.of_support(pick_B)
-    f_N1, pull = state.net.body.vjp(state.net.inputs(a_t_BKA.flatten(0, 1), *repeated))
-    slope_BK, metrics = targets.contrastive(f_N1.view_as(q_BK), q_BK, beta_B)
-    return pull(slope_BK.view(-1, 1)), metrics
+    num_states = max(1, config.num_units)
+    pick_S = torch.randint(len(state.support_index_M), (num_states,), generator=generator, device=generator.device)
+    actions_SKA = state.support_MKA[pick_S]
+    t_S = draw_times(num_states, generator)
+    a_t_SKA = _add_noise(actions_SKA.flatten(0, 1), t_S.repeat_interleave(num), generator).view_as(actions_SKA)
+    beta_S = _draw_betas(config, num_states, generator)
+    pick_S, a_t_SKA, t_S, beta_S = share(pick_S), share(a_t_SKA), share(t_S), share(beta_S)
+    states_S = data.take(state.support_index_M[pick_S]).states_BS
+    states_BS, t_B, beta_B = (part.repeat_interleave(num, dim=0) for part in (states_S, t_S, beta_S))
+    return Sample(
+        states_BS=states_BS,
+        actions_BA=state.support_MKA[pick_S].flatten(0, 1),
+        t_B=t_B,
+        a_t_BA=a_t_SKA.flatten(0, 1),
+        beta_B=beta_B,
+        value=source.value,
+        q_B=source.of_support(pick_S).flatten(),
+        num_actions=num,
+    )
 
 
 def _draw_betas(config: EnergyConfig, num: int, generator: torch.Generator) -> Tensor:

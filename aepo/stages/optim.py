@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from aepo import parallel
 
 Metrics = Callable[[], dict[str, Tensor]]
-"""What a step has to say, on the device, computed when it is asked for: of most steps no one asks."""
+"""Metrics of one step, on the device, computed when they are asked for: those of most steps nobody logs."""
+Loss = tuple[Tensor, Metrics]
+"""A scalar with its graph, and metrics, `loss` among them: what the functions return with which stage files open."""
+Gradients = tuple[list[Tensor], Metrics]
+"""A loss's gradients by a network's parameters, in their order, and its metrics: what training uses."""
+MAX_WEIGHT = 100.0
+"""Exponential weights of samples are cut here, so that one outlier does not own the step."""
 Net = TypeVar("Net", bound=nn.Module)
 
 
@@ -70,7 +76,7 @@ class Adam(torch.optim.Adam):
 
 
 def gradients_of(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Return the gradients of a scalar by autograd; 0 for a parameter that it does not depend on."""
+    """Return the gradients of a scalar by autograd; 0 for a parameter on which it does not depend."""
     found = torch.autograd.grad(loss, list(parameters), materialize_grads=True)
     return [gradient.contiguous() for gradient in found]  # the fused Adam looks at no strides
 

@@ -8,189 +8,207 @@
     weighted_denoising     [M15]          its gradient: exact in the limit, data actions only
     contrastive                           QGPO's CEP: exact in the limit up to a constant per (s, t), support actions
 
-Each is a loss of the network's outputs on one noised batch, and returns its gradient by them; some ask the behaviour
-model for the posterior. Those that are polynomials in beta train two heads f_1 and f_2, the others f = E / beta, of a
-network that takes beta, drawn anew for every sample. `weighted_denoising` asks for the network itself.
+Each is a loss of the network on noised actions, named as its row in ENERGY_TARGETS (aepo/config.py), which says what it
+asks for: a new target is a loss here, a row there, or one call of `register`. Those that are polynomials in beta train
+two heads f_1 and f_2, the others E / beta of a network that takes beta, drawn anew for every sample. Training takes the
+gradients of aepo/stages/fast.py where it has them.
 """
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from aepo import parallel
+from aepo.config import ENERGY_TARGETS, EnergyTarget
+from aepo.diffusion.networks import EnergyNet
 from aepo.diffusion.schedule import alpha_sigma
-from aepo.stages.optim import Metrics
-
-if TYPE_CHECKING:
-    from aepo.stages.energy import EnergyNet
-
-Value = Callable[[Tensor, Tensor], Tensor]
-"""(states [B, S], actions [B, A]) -> scaled Q [B], differentiable in the actions."""
-WithSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(states [B, S], actions [B, A]) -> scaled Q [B] and its gradient by the actions [B, A], both without a graph."""
-Outcome = tuple[Tensor, Metrics]
-"""Gradient of the loss by the network's outputs, in their shape, and metrics, `loss` among them."""
+from aepo.errors import ConfigError
+from aepo.stages.optim import MAX_WEIGHT, Loss
 
 MAX_EXPONENT = 5.0
-"""Of [M14]: above it exp is continued by its tangent, so that one outlier does not own the step."""
-MAX_WEIGHT = 100.0
-"""Of [M15], as of IQL's advantages: one outlier does not own the step."""
+"""In [M14] exp is continued by its tangent from here on, so that one outlier does not own the step."""
 MIN_PIVOT = 0.1
 """Second order is used where every eigenvalue of I - beta Sigma H is at least this."""
 
 
-class Noised(NamedTuple):
-    """Data actions, noised."""
+def analytic(net: EnergyNet, x: "Sample") -> Loss:
+    """Return the squared error of both heads, the paper's loss.
 
-    index_B: Tensor
-    """Their rows of the data."""
-    states_BS: Tensor
-    actions_BA: Tensor
-    """a_0."""
-    t_B: Tensor
-    a_t_BA: Tensor
-    beta_B: Tensor
-    """Inverse temperature at which the network is trained on this sample; unused by polynomials in beta."""
-    q_B: Tensor
-    """Scaled Q(s, a_0); empty for targets that do not ask for it."""
-
-
-class Posterior(NamedTuple):
-    """What the behaviour model says of where each a_t came from."""
-
-    mean_BA: Tensor
-    """m_t  [M9]."""
-    variance_BA: Tensor
-    """Diagonal of the covariance  [M10]."""
-    point_BA: Tensor
-    """c of [M11]."""
-
-
-def analytic(heads_B2: Tensor, q_B: Tensor, slope_BA: Tensor, origin: Posterior) -> Outcome:
-    """Return the gradient of the squared error of both heads  [M12].
-
-    Args:
-        heads_B2: the network's outputs.
-        q_B: scaled Q at the point of expansion.
-        slope_BA: its gradient there.
-        origin: the posterior.
+    E (f_1 - Q(s, c) - g.(m_t - c))^2 + E (f_2 - g' diag(v_t) g / 2)^2,   g = grad_a Q(s, c)   [M11, M12]
     """
-    first_B, second_B = first_order(q_B, slope_BA, origin.point_BA, origin.mean_BA, origin.variance_BA)
-    return _fit_heads(heads_B2, first_B, second_B)
-
-
-def mse(heads_B2: Tensor, x: Noised) -> Outcome:
-    """Return the gradient of the squared error of f_1 to Q(s, a_0) and of f_2 to 0."""
-    return _fit_heads(heads_B2, x.q_B, torch.zeros_like(x.q_B))
-
-
-def analytic_second_order(f_B1: Tensor, value: Value, x: Noised, origin: Posterior) -> Outcome:
-    """Return the gradient of the squared error of f to the second-order closed form; its metrics say how often the
-    first order stood in.
-    """
-    target_B, used_B = second_order(value, x.states_BS, origin.point_BA, origin.mean_BA, origin.variance_BA, x.beta_B)
-    slope_B1, metrics = _fit_energy(f_B1, x, target_B)
-    return slope_B1, lambda: metrics() | {"first_order_share": 1.0 - used_B.float().mean()}
-
-
-def monte_carlo(f_B1: Tensor, value: Value, x: Noised, origin: Posterior, draws_KBA: Tensor) -> Outcome:
-    """Return the gradient of the squared error of f to log-mean-exp of beta Q over draws from N(m_t, v_t), over beta.
-
-    Args:
-        f_B1: the network's outputs.
-        value: scaled Q.
-        x: the batch.
-        origin: its posterior.
-        draws_KBA: standard normal draws; actions made of them are clipped to [-1, 1].
-    """
-    actions_KBA = (origin.mean_BA + origin.variance_BA.sqrt() * draws_KBA).clamp(-1.0, 1.0)
-    states_KBS = x.states_BS.expand(len(draws_KBA), -1, -1)
-    q_KB = value(states_KBS.flatten(0, 1), actions_KBA.flatten(0, 1)).view(len(draws_KBA), -1)
-    target_B = torch.logsumexp(x.beta_B * q_KB, dim=0) - math.log(len(draws_KBA))
-    return _fit_energy(f_B1, x, target_B)
-
-
-def log_expectation(f_B1: Tensor, x: Noised) -> Outcome:
-    """Return the gradient of E[(exp(beta Q(s, a_0) - E) + E) / beta^2], least where E is [M3] exactly  [M14].
-
-    Near its least value the loss is half the squared error of E / beta: as in the other targets, no beta of the
-    range owns it.
-    """
-    f_B = f_B1.squeeze(1)
-    gap_B = x.beta_B * (x.q_B - f_B)
-    clamped_B = gap_B.clamp(max=MAX_EXPONENT)
-    exp_B = clamped_B.exp()
-
-    def metrics() -> dict[str, Tensor]:
-        tangent_B = exp_B * (1.0 + gap_B - clamped_B)  # exp itself below the largest exponent
-        energy_B = x.beta_B * f_B
-        return {
-            "loss": ((tangent_B + energy_B) / x.beta_B.square()).mean(),
-            "energy": energy_B.mean(),
-            "clamped_share": (gap_B > MAX_EXPONENT).float().mean(),
-        }
-
-    return ((1.0 - exp_B) / (len(f_B) * x.beta_B)).unsqueeze(1), metrics
-
-
-def weighted_denoising(net: "EnergyNet", x: Noised, origin: Posterior) -> tuple[Tensor, Metrics]:
-    """Return E[w |a_0 - m_t - sigma_t^2 / alpha_t grad E|^2] / A over E[w], w = exp(beta Q(s, a_0))  [M15].
-
-    Least where m_t + sigma_t^2 / alpha_t grad E is the guided policy's own posterior mean E[w a_0 | a_t] / E[w | a_t],
-    that is, where grad E is the gradient of [M3]. The network is fitted through its gradient, all that guidance uses,
-    and learns from A numbers per sample instead of one; E itself is known up to a constant per (s, t, beta).
-    """
-    weight_B = (x.beta_B * x.q_B).exp().clamp(max=MAX_WEIGHT)
-    alpha_B, sigma_B = alpha_sigma(x.t_B)
-    a_t_BA = x.a_t_BA.detach().requires_grad_()
-    energy_B = net(a_t_BA, x.states_BS, x.t_B, x.beta_B)
-    (slope_BA,) = torch.autograd.grad(energy_B.sum(), a_t_BA, create_graph=True)
-    guided_BA = origin.mean_BA + (sigma_B.square() / alpha_B)[:, None] * slope_BA
-    error_B = (x.actions_BA - guided_BA).square().mean(dim=1)
-    loss = (weight_B * error_B).sum() / parallel.mean(weight_B.sum())
-    return loss, lambda: {
-        "loss": loss.detach(),
-        "effective_share": weight_B.mean().square() / weight_B.square().mean(),
-        "clamped_share": (weight_B == MAX_WEIGHT).float().mean(),
-    }
-
-
-def contrastive(f_BK: Tensor, q_BK: Tensor, beta_B: Tensor) -> Outcome:
-    """Return the gradient of the cross-entropy between softmax(beta Q(s, a_i)) and softmax(E_t(s, a_{i,t})).
-
-    Args:
-        f_BK: the network's outputs E / beta for K support actions of each state, noised, all of a state at one t.
-        q_BK: scaled Q of these actions.
-        beta_B: inverse temperatures.
-    """
-    energy_BK = beta_B[:, None] * f_BK
-    weight_BK = (beta_B[:, None] * q_BK).softmax(dim=1)
-    slope_BK = (energy_BK.softmax(dim=1) - weight_BK) * (beta_B / len(beta_B))[:, None]
-    return slope_BK, lambda: {
-        "loss": -(weight_BK * energy_BK.log_softmax(dim=1)).sum(dim=1).mean(),
-        "effective_support": (1.0 / weight_BK.square().sum(dim=1)).mean(),
-    }
+    first_B, second_B = first_order(x.q_B, x.slope_BA, x.point_BA, x.mean_BA, x.variance_BA)
+    f_1_B, f_2_B = net.outputs(x.a_t_BA, x.states_BS, x.t_B, x.beta_B).unbind(dim=1)
+    loss = (f_1_B - first_B).square().mean() + (f_2_B - second_B).square().mean()
+    return loss, lambda: {"loss": loss, "f_1": first_B.mean(), "f_2": second_B.mean()}
 
 
 def first_order(
     q_B: Tensor, slope_BA: Tensor, point_BA: Tensor, mean_BA: Tensor, variance_BA: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return f_1 and f_2 with E = beta f_1 + beta^2 f_2, each [B]  [M11, M12].
+    """Return Q(s, c) + g.(m_t - c) and g' diag(v_t) g / 2, each [B]: E = beta f_1 + beta^2 f_2  [M11, M12].
 
     Exact where Q is linear in the action and the posterior Gaussian.
 
     Args:
         q_B: scaled Q at c, without a graph.
-        slope_BA: its gradient there.
+        slope_BA: its gradient g there.
         point_BA: c, where Q is expanded.
         mean_BA: posterior mean m_t.
         variance_BA: posterior variance of each action component, >= 0.
     """
     first_B = q_B + (slope_BA * (mean_BA - point_BA)).sum(dim=-1)
     return first_B, 0.5 * (variance_BA * slope_BA.square()).sum(dim=-1)
+
+
+def mse(net: EnergyNet, x: "Sample") -> Loss:
+    """Return E (f_1 - Q(s, a_0))^2 + E f_2^2."""
+    f_1_B, f_2_B = net.outputs(x.a_t_BA, x.states_BS, x.t_B, x.beta_B).unbind(dim=1)
+    loss = (f_1_B - x.q_B).square().mean() + f_2_B.square().mean()
+    return loss, lambda: {"loss": loss, "f_1": x.q_B.mean(), "f_2": torch.zeros_like(loss)}
+
+
+def analytic_second_order(net: EnergyNet, x: "Sample") -> Loss:
+    """Return E ((E_t - closed form of second order) / beta)^2; metrics say how often the first order stood in."""
+    target_B, used_B = second_order(x.value, x.states_BS, x.point_BA, x.mean_BA, x.variance_BA, x.beta_B)
+    loss, metrics = _squared_error(net, x, target_B)
+    return loss, lambda: metrics() | {"first_order_share": 1.0 - used_B.to(loss.dtype).mean()}
+
+
+def monte_carlo(net: EnergyNet, x: "Sample") -> Loss:
+    """Return E ((E_t - log mean_k exp(beta Q(s, a_k))) / beta)^2,   a_k ~ N(m_t, diag(v_t))."""
+    return _squared_error(net, x, log_mean_exp(x))
+
+
+@torch.no_grad()
+def log_mean_exp(x: "Sample") -> Tensor:
+    """Return log mean_k exp(beta Q(s, a_k)) over draws a_k ~ N(m_t, diag(v_t)), clipped to [-1, 1], [B]."""
+    actions_KBA = (x.mean_BA + x.variance_BA.sqrt() * x.draws_KBA).clamp(-1.0, 1.0)
+    states_KBS = x.states_BS.expand(len(x.draws_KBA), -1, -1)
+    q_KB = x.value(states_KBS.flatten(0, 1), actions_KBA.flatten(0, 1)).view(len(x.draws_KBA), -1)
+    return torch.logsumexp(x.beta_B * q_KB, dim=0) - math.log(len(x.draws_KBA))
+
+
+def log_expectation(net: EnergyNet, x: "Sample") -> Loss:
+    """Return E[(exp(beta Q(s, a_0) - E_t) + E_t) / beta^2], least where E_t is [M3] exactly  [M14].
+
+    Near its least value the loss is half the squared error of E_t / beta: as in the other targets, no beta of the
+    range owns it.
+    """
+    energy_B = net(x.a_t_BA, x.states_BS, x.t_B, x.beta_B)
+    gap_B = x.beta_B * x.q_B - energy_B
+    clamped_B = gap_B.clamp(max=MAX_EXPONENT)
+    exp_B = clamped_B.exp() * (1.0 + gap_B - clamped_B)  # above the largest exponent its tangent there
+    loss = ((exp_B + energy_B) / x.beta_B.square()).mean()
+    return loss, lambda: {
+        "loss": loss,
+        "energy": energy_B.mean(),
+        "clamped_share": (gap_B > MAX_EXPONENT).to(loss.dtype).mean(),
+    }
+
+
+def weighted_denoising(net: EnergyNet, x: "Sample") -> Loss:
+    """Return E[w |a_0 - m_t - sigma_t^2 / alpha_t grad E_t|^2] / A over E[w],   w = exp(beta Q(s, a_0))  [M15].
+
+    Least where m_t + sigma_t^2 / alpha_t grad E_t is the guided policy's own posterior mean, E[w a_0 | a_t] over
+    E[w | a_t], that is, where grad E_t is the gradient of [M3]. The network is fitted through its gradient, all that
+    guidance uses, and learns from A numbers per sample instead of one; E_t is known up to a constant per (s, t, beta).
+    """
+    weight_B = (x.beta_B * x.q_B).exp().clamp(max=MAX_WEIGHT)
+    alpha_B, sigma_B = alpha_sigma(x.t_B)
+    a_t_BA = x.a_t_BA.detach().requires_grad_()
+    energy_B = net(a_t_BA, x.states_BS, x.t_B, x.beta_B)
+    (slope_BA,) = torch.autograd.grad(energy_B.sum(), a_t_BA, create_graph=True)
+    guided_BA = x.mean_BA + (sigma_B.square() / alpha_B)[:, None] * slope_BA
+    error_B = (x.actions_BA - guided_BA).square().mean(dim=1)
+    loss = (weight_B * error_B).sum() / parallel.mean(weight_B.sum())
+    return loss, lambda: {
+        "loss": loss,
+        "effective_share": weight_B.mean().square() / weight_B.square().mean(),
+        "clamped_share": (weight_B == MAX_WEIGHT).to(loss.dtype).mean(),
+    }
+
+
+def contrastive(net: EnergyNet, x: "Sample") -> Loss:
+    """Return -E sum_i softmax_i(beta Q(s, a_i)) log softmax_i(E_t(s, a_{i,t})) over K support actions of each state."""
+    energy_B = net(x.a_t_BA, x.states_BS, x.t_B, x.beta_B)
+    energy_SK, scaled_SK = (part_B.view(-1, x.num_actions) for part_B in (energy_B, x.beta_B * x.q_B))
+    weight_SK = scaled_SK.softmax(dim=1)
+    loss = -(weight_SK * energy_SK.log_softmax(dim=1)).sum(dim=1).mean()
+    return loss, lambda: {"loss": loss, "effective_support": (1.0 / weight_SK.square().sum(dim=1)).mean()}
+
+
+def _squared_error(net: EnergyNet, x: "Sample", target_B: Tensor) -> Loss:
+    """Return E ((E_t - target) / beta)^2: over beta, so that no beta of the range owns the loss."""
+    energy_B = net(x.a_t_BA, x.states_BS, x.t_B, x.beta_B)
+    loss = ((energy_B - target_B) / x.beta_B).square().mean()
+    return loss, lambda: {"loss": loss, "energy": target_B.mean()}
+
+
+Value = Callable[[Tensor, Tensor], Tensor]
+"""(states [B, S], actions [B, A]) -> scaled Q [B], differentiable in the actions."""
+WithSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(states [B, S], actions [B, A]) -> scaled Q [B] and its gradient by the actions [B, A], both without a graph."""
+NOTHING = torch.empty(0)
+
+
+class Sample(NamedTuple):
+    """Actions, noised, and what a target asks for (`EnergyTarget.asks`); what it does not ask for is empty."""
+
+    states_BS: Tensor
+    actions_BA: Tensor
+    """a_0: the data's actions, or several support actions of one state after the other."""
+    t_B: Tensor
+    a_t_BA: Tensor
+    beta_B: Tensor
+    """Inverse temperature at which the network is trained on this row; unused by polynomials in beta."""
+    value: Value
+    """Scaled Q of any action."""
+    q_B: Tensor = NOTHING
+    """Scaled Q(s, a_0) for `data` and `support`, Q(s, c) for `slope`."""
+    slope_BA: Tensor = NOTHING
+    """Its gradient at c, for `slope`."""
+    mean_BA: Tensor = NOTHING
+    """Posterior mean m_t [M9], for `posterior`: where the behaviour model says that a_t came from."""
+    variance_BA: Tensor = NOTHING
+    """Diagonal of the posterior's covariance v_t [M10], for `posterior`."""
+    point_BA: Tensor = NOTHING
+    """Point of expansion c [M11], for `slope` and `curvature`."""
+    draws_KBA: Tensor = NOTHING
+    """Standard normal draws, `num_samples` of each row, for `draws`."""
+    num_actions: int = 1
+    """K, the support actions of each state, for `support`."""
+
+
+EnergyLoss = Callable[[EnergyNet, Sample], Loss]
+LOSSES: dict[str, EnergyLoss] = {
+    "analytic": analytic,
+    "analytic_second_order": analytic_second_order,
+    "monte_carlo": monte_carlo,
+    "mse": mse,
+    "log_expectation": log_expectation,
+    "weighted_denoising": weighted_denoising,
+    "contrastive": contrastive,
+}
+"""Target -> its loss; ENERGY_TARGETS says what each asks for."""
+
+
+def register(name: str, target: EnergyTarget, loss: EnergyLoss) -> None:
+    """Add a target: from here on `energy.target` takes its name, and `aepo toy` compares it.
+
+    Raises:
+        ConfigError: for a name that another target has.
+    """
+    if name in ENERGY_TARGETS:
+        raise ConfigError(f"there is an energy target {name!r}; choose another name")
+    ENERGY_TARGETS[name], LOSSES[name] = target, loss
+
+
+def unregister(name: str) -> None:
+    """Take a target away that `register` added."""
+    del ENERGY_TARGETS[name], LOSSES[name]
 
 
 def second_order(
@@ -235,11 +253,6 @@ def second_order(
     return torch.where(used_B, curved_B, plain_B), used_B
 
 
-def combine(heads_B2: Tensor, beta_B: Tensor) -> Tensor:
-    """Return E = beta f_1 + beta^2 f_2, [B]  [M12]."""
-    return beta_B * heads_B2[:, 0] + beta_B.square() * heads_B2[:, 1]
-
-
 def by_autograd(value: Value) -> WithSlope:
     """Return a differentiable Q together with its slope."""
 
@@ -264,18 +277,3 @@ def _expand(value: Value, states_BS: Tensor, point_BA: Tensor) -> tuple[Tensor, 
         states_BS, point_BA.detach()
     )
     return q_B, slope_BA, (0.5 * (hessian_BAA + hessian_BAA.transpose(1, 2))).detach()
-
-
-def _fit_heads(heads_B2: Tensor, first_B: Tensor, second_B: Tensor) -> Outcome:
-    error_B2 = heads_B2 - torch.stack([first_B, second_B], dim=1)
-    return 2.0 / len(error_B2) * error_B2, lambda: {
-        "loss": error_B2.square().mean(dim=0).sum(),
-        "f_1": first_B.mean(),
-        "f_2": second_B.mean(),
-    }
-
-
-def _fit_energy(f_B1: Tensor, x: Noised, target_B: Tensor) -> Outcome:
-    """Errors of E / beta, so that no beta of the range owns the loss."""
-    error_B1 = f_B1 - (target_B / x.beta_B).unsqueeze(1)
-    return 2.0 / len(error_B1) * error_B1, lambda: {"loss": error_B1.square().mean(), "energy": target_B.mean()}
