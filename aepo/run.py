@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aepo import checkpoint, kernels, parallel, pipeline
+from aepo import checkpoint, kernels, methods, parallel, pipeline
 from aepo.config import RunConfig
 from aepo.console import say, warn
 from aepo.data.transitions import Transitions, cache_folder, load_transitions
@@ -494,6 +494,7 @@ class _Training:
                 "dataset_digest": self._data.digest,
                 "seconds": self._seconds,
                 "steps_reused": self._steps_reused,
+                "code": methods.find(self._config.method).code,
                 "state": checkpoint.collect(state),
             }
         )
@@ -681,6 +682,11 @@ def _check_saved(saved: dict[str, Any] | None, config: RunConfig, data: Transiti
         raise CheckpointError(
             f"{config.data.dataset} has changed since the checkpoint was written "
             f"({saved.get('dataset_digest')} then, {data.digest} now); train into another folder"
+        )
+    if saved.get("code", "") != methods.find(config.method).code:
+        raise CheckpointError(
+            f"the file of the method {config.method} has changed since the checkpoint was written, and with it what it "
+            "computes; train into another folder, or delete this one"
         )
     seconds, reused = saved.get("seconds"), saved.get("steps_reused", 0)
     if not (isinstance(seconds, float) and isinstance(reused, int) and "state" in saved):

@@ -75,6 +75,25 @@ def test_a_method_of_another_package_trains_is_killed_and_goes_on_to_the_same_bi
     assert first == second
 
 
+def test_a_run_whose_methods_file_has_changed_does_not_go_on(package, make_dataset, tmp_path):
+    dataset, out = make_dataset(), tmp_path / "run"
+    words = ["evaluation.num_episodes=100000"]  # it is stopped in its evaluation
+    argv = [sys.executable, "-m", "aepo", "train", "--dataset", dataset, "--preset", "onestep-smoke", "--out", str(out)]
+    process = subprocess.Popen(
+        [*argv, "--set", *SMALL, *words], env=package, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list(out.glob("**/state.ckpt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    file = tmp_path / "site" / "onestep.py"
+    file.write_text(file.read_text().replace("0.01 * torch.randn", "0.02 * torch.randn"))
+    done = subprocess.run([*argv, "--set", *SMALL, *words], env=package, capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert "the file of the method onestep has changed since the checkpoint was written" in done.stderr
+
+
 def test_a_method_of_another_package_has_streams_of_its_own(package):
     code = (
         "from aepo import pipeline, methods; print(methods.find('onestep').code, "

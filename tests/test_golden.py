@@ -10,11 +10,9 @@ import pytest
 import torch
 
 from aepo import config as configs
-from aepo import method_table, pipeline, tasks
+from aepo import pipeline, tasks
 from aepo.presets import preset
 from tests.conftest import random_transitions
-
-METHODS = method_table.presets()
 
 FOLDER = Path(__file__).parent / "golden"
 SEEDS = (0, 3)
@@ -68,7 +66,7 @@ def losses(method, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SETTINGS)
 def test_twenty_steps_of_every_stage_give_the_stored_losses(method, seed):
     stored, now = json.loads(file_of(seed).read_text())[method], losses(method, seed)
     assert len(now) == len(stored) == 20 * len(SETTINGS[method])
@@ -80,6 +78,6 @@ def test_twenty_steps_of_every_stage_give_the_stored_losses(method, seed):
 
 if __name__ == "__main__":
     for seed in SEEDS:
-        parts = {method: ",\n".join(map(json.dumps, losses(method, seed))) for method in METHODS}
+        parts = {method: ",\n".join(map(json.dumps, losses(method, seed))) for method in SETTINGS}
         text = ",\n".join(f'"{method}": [\n{rows}\n]' for method, rows in parts.items())
         file_of(seed).write_text("{\n" + text + "\n}\n")

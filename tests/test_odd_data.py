@@ -183,7 +183,10 @@ def make_library(tmp_path_factory, monkeypatch):
 def test_evaluation_counts_what_it_cuts():
     env = follow.make()
     name = store(record(env), env, eval_env=follow.make(offset=100.0))
-    evaluator, policy = Evaluator(name), AtBound(preset("iql-smoke", tasks.for_dataset(NAME), 0), spaces_of(name))
+    evaluator, policy = (
+        Evaluator(name),
+        Policy(preset("iql-smoke", tasks.for_dataset(NAME), 0), spaces_of(name), AtBound()),
+    )
     evaluator.run(policy, num_episodes=1, seed=0)
     assert evaluator.cut_percent == 100.0
     evaluator.close()

@@ -45,7 +45,7 @@ def train(name):
 
 
 def weights(state, prefix=""):
-    for key, value in vars(state).items():
+    for key, value in (state if isinstance(state, dict) else vars(state)).items():
         if isinstance(value, torch.nn.Module):
             yield from ((f"{prefix}{key}.{name}", tensor) for name, tensor in value.state_dict().items())
         elif hasattr(value, "__dataclass_fields__"):
@@ -91,7 +91,7 @@ def test_it_is_the_sharing_that_makes_them_equal(both):
     """The test above would notice a worker that trains on its half alone."""
     config = make_config("iql")
     half = configs.with_overrides(config, {f"{stage}.batch_size": 16 for stage in config.stages})
-    state = copy.copy(list(pipeline.train(half, random_transitions(), device=CPU))[-1].state)
+    state = copy.copy(list(pipeline.train(half, random_transitions(), device=CPU))[-1].states)
     key = "critic.q.body.0.weight"
     ours = dict(weights(state))
     key = next(k for k in ours if k.startswith("critic.q."))

@@ -79,9 +79,9 @@ def test_every_round_goes_through_all_stages_and_measures_anew(config, make_data
 def test_behaviour_and_critic_are_those_of_one_round(config):
     data = run.load_data(config)
     one = dataclasses.replace(config, rounds=(1.0,))
-    ends = [list(pipeline.train(each, data, device=CPU))[-1].state for each in (config, one)]
+    ends = [list(pipeline.train(each, data, device=CPU))[-1].states for each in (config, one)]
     for stage in ("behavior", "critic"):
-        nets = [getattr(end, stage) for end in ends]
+        nets = [end[stage] for end in ends]
         for name in ("ema",) if stage == "behavior" else ("q", "v"):
             tensors = [getattr(net, name).state_dict() for net in nets]
             assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])

@@ -288,7 +288,7 @@ def test_of_several_candidates_the_one_with_the_largest_q_is_taken(trained):
 
     def value(num):
         several = policy.with_sampling(dataclasses.replace(policy.sampling, num_candidates=num))
-        actions = several.sample(states, torch.Generator().manual_seed(1))
+        actions = several.sampler.sample(states, torch.Generator().manual_seed(1))
         return policy.sampler.q(states, actions).amin(0)
 
     assert value(16).mean() > value(1).mean()
@@ -296,7 +296,7 @@ def test_of_several_candidates_the_one_with_the_largest_q_is_taken(trained):
     several = policy.with_sampling(dataclasses.replace(policy.sampling, num_candidates=16))
     drawn = policy.sampler.sample(repeated, torch.Generator().manual_seed(1))
     best = policy.sampler.q(repeated, drawn).amin(0).view(32, 16).amax(1)
-    taken = several.sample(states, torch.Generator().manual_seed(1))
+    taken = several.sampler.sample(states, torch.Generator().manual_seed(1))
     torch.testing.assert_close(policy.sampler.q(states, taken).amin(0), best)
 
 
@@ -306,7 +306,7 @@ def test_at_temperature_zero_nothing_is_drawn(trained):
 
     def spread(temperature):
         colder = policy.with_sampling(dataclasses.replace(policy.sampling, temperature=temperature))
-        first, second = (colder.sample(states, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+        first, second = (colder.sampler.sample(states, torch.Generator().manual_seed(seed)) for seed in (1, 2))
         return float((first - second).abs().mean())
 
     assert spread(0.0) == 0
@@ -320,11 +320,11 @@ def test_guidance_scale_zero_ignores_the_energy(trained):
     policy = Policy.load(trained)
     cloning = policy.with_sampling(dataclasses.replace(policy.sampling, guidance_scale=0.0))
     states = torch.randn(16, 3)
-    before = cloning.sample(states, torch.Generator().manual_seed(0))
+    before = cloning.sampler.sample(states, torch.Generator().manual_seed(0))
     guided = policy.sampler.sample(states, torch.Generator().manual_seed(0))
     for parameter in policy.sampler.energy.parameters():
         parameter.data.mul_(-3)
-    assert torch.equal(before, cloning.sample(states, torch.Generator().manual_seed(0)))
+    assert torch.equal(before, cloning.sampler.sample(states, torch.Generator().manual_seed(0)))
     assert not torch.equal(guided, policy.sampler.sample(states, torch.Generator().manual_seed(0)))
 
 
@@ -353,7 +353,7 @@ class Constant:
     """A policy that always pushes the same way."""
 
     def __init__(self, trained):
-        self.spaces = Policy.load(trained).spaces
+        self.spaces, self.device = Policy.load(trained).spaces, CPU
 
     def num_cut(self, observations_NS):
         return 0

@@ -71,6 +71,15 @@ class Pairs(NamedTuple):
     actions_BA: Tensor
 
 
+class After(NamedTuple):
+    """What the data did after some transitions of an episode."""
+
+    actions_BA: Tensor
+    """The next action; where there is none, the transition's own."""
+    exists_B: Tensor
+    """False for the last transition of an episode, bool."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spaces:
     """What a policy must know of its environment; stored with it."""
@@ -163,15 +172,12 @@ class Transitions:
         rows_BP = self.rows_ND[:, :p].index_select(0, index_B).sub_(self.shift_D[:p]).mul_(self.scale_D[:p])
         return Pairs(rows_BP[:, :s], rows_BP[:, s:].clamp_(-1.0, 1.0))
 
-    def next_actions(self, index_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the actions that the data took after these rows, [B, A], and whether there is one, bool [B].
-
-        There is none after an episode's last row; what stands there is that row's own action.
-        """
+    def take_after(self, index_B: Tensor) -> "After":
+        """Return the actions that the data took after these rows."""
         following_B = index_B + 1
         ends_B = self.episode_ends_E[torch.searchsorted(self.episode_ends_E, following_B)]
         exists_B = ends_B != following_B
-        return self.take_pairs(torch.where(exists_B, following_B, index_B)).actions_BA, exists_B
+        return After(self.take_pairs(torch.where(exists_B, following_B, index_B)).actions_BA, exists_B)
 
     def batch(self, rows_BD: Tensor) -> Batch:
         """Return raw rows normalised and cut into their parts."""
