@@ -40,9 +40,7 @@ COMMANDS = {
 def finished(task, method, seed, score, **values):
     """A run with a curve that rises to its score, a heat map if it is guided, and its clone's score beside its own."""
     points = [(500, score / 2), (1000, score + 4.0 * (seed == 1)), (1500, score)]
-    curve = [
-        {"stage": "energy", "step": step, "score": value, "return_mean": 2 * value + 10} for step, value in points
-    ]
+    curve = [{"stage": "energy", "step": step, "score": value, "return_mean": 2 * value + 10} for step, value in points]
     guided = method in ("aepo", "qgpo")
     pair = {} if guided else {"beta": None, "guidance_scale": None}
     own = evaluation(method, score, 2 * score + 10, **pair)

@@ -1,0 +1,92 @@
+"""Arms, and how each is shown: its label, its colour and its place, the same in tables, figures and the page.
+
+An arm is a method with one variant of its settings: what a column, a curve or a rank is of. Runs of two arms are never
+averaged together.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Known(NamedTuple):
+    """A method that has a label and a colour of its own."""
+
+    name: str
+    label: str
+    colour: str
+    """#RRGGBB, from Okabe and Ito's palette, told apart by colour-blind readers."""
+
+
+class Arm(NamedTuple):
+    """A method with one variant of its settings."""
+
+    method: str
+    variant: str = ""
+    """The variant's name; empty for the method's settings as they are."""
+
+    @property
+    def label(self) -> str:
+        """The arm's name in tables and figures, as `AEPO, w 3`; a method that is not known goes by its own name."""
+        return _joined(next((row.label for row in known() if row.name == self.method), self.method), self.variant)
+
+    def __str__(self) -> str:
+        """Return the arm's name in messages and files, as `aepo, w 3`."""
+        return _joined(self.method, self.variant)
+
+
+OTHER_COLOURS = ("#000000", "#F0E442", "#882255", "#44AA99", "#999933", "#AA4499")
+"""Colours of methods that are not known: the palette's last two and then Tol's muted ones."""
+LIGHTEST = 0.6
+"""Share of white in the colour of a method's last variant."""
+
+
+def known() -> tuple[Known, ...]:
+    """Return the known methods in the order of tables; what a run measures besides its own method stands last."""
+    return (
+        Known("aepo", "AEPO", "#0072B2"),
+        Known("aepo-analytic", "AEPO analytic", "#56B4E9"),
+        Known("qgpo", "QGPO", "#009E73"),
+        Known("iql", "IQL", "#CC79A7"),
+        Known("td3bc", "TD3+BC", "#E69F00"),
+        Known("diffusion-bc", "diffusion BC", "#D55E00"),
+    )
+
+
+def in_order(arms: Iterable[Arm]) -> list[Arm]:
+    """Return each arm once: known methods first, then others by name; numbers in a variant's name count as numbers."""
+    places = {row.name: place for place, row in enumerate(known())}
+    return sorted(set(arms), key=lambda arm: (places.get(arm.method, len(places)), arm.method, *_natural(arm.variant)))
+
+
+def colours(arms: Iterable[Arm]) -> dict[Arm, str]:
+    """Return the colour of each arm, in order: a method's own for its first variant, lighter ones for the further.
+
+    Methods that are not known take those of OTHER_COLOURS in the order of their names.
+    """
+    found = in_order(arms)
+    own = {row.name: row.colour for row in known()}
+    others = dict.fromkeys(arm.method for arm in found if arm.method not in own)
+    own |= {method: OTHER_COLOURS[place % len(OTHER_COLOURS)] for place, method in enumerate(others)}
+    shades = {}
+    for method in dict.fromkeys(arm.method for arm in found):
+        variants = [arm for arm in found if arm.method == method]
+        for place, arm in enumerate(variants):
+            shades[arm] = _lighter(own[method], LIGHTEST * place / max(1, len(variants) - 1))
+    return shades
+
+
+def _joined(method: str, variant: str) -> str:
+    return f"{method}, {variant}" if variant else method
+
+
+def _natural(text: str) -> tuple[list[str | float], str]:
+    """Return a key by which "w 3" stands before "w 10"; the text itself tells "w 3" from "w 3.0"."""
+    parts = re.split(r"([0-9]+(?:\.[0-9]+)?)", text)
+    return [float(part) if place % 2 else part for place, part in enumerate(parts)], text
+
+
+def _lighter(colour: str, share: float) -> str:
+    """Return #RRGGBB mixed with a share of white."""
+    parts = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return "#" + "".join(f"{round(part + (255 - part) * share):02X}" for part in parts)
