@@ -9,7 +9,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.labels import Arm, in_order
-from analysis.load import arms, curves, evaluations, grids, has_references
+from analysis.load import curves, evaluations, grids, has_references
+from analysis.scores import seeds
+
+MAX_LINES = 10
+"""Runs of an arm on a task that are drawn one by one; of more, only mean and band."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,13 +27,13 @@ class Curve:
     steps: NDArray[np.int64]
     """Gradient steps, all stages together, at which every finished run was evaluated."""
     mean: NDArray[np.float64]
-    """Over the finished runs."""
+    """Mean over the finished runs at each step."""
     stderr: NDArray[np.float64]
-    """Of the mean; NaN for one run."""
+    """Standard error of the mean; NaN for one run."""
     runs: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float64]]]
     """Seed -> steps and values of each finished run."""
     lost: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float64]]]
-    """The same of runs without a result."""
+    """Seed -> steps and values of each run without a result."""
     is_level: bool = False
     """Whether it was measured at the end alone: mean and stderr hold one value, to be drawn as a line across."""
 
@@ -55,7 +59,7 @@ def learning_curves(runs: pd.DataFrame) -> list[Curve]:
     finished = runs[runs["status"] == "finished"]
     found = []
     points = curves(runs)
-    whole_seeds_of = _seeds(finished)
+    whole_seeds_of = seeds(finished)
     for (task, *own), group in points.groupby(["task", "run_method", "run_variant"], sort=False):
         arm = Arm(*map(str, own))
         measure = "score" if scored[task] else "return_mean"
@@ -123,11 +127,3 @@ def heat_maps(runs: pd.DataFrame) -> list[HeatMap]:
             )
         )
     return maps
-
-
-def _seeds(runs: pd.DataFrame) -> dict[tuple[str, Arm], set[int]]:
-    """Return (task, arm) -> the seeds of its runs."""
-    found: dict[tuple[str, Arm], set[int]] = {}
-    for task, arm, seed in zip(runs["task"], arms(runs), runs["seed"], strict=True):
-        found.setdefault((task, arm), set()).add(seed)
-    return found

@@ -18,12 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from analysis.aggregate import STATISTICS, Aggregate, Profile
-from analysis.curves import Curve
+from analysis.curves import MAX_LINES, Curve
 from analysis.labels import Arm
 
 FAILED_COLOR = "#7F7F7F"
-MAX_LINES = 10
-"""Runs of an arm on a task that are drawn one by one; of more, only mean and band."""
 _PANEL = (3.6, 2.6)
 """Inches of a panel of learning curves."""
 _STYLE: Any = {

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from analysis.aggregate import STATISTICS, Aggregate, Profile
-from analysis.curves import Curve, HeatMap
-from analysis.figures import MAX_LINES
+from analysis.curves import MAX_LINES, Curve, HeatMap
 from analysis.labels import Arm
 from analysis.model import AGGREGATE_NOTE, BEST_NOTE, SCALE_NOTE, ReportData, RunRow
 from analysis.tables import PARTIAL, Cell, Column, Results, Row, aggregate_rows
@@ -89,7 +88,7 @@ def _facts(runs: Sequence[RunRow]) -> str:
         ("" if status == "finished" else "bad", f"{count:,} {status}") for status, count in sorted(counts.items())
     ]
     facts += [("", f"{num_methods} method" + "s" * (num_methods != 1))]
-    facts += [("", f"{num_arms} variants")] if any(run.arm.variant for run in runs) else []
+    facts += [("", f"{num_arms} with their variants")] if any(run.arm.variant for run in runs) else []
     facts += [("", f"data: {source}") for source in sorted({run.source for run in runs})]
     facts += [("", f"commit {commit}") for commit in sorted({run.commit for run in runs} - {""})]
     return "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in facts)

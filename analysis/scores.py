@@ -88,21 +88,19 @@ def task_scores(runs: pd.DataFrame) -> list[Score]:
     measured = list(zip(arms(found), arms(found, "run_"), strict=True))
     for arm in {arm for arm, _ in measured} - set(hosts):  # what no run is of is measured by runs of other arms
         hosts[arm] = {host for each, host in measured if each == arm}
+    seeds_of = seeds(runs)
     of_arm = dict(iter(found.groupby(["task", "method", "variant"])))
     highest = _highest(runs[runs["status"] == "finished"])
     rows = []
     for (suite, task), planned in runs.groupby(["suite", "task"]):
-        seeds_of: dict[Arm, set[int]] = {}
-        for arm, seed in zip(arms(planned), planned["seed"], strict=True):
-            seeds_of.setdefault(arm, set()).add(seed)
         for arm in in_order(hosts):
             results = of_arm.get((task, *arm), found[:0]).sort_values("seed")
             scores = results["score"].to_list()
             returns = results["return_mean"].to_list()
-            seeds = [int(seed) for seed in results["seed"]]
-            of_curves = [highest.get((str(task), arm, seed), math.nan) for seed in seeds]
+            measured_seeds = [int(seed) for seed in results["seed"]]
+            of_curves = [highest.get((str(task), arm, seed), math.nan) for seed in measured_seeds]
             best = [] if any(map(math.isnan, of_curves)) else list(map(max, of_curves, scores))
-            wanted = set().union(*(seeds_of.get(host, ()) for host in hosts[arm])) or set(planned["seed"])
+            wanted = set().union(*(seeds_of.get((str(task), host), ()) for host in hosts[arm])) or set(planned["seed"])
             rows.append(
                 Score(
                     task=str(task),
@@ -120,12 +118,20 @@ def task_scores(runs: pd.DataFrame) -> list[Score]:
                     best_scores=tuple(best),
                     best_mean=_mean(best),
                     best_stderr=_stderr(best),
-                    seeds=tuple(seeds),
+                    seeds=tuple(measured_seeds),
                     num_episodes=int(results["num_episodes"].sum()),
                     num_failed=len(wanted - set(results["seed"])),
                 )
             )
     return rows
+
+
+def seeds(runs: pd.DataFrame) -> dict[tuple[str, Arm], set[int]]:
+    """Return (task, arm) -> the seeds of its runs."""
+    found: dict[tuple[str, Arm], set[int]] = {}
+    for task, arm, seed in zip(runs["task"], arms(runs), runs["seed"], strict=True):
+        found.setdefault((task, arm), set()).add(int(seed))
+    return found
 
 
 def suite_averages(scores: Sequence[Score]) -> list[Average]:

@@ -66,7 +66,7 @@ class Row:
     name: str
     is_task: bool
     cells: Mapping[str, Cell]
-    """By column; what is absent is blank."""
+    """Column -> its cell; an absent one is blank."""
     runs: str = ""
     """How many runs are planned, or how many of them have no result."""
 
