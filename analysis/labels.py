@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 
 class Known(NamedTuple):
-    """A method that has a label and a colour of its own."""
+    """A method that has a label of its own."""
 
     name: str
     label: str
     colour: str
-    """#RRGGBB, from Okabe and Ito's palette, told apart by colour-blind readers."""
+    """#RRGGBB, from Okabe and Ito's palette, told apart by colour-blind readers; empty = one of OTHER_COLOURS."""
 
 
 class Arm(NamedTuple):
@@ -36,7 +36,7 @@ class Arm(NamedTuple):
 
 
 OTHER_COLOURS = ("#000000", "#F0E442", "#882255", "#44AA99", "#999933", "#AA4499")
-"""Colours of methods that are not known: the palette's last two and then Tol's muted ones."""
+"""Colours of methods without one of their own: the palette's last two and then Tol's muted ones."""
 LIGHTEST = 0.6
 """Share of white in the colour of a method's last variant."""
 
@@ -62,10 +62,10 @@ def in_order(arms: Iterable[Arm]) -> list[Arm]:
 def colours(arms: Iterable[Arm]) -> dict[Arm, str]:
     """Return the colour of each arm, in order: a method's own for its first variant, lighter ones for the further.
 
-    Methods that are not known take those of OTHER_COLOURS in the order of their names.
+    Methods without a colour of their own take those of OTHER_COLOURS in the order of tables.
     """
     found = in_order(arms)
-    own = {row.name: row.colour for row in known()}
+    own = {row.name: row.colour for row in known() if row.colour}
     others = dict.fromkeys(arm.method for arm in found if arm.method not in own)
     own |= {method: OTHER_COLOURS[place % len(OTHER_COLOURS)] for place, method in enumerate(others)}
     shades = {}

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from aepo.errors import DataError
-from analysis import figures
+from analysis import figures, labels
 from analysis.labels import OTHER_COLOURS, Arm, colours, in_order, known
 from analysis.load import load_runs
 from analysis.report import write_report
@@ -321,6 +321,15 @@ def test_a_method_that_is_not_known_goes_by_its_name_and_takes_the_next_further_
     found = colours(map(Arm, names[::-1]))
     assert list(found.values()) == [*OTHER_COLOURS, OTHER_COLOURS[0]]
     assert found == colours(map(Arm, [*names, "own-1"]))
+
+
+def test_a_known_method_without_a_colour_takes_a_further_one(monkeypatch):
+    monkeypatch.setattr(
+        labels, "known", lambda: (labels.Known("mine", "Mine", ""), labels.Known("aepo", "A", "#0072B2"))
+    )
+    assert colours([Arm("aepo"), Arm("mine"), Arm("other")]) == {
+        ("mine", ""): OTHER_COLOURS[0], ("aepo", ""): "#0072B2", ("other", ""): OTHER_COLOURS[1],
+    }  # fmt: skip
 
 
 def test_variants_are_lighter_shades_of_their_methods_colour():
