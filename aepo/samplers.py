@@ -2,21 +2,17 @@
 
 import abc
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from aepo import config as configs
-from aepo.config import SamplingConfig
+from aepo.config import BehaviorConfig, CriticConfig, EnergyConfig, SamplingConfig
 from aepo.diffusion import sampler
 from aepo.diffusion.networks import NoiseNet
 from aepo.errors import ConfigError
 from aepo.networks import TwinQ
 from aepo.stages import States, behavior, energy
-
-if TYPE_CHECKING:
-    from aepo.methods.aepo import GuidedConfig
 
 
 class Sampler(nn.Module, abc.ABC):
@@ -51,16 +47,22 @@ class GuidedSampler(Sampler):
 
     sampling: SamplingConfig
 
-    def __init__(self, config: "GuidedConfig", state_dim: int, action_dim: int):
-        """Make untrained networks."""
+    def __init__(
+        self,
+        stages: tuple[BehaviorConfig, CriticConfig, EnergyConfig],
+        sampling: SamplingConfig,
+        *,
+        state_dim: int,
+        action_dim: int,
+    ):
+        """Make untrained networks, as the configs of the stages that train them say."""
         super().__init__()
-        self.sampling = config.sampling
-        self._config, self._dims = config, (state_dim, action_dim)
-        self.noise = NoiseNet(
-            *self._dims, hidden_size=config.behavior.hidden_size, num_layers=config.behavior.num_layers
-        )
-        self.energy = energy.make_net(config.energy, *self._dims)
-        self.q = TwinQ(*self._dims, config.critic)
+        of_behavior, of_critic, of_energy = self._stages = stages
+        self._dims = {"state_dim": state_dim, "action_dim": action_dim}
+        self.sampling = sampling
+        self.noise = NoiseNet(**self._dims, hidden_size=of_behavior.hidden_size, num_layers=of_behavior.num_layers)
+        self.energy = energy.make_net(of_energy, **self._dims)
+        self.q = TwinQ(**self._dims, config=of_critic)
         self.requires_grad_(False)
         self._grid: sampler.Grid | None = None
 
@@ -76,16 +78,16 @@ class GuidedSampler(Sampler):
         Raises:
             ConfigError: for a beta that the energy's target was not trained for.
         """
-        configs.check_beta(self._config.energy, sampling.beta)
-        twin = GuidedSampler(self._config, *self._dims)
-        twin.noise, twin.energy, twin.q, twin.sampling = self.noise, self.energy, self.q, sampling
+        configs.check_beta(self._stages[2], sampling.beta)
+        twin = GuidedSampler(self._stages, sampling, **self._dims)
+        twin.noise, twin.energy, twin.q = self.noise, self.energy, self.q
         return twin
 
     def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:
         """Return one action in [-1, 1]^A per normalised state, [B, A]; the best of `num_candidates` by Q."""
         num_candidates = self.sampling.num_candidates
         repeated, grid = states_BS.repeat_interleave(num_candidates, dim=0), self._grid_on(states_BS.device)
-        shape = (len(repeated), self._dims[1])
+        shape = (len(repeated), self._dims["action_dim"])
         start = self.sampling.temperature * torch.randn(shape, generator=generator, device=states_BS.device)
         actions = sampler.solve(self._predict(repeated, grid), start, grid)
         if num_candidates == 1:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from analysis.labels import Arm
 from analysis.scores import Score
 
 Scores: TypeAlias = Sequence[NDArray[np.float64]]
@@ -27,6 +28,8 @@ TRIM = 0.25
 TARGET = 100.0
 """Score that the optimality gap is measured to: expert."""
 NUM_RESAMPLES, CONFIDENCE = 2_000, 0.95
+STATISTICS = {"IQM": "iqm", "median": "median", "mean": "mean", "optimality gap": "optimality_gap"}
+"""Title -> field of Aggregate."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +43,9 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Aggregate:
-    """One method over all tasks on which it has every score."""
+    """One arm over all tasks, of which it has every score."""
 
-    method: str
+    arm: Arm
     num_tasks: int
     iqm: Interval
     """Mean of the middle half of all scores."""
@@ -53,7 +56,7 @@ class Aggregate:
     optimality_gap: Interval
     """Mean of what scores lack to 100, those above it counted as 100."""
     improvement: Interval | None
-    """Probability that the first method's score on a task is above this one's, ties counted half; None = itself."""
+    """Probability that the first arm's score on a task is above this one's, ties counted half; None = itself."""
 
 
 def iqm(*samples: NDArray[np.float64], axis: int = -1) -> Any:
@@ -166,34 +169,34 @@ def interval(statistic: Statistic, samples: Scores, *, seed: int = 0) -> Interva
     return Interval(value=value, low=float(found.low), high=float(found.high))
 
 
-def complete_scores(scores: Sequence[Score]) -> dict[str, list[NDArray[np.float64]]]:
-    """Return method -> its scores of every task, of the methods that have every score of every task."""
+def complete_scores(scores: Sequence[Score]) -> dict[Arm, list[NDArray[np.float64]]]:
+    """Return arm -> its scores of every task, of the arms that have every score of every task."""
     tasks = list(dict.fromkeys(score.task for score in scores))
-    by_method: dict[str, dict[str, NDArray[np.float64]]] = {}
+    by_arm: dict[Arm, dict[str, NDArray[np.float64]]] = {}
     for score in scores:
         complete = not score.num_failed and not score.is_return and bool(score.scores)
-        by_method.setdefault(score.method, {})
+        by_arm.setdefault(score.arm, {})
         if complete:
-            by_method[score.method][score.task] = np.array(score.scores)
-    return {method: [found[task] for task in tasks] for method, found in by_method.items() if len(found) == len(tasks)}
+            by_arm[score.arm][score.task] = np.array(score.scores)
+    return {arm: [found[task] for task in tasks] for arm, found in by_arm.items() if len(found) == len(tasks)}
 
 
 def aggregate(scores: Sequence[Score]) -> list[Aggregate]:
-    """Return one row per method that has every score of every task; the others have none.
+    """Return one row per arm that has every score of every task; the others have none.
 
-    The first method of the scores' order is the one whose improvement over the others is told.
+    The first arm of the scores' order is the one whose improvement over the others is told.
     """
     whole = complete_scores(scores)
-    first = next(iter(whole), None)
+    first = next(iter(whole.values()), [])
     return [
         Aggregate(
-            method=method,
+            arm=arm,
             num_tasks=len(samples),
             iqm=interval(iqm, samples),
             median=interval(median, samples),
             mean=interval(mean, samples),
             optimality_gap=interval(optimality_gap, samples),
-            improvement=None if method == first else interval(improvement, [*whole[str(first)], *samples]),
+            improvement=None if samples is first else interval(improvement, [*first, *samples]),
         )
-        for method, samples in whole.items()
+        for arm, samples in whole.items()
     ]

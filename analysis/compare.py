@@ -1,4 +1,4 @@
-"""One set of runs against another: per task and method, the difference with its interval.
+"""One set of runs against another: per task and arm, the difference with its interval.
 
 Where both sides have the same seeds, a seed's two runs are a pair (same weights at the start, same evaluation episodes)
 and the interval is of the mean of their differences; else it is Welch's, of the difference of the means. Both are
@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.aggregate import Interval, interval, mean
+from analysis.labels import Arm
 from analysis.scores import Score
 
 CONFIDENCE = 0.95
@@ -21,11 +22,13 @@ CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """What changed on one task for one method: one row of paired.csv, one object of `--json`."""
+    """What changed on one task for one arm: one row of paired.csv, one object of `--json`."""
 
     task: str
     suite: str
     method: str
+    variant: str = ""
+    """Name of the method's variant; empty where it has none."""
     before_mean: float
     """Score (or return where there are no references) on the first side; NaN = a hole."""
     after_mean: float
@@ -43,6 +46,11 @@ class Difference:
     is_return: bool
 
     @property
+    def arm(self) -> Arm:
+        """The method with its variant."""
+        return Arm(self.method, self.variant)
+
+    @property
     def verdict(self) -> str:
         """`higher` or `lower` if the interval lies on one side of 0, `?` without an interval, else `same`."""
         if math.isnan(self.low):
@@ -51,12 +59,12 @@ class Difference:
 
 
 def differences(before: Sequence[Score], after: Sequence[Score]) -> list[Difference]:
-    """Return one row per task and method that either side has."""
-    left = {(score.suite, score.task, score.method): score for score in before}
-    right = {(score.suite, score.task, score.method): score for score in after}
+    """Return one row per task and arm that either side has."""
+    left = {(score.suite, score.task, score.arm): score for score in before}
+    right = {(score.suite, score.task, score.arm): score for score in after}
     rows = []
-    for suite, task, method in dict.fromkeys([*left, *right]):
-        one, other = left.get((suite, task, method)), right.get((suite, task, method))
+    for suite, task, arm in dict.fromkeys([*left, *right]):
+        one, other = left.get((suite, task, arm)), right.get((suite, task, arm))
         is_return = any(score is not None and score.is_return for score in (one, other))
         x, y = _by_seed(one, is_return), _by_seed(other, is_return)
         shared = sorted(set(x) & set(y))
@@ -69,7 +77,8 @@ def differences(before: Sequence[Score], after: Sequence[Score]) -> list[Differe
             Difference(
                 task=task,
                 suite=suite,
-                method=method,
+                method=arm.method,
+                variant=arm.variant,
                 before_mean=_mean(list(x.values())),
                 after_mean=_mean(list(y.values())),
                 difference=found.value,
@@ -105,27 +114,27 @@ def unpaired(before: Sequence[float], after: Sequence[float]) -> Interval:
     return Interval(value=value, low=float(found.low), high=float(found.high))
 
 
-def overall(rows: Sequence[Difference], before: Sequence[Score], after: Sequence[Score]) -> dict[str, Interval]:
-    """Return method -> mean difference over the tasks, of methods that are paired on every task of the comparison.
+def overall(rows: Sequence[Difference], before: Sequence[Score], after: Sequence[Score]) -> dict[Arm, Interval]:
+    """Return arm -> mean difference over the tasks, of arms that are paired on every task of the comparison.
 
     The interval is a stratified bootstrap over the seeds' differences.
     """
-    left = {(score.task, score.method): score for score in before}
-    right = {(score.task, score.method): score for score in after}
+    left = {(score.task, score.arm): score for score in before}
+    right = {(score.task, score.arm): score for score in after}
     found = {}
-    for method in dict.fromkeys(row.method for row in rows):
-        of_method = [row for row in rows if row.method == method]
-        if all(row.is_paired and not row.is_return for row in of_method):
+    for arm in dict.fromkeys(row.arm for row in rows):
+        of_arm = [row for row in rows if row.arm == arm]
+        if all(row.is_paired and not row.is_return for row in of_arm):
             gains = []
-            for row in of_method:
-                x, y = _by_seed(left[row.task, method], False), _by_seed(right[row.task, method], False)
+            for row in of_arm:
+                x, y = _by_seed(left[row.task, arm], False), _by_seed(right[row.task, arm], False)
                 gains.append(np.array([y[seed] - x[seed] for seed in row.seeds]))
-            found[method] = interval(mean, gains)
+            found[arm] = interval(mean, gains)
     return found
 
 
 def missing(rows: Sequence[Difference], names: tuple[str, str]) -> list[str]:
-    """Return a line for each task and method, or seed of it, that only one side has."""
+    """Return a line for each task and arm, or seed of it, that only one side has."""
     lines = []
     for row in rows:
         for here, there, mean_there, seeds in (
@@ -134,9 +143,9 @@ def missing(rows: Sequence[Difference], names: tuple[str, str]) -> list[str]:
         ):
             if math.isnan(mean_there):
                 if seeds:
-                    lines.append(f"{row.task} {row.method}: no result in {there}")
+                    lines.append(f"{row.task} {row.arm}: no result in {there}")
             elif seeds:
-                lines.append(f"{row.task} {row.method}: seeds {', '.join(map(str, seeds))} are in {here} alone")
+                lines.append(f"{row.task} {row.arm}: seeds {', '.join(map(str, seeds))} are in {here} alone")
     return lines
 
 

@@ -3,7 +3,6 @@
 A suite's tasks are panels of one figure: a figure of its own for each of 36 tasks would take most of a report's time.
 """
 
-import dataclasses
 import hashlib
 import math
 import re
@@ -13,27 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-from numpy.typing import NDArray
 
-from analysis.aggregate import Aggregate, Profile
-from analysis.load import curves, evaluations, has_references, rank
-from analysis.tables import LABELS, label
+from analysis.aggregate import STATISTICS, Aggregate, Profile
+from analysis.curves import MAX_LINES, Curve
+from analysis.labels import Arm
 
-COLORS = dict(zip(LABELS, ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00"), strict=True))
-"""Okabe and Ito's palette, told apart by colour-blind readers; a method has the same colour everywhere."""
-OTHER_COLORS = ("#000000", "#F0E442", "#882255", "#44AA99", "#999933", "#AA4499")
-"""Of methods that are not in LABELS, the palette's last two and then Tol's muted ones."""
 FAILED_COLOR = "#7F7F7F"
-STATISTICS = {"IQM": "iqm", "median": "median", "mean": "mean", "optimality gap": "optimality_gap"}
-"""Title -> field of Aggregate."""
-MAX_LINES = 10
-"""Runs of a method on a task that are drawn one by one; of more, only mean and band."""
 _PANEL = (3.6, 2.6)
 """Inches of a panel of learning curves."""
 _STYLE: Any = {
@@ -48,100 +36,20 @@ _STYLE: Any = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Curve:
-    """One method's learning curve on one task."""
-
-    task: str
-    method: str
-    is_return: bool
-    """Whether the values are returns: the task has no reference scores."""
-    steps: NDArray[np.int64]
-    """Gradient steps, all stages together, at which every finished run was evaluated."""
-    mean: NDArray[np.float64]
-    """Over the finished runs."""
-    stderr: NDArray[np.float64]
-    """Of the mean; NaN for one run."""
-    runs: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float64]]]
-    """Seed -> steps and values of each finished run."""
-    lost: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float64]]]
-    """The same of runs without a result."""
-    is_level: bool = False
-    """Whether it was measured at the end alone: mean and stderr hold one value, to be drawn as a line across."""
-
-
-def colors(methods: Sequence[str]) -> dict[str, str]:
-    """Return method -> colour; the same methods have the same ones."""
-    others = sorted(set(methods) - set(COLORS))
-    return COLORS | {method: OTHER_COLORS[place % len(OTHER_COLORS)] for place, method in enumerate(others)}
-
-
-def learning_curves(runs: pd.DataFrame) -> list[Curve]:
-    """Return one curve per task and method that has any evaluation on the way, then levels of those that have none."""
-    scored = dict(zip(runs["task"], has_references(runs), strict=True))
-    scored |= dict.fromkeys(runs["task"][has_references(runs)], True)
-    finished = runs[runs["status"] == "finished"]
-    found = []
-    points = curves(runs)
-    for (task, method), group in points.groupby(["task", "run_method"], sort=False):
-        measure = "score" if scored[task] else "return_mean"
-        table = group.pivot_table(index="step", columns="seed", values=measure, aggfunc="last")
-        lines = {
-            int(str(seed)): (line.index.to_numpy(np.int64), line.to_numpy(float))
-            for seed, column in table.items()
-            if len(line := column.dropna())
-        }
-        whole_seeds = set(finished["seed"][(finished["task"] == task) & (finished["method"] == method)])
-        whole = table[[seed for seed in table if seed in whole_seeds]].dropna()
-        values, count = whole.to_numpy(float), whole.shape[1]
-        spread = values.std(axis=1, ddof=1) / math.sqrt(count) if count > 1 else np.full(len(values), np.nan)
-        found.append(
-            Curve(
-                task=str(task),
-                method=str(method),
-                is_return=not scored[task],
-                steps=whole.index.to_numpy(np.int64),
-                mean=values.mean(axis=1) if count else np.empty(0),
-                stderr=spread,
-                runs={seed: line for seed, line in lines.items() if seed in whole_seeds},
-                lost={seed: line for seed, line in lines.items() if seed not in whole_seeds},
-            )
-        )
-    measured = evaluations(finished)
-    for (task, method), group in measured[measured["method"] != measured["run_method"]].groupby(["task", "method"]):
-        ends = group["score" if scored[task] else "return_mean"].to_numpy(float)
-        spread = np.array([ends.std(ddof=1) / math.sqrt(len(ends)) if len(ends) > 1 else math.nan])
-        level = np.array([ends.mean()])
-        empty = np.empty(0, np.int64)
-        found.append(
-            Curve(
-                task=str(task),
-                method=str(method),
-                is_return=not scored[task],
-                steps=empty,
-                mean=level,
-                stderr=spread,
-                runs={},
-                lost={},
-                is_level=True,
-            )
-        )
-    order = rank(pd.Series([curve.method for curve in found], dtype=str)).to_list()
-    return [found[place] for place in sorted(range(len(found)), key=lambda place: (found[place].task, order[place]))]
-
-
-def draw_curves(suites: Mapping[str, Sequence[str]], found: Sequence[Curve], folder: Path) -> dict[str, str]:
+def draw_curves(
+    suites: Mapping[str, Sequence[str]], found: Sequence[Curve], palette: Mapping[Arm, str], folder: Path
+) -> dict[str, str]:
     """Write <suite>.png and .svg, a panel per task; return suite -> file stem, of those with any curve.
 
     Args:
         suites: suite -> its tasks.
-        found: of `learning_curves`.
+        found: of `analysis.curves.learning_curves`.
+        palette: arm -> its colour, #RRGGBB.
         folder: made if need be.
     """
     by_task: dict[str, list[Curve]] = {}
     for curve in found:
         by_task.setdefault(curve.task, []).append(curve)
-    palette = colors([curve.method for curve in found])
     stems = {}
     for suite, tasks in suites.items():
         drawn = [task for task in tasks if any(not curve.is_level for curve in by_task.get(task, ()))]
@@ -160,26 +68,27 @@ def draw_curves(suites: Mapping[str, Sequence[str]], found: Sequence[Curve], fol
                     labels.setdefault(text, handle)
             for axes in panels[len(drawn) :]:
                 axes.remove()
-            figure.legend(
-                list(labels.values()), list(labels), loc="lower center", ncols=min(3, len(labels)), frameon=False
-            )
+            across = max(1, min(3, len(labels)))
+            figure.legend(list(labels.values()), list(labels), loc="lower center", ncols=across, frameon=False)
+            _arrange(figure, count, columns, math.ceil(len(labels) / across))
             stem = stems[suite] = file_stem(suite)
             _save(figure, folder, stem, tight=columns < 3)  # the legend may be wider than two panels
     return stems
 
 
-def draw_aggregates(found: Sequence[Aggregate], profiles: Mapping[str, Profile], folder: Path) -> None:
+def draw_aggregates(
+    found: Sequence[Aggregate], profiles: Mapping[Arm, Profile], palette: Mapping[Arm, str], folder: Path
+) -> None:
     """Write intervals.png and .svg (four statistics with their intervals) and profiles.png and .svg."""
-    palette = colors([row.method for row in found])
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(10, 1.2 + 0.4 * len(found)), layout="constrained")
         FigureCanvasAgg(figure)
-        names = [label(row.method) for row in found]
+        names = [row.arm.label for row in found]
         for axes, (title, name) in zip(figure.subplots(1, 4, sharey=True), STATISTICS.items(), strict=True):
             axes.use_sticky_edges = False  # of bars, which leave no room for a value at the frame
             for place, row in enumerate(found):
                 value = getattr(row, name)
-                color = palette[row.method]
+                color = palette[row.arm]
                 axes.barh(place, value.high - value.low, 0.55, value.low, color=color, alpha=0.45, lw=0)
                 axes.plot([value.value] * 2, [place - 0.28, place + 0.28], color=color, lw=2.5)
             axes.set_yticks(range(len(names)), names)
@@ -191,9 +100,9 @@ def draw_aggregates(found: Sequence[Aggregate], profiles: Mapping[str, Profile],
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        for method, profile in profiles.items():
-            axes.plot(profile.levels, profile.value, color=palette[method], lw=2, label=label(method))
-            axes.fill_between(profile.levels, profile.low, profile.high, color=palette[method], alpha=0.15, lw=0)
+        for arm, profile in profiles.items():
+            axes.plot(profile.levels, profile.value, color=palette[arm], lw=2, label=arm.label)
+            axes.fill_between(profile.levels, profile.low, profile.high, color=palette[arm], alpha=0.15, lw=0)
         axes.set_xlabel("normalized score")
         axes.set_ylabel("share of runs with a higher score")
         axes.set_ylim(0, 1.02)
@@ -208,25 +117,30 @@ def file_stem(name: str) -> str:
 
 
 def _panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """Return a figure of equal panels; places are computed, as matplotlib's own layout would draw all twice."""
-    width, height = _PANEL[0] * columns + 0.3, _PANEL[1] * rows + 0.8
-    figure = Figure(figsize=(width, height))
+    figure = Figure()
     FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _arrange(figure: Figure, rows: int, columns: int, legend_rows: int) -> None:
+    """Make the panels equal; their places are computed, as matplotlib's own layout would draw all twice."""
+    more = 0.2 * max(0, legend_rows - 4)
+    width, height = _PANEL[0] * columns + 0.3, _PANEL[1] * rows + 0.8 + more
+    figure.set_size_inches(width, height)
     figure.subplots_adjust(
         left=0.65 / width,
         right=1 - 0.15 / width,
-        bottom=1.25 / height,
+        bottom=(1.25 + more) / height,
         top=1 - 0.35 / height,
         wspace=0.65 / (_PANEL[0] - 0.65),
         hspace=0.65 / (_PANEL[1] - 0.65),
     )
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _draw(axes: Axes, task: str, found: Sequence[Curve], palette: Mapping[str, str]) -> None:
+def _draw(axes: Axes, task: str, found: Sequence[Curve], palette: Mapping[Arm, str]) -> None:
     """Draw one task: a line is the mean over its runs, the band its standard error, thin lines are runs."""
     for curve in found:
-        color, name = palette[curve.method], label(curve.method)
+        color, name = palette[curve.arm], curve.arm.label
         if curve.is_level:
             axes.axhline(curve.mean[0], color=color, lw=1.8, ls="--", label=f"{name}, at the end")
             continue

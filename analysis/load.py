@@ -17,13 +17,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aepo.errors import DataError
+from analysis.labels import Arm, in_order
 
 SCHEMA_VERSION = 2
 FILE = "runs.parquet"
 MLFLOW = "mlflow:"
 """Begins the name of a source that is an experiment of MLflow."""
-METHODS = ("aepo", "aepo-analytic", "qgpo", "iql", "td3bc")
-"""Order of the methods in tables; those that a run measures besides its own, and unknown ones, stand behind."""
 
 _EVALUATION = {
     "method": pa.string(),
@@ -78,9 +77,14 @@ SCHEMA = pa.schema(
     + [pa.field(name, kind) for name, kind in _NULLABLE.items()]
 )
 """Columns of runs.parquet, one row per planned run; further columns are ignored."""
-OPTIONAL = {"grid": pa.list_(pa.struct(list(_GRID.items()))), "folder": pa.string(), "settings": pa.string()}
-"""Columns that a table may lack: evaluations over beta and guidance scale, where the run lies in its sweep, and all of
-its settings but the seed, as a JSON object of texts."""
+OPTIONAL = {
+    "grid": pa.list_(pa.struct(list(_GRID.items()))),
+    "folder": pa.string(),
+    "settings": pa.string(),
+    "variant": pa.string(),
+}
+"""Columns that a table may lack: evaluations over beta and guidance scale, where the run lies in its sweep, all of
+its settings but the seed, as a JSON object of texts, and the name of its method's variant, empty where it has none."""
 
 _STATUSES = ("finished", "failed", "missing")
 _NESTED = ("evaluations", "curve", "grid")
@@ -90,9 +94,9 @@ _KEY = ["run", "task", "suite", "seed", "status"]
 
 
 def load_runs(*sources: Path | str, tracking_uri: str = "", allow_missing: bool = False) -> pd.DataFrame:
-    """Return all planned runs, sorted by method, suite, task and seed, so that the order of the input has no effect.
+    """Return all planned runs, sorted by arm, suite, task and seed, so that the order of the input has no effect.
 
-    A table is tasks x methods x seeds: where the sources hold no row of one of these, a row `missing` stands for it.
+    A table is tasks x arms x seeds: where the sources hold no row of one of these, a row `missing` stands for it.
 
     Args:
         sources: folders of sweeps, their runs.parquet, or `mlflow:EXPERIMENT`.
@@ -101,9 +105,8 @@ def load_runs(*sources: Path | str, tracking_uri: str = "", allow_missing: bool 
 
     Raises:
         DataError: if a table is missing or broken, of another schema version, or lacks a column; if a run or
-            a method's seed of a task stands in it twice; if the runs of one task differ in data, or those of its
-            methods in settings; if a
-            finished run has no result, or no score although its data set has reference scores.
+            an arm's seed of a task stands in it twice; if the runs of one task differ in data, or those of one arm in
+            settings; if a finished run has no result, or no score although its data set has reference scores.
     """
     tables = [_read_source(str(source), tracking_uri, allow_missing) for source in sources]
     if not tables or not sum(table.num_rows for table in tables):
@@ -115,7 +118,9 @@ def load_runs(*sources: Path | str, tracking_uri: str = "", allow_missing: bool 
     for name in _NESTED:  # stay Arrow's: a million points as Python objects would take a minute
         runs[name] = pd.arrays.ArrowExtensionArray(whole[name])
     runs = runs.sort_values(["suite", "task", "seed", "run"], ignore_index=True)
-    runs = runs.sort_values("method", key=rank, kind="stable", ignore_index=True)
+    places = {arm: place for place, arm in enumerate(in_order(arms(runs)))}
+    order = np.argsort([places[arm] for arm in arms(runs)], kind="stable")
+    runs = runs.iloc[order].reset_index(drop=True)
     _check_runs(runs)
     _check_results(runs[runs["status"] == "finished"])
     if allow_missing:
@@ -130,11 +135,17 @@ def load_runs(*sources: Path | str, tracking_uri: str = "", allow_missing: bool 
 def evaluations(runs: pd.DataFrame) -> pd.DataFrame:
     """Return one row per run and method, of runs of every status: the run's key and what was measured.
 
-    `run_method` is the run's own method. Another one that runs of several methods have measured with the same seed
-    (cloning is part of every guided run) stands there once: of the first of METHODS.
+    `run_method` and `run_variant` are the run's own. Another method that runs of several arms have measured with the
+    same seed (cloning is part of every guided run) stands there once, of the first arm. It is of no variant if all
+    variants have measured the same, else of the run's: their settings have changed it.
     """
     frame = _explode(runs, "evaluations", _EVALUATION)
-    again = frame.duplicated(["task", "seed", "method"]) & (frame["method"] != frame["run_method"])
+    others = frame["method"] != frame["run_method"]
+    frame["variant"] = frame["run_variant"]
+    for _, group in frame[others].groupby("method"):
+        if _is_same_in_all_variants(group):
+            frame.loc[group.index, "variant"] = ""
+    again = frame.duplicated(["task", "seed", "method", "variant"]) & others
     return frame[~again].reset_index(drop=True)
 
 
@@ -149,10 +160,9 @@ def grids(runs: pd.DataFrame) -> pd.DataFrame:
     return _explode(runs, "grid", _GRID)
 
 
-def rank(methods: "pd.Series[str]") -> "pd.Series[int]":
-    """Return a key that sorts methods as METHODS does, then by name."""
-    others = sorted(set(methods) - set(METHODS))
-    return methods.map({method: place for place, method in enumerate([*METHODS, *others])})
+def arms(frame: pd.DataFrame, prefix: str = "") -> list[Arm]:
+    """Return the arm of each row; `prefix` is "run_" for the arm of the run that measured it."""
+    return list(map(Arm, frame[f"{prefix}method"], frame[f"{prefix}variant"]))
 
 
 def has_references(runs: pd.DataFrame) -> "pd.Series[bool]":
@@ -164,16 +174,30 @@ def _explode(runs: pd.DataFrame, column: str, fields: Mapping[str, Any]) -> pd.D
     items = pa.chunked_array(runs[column].array.__arrow_array__()).combine_chunks()
     owners = pc.list_parent_indices(items).to_numpy(zero_copy_only=False)
     flat = pc.list_flatten(items)
-    frame = runs[[*_KEY, "method"]].rename(columns={"method": "run_method"}).take(owners).reset_index(drop=True)
+    names = {"method": "run_method", "variant": "run_variant"}
+    frame = runs[[*_KEY, *names]].rename(columns=names).take(owners).reset_index(drop=True)
     for name, kind in fields.items():
         values = pc.struct_field(flat, name).to_pandas()
         frame[name] = values.astype(float) if pa.types.is_floating(kind) else values
     return frame
 
 
+def _is_same_in_all_variants(measured: pd.DataFrame) -> bool:
+    """Return whether the variants agree on what they have measured: on every task a shared seed, and each equal."""
+    first = measured.drop_duplicates(["task", "seed", "run_variant"])
+    for _, group in first.groupby("task"):
+        table = group.pivot(index="seed", columns="run_variant", values="return_mean")
+        for name in table.columns[1:]:
+            pairs = table[[table.columns[0], name]].dropna()
+            if pairs.empty or (pairs.iloc[:, 0] != pairs.iloc[:, 1]).any():
+                return False
+    return True
+
+
 def _with_holes(table: pa.Table) -> pa.Table:
-    """Return the runs with a row for each task, method and seed that the table has elsewhere, but not together."""
-    columns = [table[name].to_pylist() for name in ("task", "method", "seed")]
+    """Return the runs with a row for each task, arm and seed that the table has elsewhere, but not together."""
+    tasks, methods, variants, seeds = (table[name].to_pylist() for name in ("task", "method", "variant", "seed"))
+    columns = [tasks, list(map(Arm, methods, variants)), seeds]
     there = set(zip(*columns, strict=True))
     absent = [each for each in itertools.product(*map(dict.fromkeys, columns)) if each not in there]
     place = {task: row for row, task in reversed(list(enumerate(columns[0])))}
@@ -182,16 +206,17 @@ def _with_holes(table: pa.Table) -> pa.Table:
         known[task].to_pylist()[0]
         | {
             "schema_version": SCHEMA_VERSION,
-            "run": f"{task} {method} seed {seed}",
+            "run": f"{task} {arm} seed {seed}",
             "task": task,
             "seed": seed,
             "fingerprint": "",
-            "method": method,
+            "method": arm.method,
+            "variant": arm.variant,
             "preset": "",
             "status": "missing",
             "error": "no row of it in the given sweeps, which have this task, this method and this seed with others",
         }
-        for task, method, seed in absent
+        for task, arm, seed in absent
     ]
     return pa.concat_tables([table, pa.Table.from_pylist(holes, schema=table.schema)]) if holes else table
 
@@ -232,19 +257,22 @@ def _conform(table: pa.Table, source: str) -> pa.Table:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(table.num_rows, kind))
     try:
-        return table.select(schema.names).cast(schema)
+        table = table.select(schema.names).cast(schema)
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise DataError(
             f"{source} does not follow schema {SCHEMA_VERSION} ({_one_line(error)}); repeat `aepo sweep`"
         ) from error
+    named = pc.fill_null(table["variant"], "")
+    return table.set_column(table.column_names.index("variant"), schema.field("variant"), named)
 
 
 def _check_runs(runs: pd.DataFrame) -> None:
     if twice := list(runs["run"][runs["run"].duplicated()]):
         raise DataError(f"run {_named(twice)} stands twice in the given sweeps, wanted once; give each sweep once")
     _check_settings(runs[runs["settings"].notna()])
-    again = runs[runs.duplicated(["task", "method", "seed"])]
-    if twice := [f"task {row.task} has two runs of {row.method} with seed {row.seed}" for row in again.itertuples()]:
+    again = runs[runs.duplicated(["task", "method", "variant", "seed"])]
+    seeds = zip(again["task"], arms(again), again["seed"], strict=True)
+    if twice := [f"task {task} has two runs of {arm} with seed {seed}" for task, arm, seed in seeds]:
         raise DataError(
             f"{_named(twice, '; ')} and different settings, wanted one; report sweeps of different settings one by one"
         )
@@ -252,20 +280,21 @@ def _check_runs(runs: pd.DataFrame) -> None:
     if wrong := [f"run {row.run} has status {row.status!r}" for row in odd.itertuples()]:
         raise DataError(f"{_named(wrong, '; ')}, wanted one of {', '.join(_STATUSES)}")
     _check_equal(runs, ["task"], "suite", "source", "dataset")
-    _check_equal(runs[runs["preset"] != ""], ["task", "method"], "preset")
+    _check_equal(runs[runs["preset"] != ""], ["task", "method", "variant"], "preset")
 
 
 def _check_settings(runs: pd.DataFrame) -> None:
-    """Check that a task's runs of one method have equal settings, whatever their seeds."""
-    kinds = runs.drop_duplicates(["task", "method", "settings"])
-    for (task, method), group in kinds[kinds.duplicated(["task", "method"], keep=False)].groupby(["task", "method"]):
+    """Check that a task's runs of one arm have equal settings, whatever their seeds."""
+    keys = ["task", "method", "variant"]
+    kinds = runs.drop_duplicates([*keys, "settings"])
+    for (task, *own), group in kinds[kinds.duplicated(keys, keep=False)].groupby(keys):
         one, other = (json.loads(text) for text in group["settings"].iloc[:2])
         names = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
         values = [f"{name} ({one.get(name, 'none')} and {other.get(name, 'none')})" for name in names]
         first, second = group["run"].iloc[:2]
         raise DataError(
-            f"the runs of {task} {method} differ in settings, {first} and {second} in {_named(values)}; a mean needs "
-            "equal ones: report them one by one"
+            f"the runs of {task} {Arm(*map(str, own))} differ in settings, {first} and {second} in {_named(values)}; "
+            "a mean needs equal ones: report them one by one"
         )
 
 
@@ -277,7 +306,8 @@ def _check_results(finished: pd.DataFrame) -> None:
     if twice := [f"run {row.run} has two evaluations of {row.method}" for row in again.itertuples()]:
         raise DataError(f"{_named(twice, '; ')}, wanted one; evaluate it again")
     own = results[results["method"] == results["run_method"]]
-    _check_equal(own, ["task", "method"], "beta", "guidance_scale")
+    own = own.rename(columns={"run_variant": "variant"})
+    _check_equal(own, ["task", "method", "variant"], "beta", "guidance_scale")
     bare = finished[~finished["run"].isin(own["run"])]
     if without := [f"run {row.run} finished without an evaluation of {row.method}" for row in bare.itertuples()]:
         raise DataError(f"{_named(without, '; ')}; evaluate it again")
@@ -317,8 +347,8 @@ def _check_equal(frame: pd.DataFrame, keys: list[str], *columns: str) -> None:
         for _, group in kinds[kinds.duplicated(keys, keep=False)].groupby(keys):
             first, second = group.iloc[0], group.iloc[1]
             raise DataError(
-                f"the runs of {' '.join(first[keys])} differ in {column}: {first[column]} in {first['run']}, "
-                f"{second[column]} in {second['run']}; a mean needs equal ones: report them one by one"
+                f"the runs of {' '.join(filter(None, first[keys]))} differ in {column}: {first[column]} in "
+                f"{first['run']}, {second[column]} in {second['run']}; a mean needs equal ones: report them one by one"
             )
 
 

@@ -6,19 +6,20 @@ and the page's own Content-Security-Policy forbids any request.
 
 import json
 import math
-import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from analysis.aggregate import Aggregate, Profile
-from analysis.figures import MAX_LINES, STATISTICS, Curve, colors
-from analysis.tables import PARTIAL, Cell, Column, Results, Row, label
+from analysis.aggregate import STATISTICS, Aggregate, Profile
+from analysis.curves import MAX_LINES, Curve, HeatMap
+from analysis.labels import Arm
+from analysis.model import AGGREGATE_NOTE, BEST_NOTE, SCALE_NOTE, ReportData, RunRow
+from analysis.tables import PARTIAL, Cell, Column, Results, Row, aggregate_rows
 
 DIGITS = 5
 """Significant ones of the numbers that plots are drawn from."""
@@ -28,82 +29,39 @@ MAX_POINTS = 300
 """Of a line that is drawn; of more, every so manyth."""
 
 
-def page(
-    *,
-    runs: pd.DataFrame,
-    title: str,
-    table: Results,
-    best: Results | None,
-    aggregates: Sequence[Aggregate],
-    aggregate_rows: Sequence[Mapping[str, str]],
-    profiles: Mapping[str, Profile],
-    curves: Sequence[Curve],
-    grids: pd.DataFrame,
-    holes: Sequence[str],
-    protocol: Sequence[str],
-    tasks: Sequence[Mapping[str, str]],
-    manifests: Mapping[str, Any],
-    notes: Mapping[str, str],
-    tracking_uri: str,
-) -> str:
-    """Return the page.
-
-    Args:
-        runs: of `analysis.load.load_runs`.
-        title: of the page.
-        table: of the last policies' scores.
-        best: of the best evaluations; None = no such section.
-        aggregates: over all tasks; empty = no such section.
-        aggregate_rows: the same, printed.
-        profiles: of the methods in `aggregates`.
-        curves: of `analysis.figures.learning_curves`.
-        grids: of `analysis.load.grids`.
-        holes: a line for each run without a result.
-        protocol: lines that say how the numbers were made.
-        tasks: a row for each task, printed.
-        manifests: source -> JSON document.
-        notes: what stands below the headings `results`, `best` and `overall`.
-        tracking_uri: MLflow's; runs are linked if it is http(s), MLFLOW_TRACKING_URI if empty.
-    """
-    methods = list(dict.fromkeys([*runs["method"], *(curve.method for curve in curves)]))
-    methods += [column.key for column in table.columns if not column.is_published and column.key not in methods]
-    panels = _panels(runs, curves)
-    maps = _maps(grids)
-    mlflow = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    mlflow = (
-        re.sub(r"//[^/@]*@", "//", mlflow).rstrip("/") + "/#/runs/"
-        if mlflow.startswith(("http://", "https://"))
-        else ""
-    )
-    names, rows = _runs(runs, with_links=bool(mlflow))
+def page(data: ReportData) -> str:
+    """Return report.html."""
+    panels, maps = _panels(data), [_heat_map(each) for each in data.heat_maps]
+    names, rows = _runs(data)
+    aggregates, best = data.aggregates, data.best
     sections = {
-        "results": ("Results", _paragraph(notes["results"]) + _table(table, runs=True)),
-        "best": ("Best on the way", _paragraph(notes["best"]) + _table(best, runs=False)) if best else None,
-        "overall": ("Over all tasks", _overall(aggregate_rows, notes["overall"])) if aggregates else None,
-        "curves": ("Learning curves", _curves(panels, methods)) if panels else None,
+        "results": ("Results", _paragraph(SCALE_NOTE) + _table(data.table, runs=True)),
+        "best": ("Best on the way", _paragraph(BEST_NOTE) + _table(best, runs=False)) if best else None,
+        "overall": ("Over all tasks", _overall(aggregate_rows(aggregates), AGGREGATE_NOTE)) if aggregates else None,
+        "curves": ("Learning curves", _curves(panels, data.arms)) if panels else None,
         "grids": ("Beta and guidance scale", _grids(maps)) if maps else None,
-        "holes": ("Runs without a result", _list(holes)) if holes else None,
+        "holes": ("Runs without a result", _list(data.holes)) if data.holes else None,
         "runs": ("Runs", '<table id="run-table" class="row-border hover"></table>'),
-        "protocol": ("Protocol", _list(protocol) + _plain_table(tasks, "details")),
-        "manifest": ("Manifest", _manifests(manifests)) if manifests else None,
+        "protocol": ("Protocol", _list(data.protocol) + _plain_table(data.tasks, "details")),
+        "manifest": ("Manifest", _manifests(data.manifests)) if data.manifests else None,
     }
     found = {key: section for key, section in sections.items() if section}
     body = [f'<section id="{key}"><h2>{name}</h2>{content}</section>' for key, (name, content) in found.items()]
     document = {
-        "colors": {method: shade for method, shade in colors(methods).items() if method in methods},
+        "colors": {str(arm): colour for arm, colour in data.colours.items()},
         "curves": panels,
-        "profiles": [_profile(method, profile) for method, profile in profiles.items()],
+        "profiles": [_profile(arm, profile) for arm, profile in data.profiles.items()],
         "intervals": [_statistic(name, aggregates) for name in STATISTICS.values()] if aggregates else [],
         "grids": maps,
         "runs": rows,
         "run_columns": names,
         "run_digits": RUN_DIGITS,
-        "mlflow": mlflow,
+        "mlflow": data.run_address,
     }
     web = files("analysis").joinpath("web")
     parts = {
-        "TITLE": escape(title),
-        "FACTS": _facts(runs),
+        "TITLE": escape(data.heading),
+        "FACTS": _facts(data.runs),
         "NAV": "".join(f'<a href="#{key}">{name}</a>' for key, (name, _) in found.items()),
         "BODY": "\n".join(body),
         "DATA": _script(json.dumps(document, separators=(",", ":"), allow_nan=False)),
@@ -122,15 +80,17 @@ def _script(text: str) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _facts(runs: pd.DataFrame) -> str:
-    counts = runs["status"].value_counts()
+def _facts(runs: Sequence[RunRow]) -> str:
+    counts = Counter(run.status for run in runs)
+    num_methods, num_arms = len({run.arm.method for run in runs}), len({run.arm for run in runs})
     facts = [("", f"{len(runs):,} runs planned")]
     facts += [
-        ("" if status == "finished" else "bad", f"{counts[status]:,} {status}") for status in sorted(counts.index)
+        ("" if status == "finished" else "bad", f"{count:,} {status}") for status, count in sorted(counts.items())
     ]
-    facts += [("", f"{runs['method'].nunique()} method" + "s" * (runs["method"].nunique() != 1))]
-    facts += [("", f"data: {source}") for source in sorted(runs["source"].unique())]
-    facts += [("", f"commit {commit}") for commit in sorted(runs["commit"].dropna().unique())]
+    facts += [("", f"{num_methods} method" + "s" * (num_methods != 1))]
+    facts += [("", f"{num_arms} with their variants")] if any(run.arm.variant for run in runs) else []
+    facts += [("", f"data: {source}") for source in sorted({run.source for run in runs})]
+    facts += [("", f"commit {commit}") for commit in sorted({run.commit for run in runs} - {""})]
     return "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in facts)
 
 
@@ -190,10 +150,9 @@ def _overall(rows: Sequence[Mapping[str, str]], note: str) -> str:
     )
 
 
-def _curves(panels: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
+def _curves(panels: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> str:
     legend = "".join(
-        f'<span><span class="swatch" data-method="{escape(method)}"></span>{escape(label(method))}</span>'
-        for method in methods
+        f'<span><span class="swatch" data-method="{escape(str(arm))}"></span>{escape(arm.label)}</span>' for arm in arms
     )
     plots = "".join(
         f'<div class="plot" data-name="{escape(str(panel["task"]))} {escape(str(panel["suite"]))}">'
@@ -246,21 +205,21 @@ def _plain_table(rows: Sequence[Mapping[str, str]], kind: str) -> str:
     )
 
 
-def _panels(runs: pd.DataFrame, curves: Sequence[Curve]) -> list[dict[str, Any]]:
+def _panels(data: ReportData) -> list[dict[str, Any]]:
     """Return what the plot of each task with a learning curve is drawn from, in the order of suites and tasks."""
-    suites = dict(zip(runs["task"], runs["suite"], strict=True))
     by_task: dict[str, list[Curve]] = {}
-    for curve in curves:
+    for curve in data.curves:
         by_task.setdefault(curve.task, []).append(curve)
     return [
         {
             "task": task,
-            "suite": suites[task],
+            "suite": suite,
             "unit": "return per episode" if by_task[task][0].is_return else "normalized score",
             "series": [_series(curve) for curve in by_task[task]],
         }
-        for task in sorted(by_task, key=lambda task: (suites[task], task))
-        if any(not curve.is_level for curve in by_task[task])
+        for suite, tasks in sorted(data.suites.items())
+        for task in sorted(tasks)
+        if any(not curve.is_level for curve in by_task.get(task, ()))
     ]
 
 
@@ -270,8 +229,8 @@ def _series(curve: Curve) -> dict[str, Any]:
         for name, runs in (("runs", curve.runs if 1 < len(curve.runs) <= MAX_LINES else {}), ("lost", curve.lost))
     }
     return {
-        "method": curve.method,
-        "label": label(curve.method),
+        "method": str(curve.arm),
+        "label": curve.arm.label,
         "level": curve.is_level,
         "x": _few(curve.steps).tolist(),
         "mean": _numbers(_few(curve.mean)),
@@ -280,9 +239,9 @@ def _series(curve: Curve) -> dict[str, Any]:
     }
 
 
-def _profile(method: str, profile: Profile) -> dict[str, Any]:
+def _profile(arm: Arm, profile: Profile) -> dict[str, Any]:
     ends = {name: _numbers(getattr(profile, name)) for name in ("value", "low", "high")}
-    return {"method": method, "label": label(method), "x": _numbers(profile.levels), **ends}
+    return {"method": str(arm), "label": arm.label, "x": _numbers(profile.levels), **ends}
 
 
 def _statistic(name: str, aggregates: Sequence[Aggregate]) -> dict[str, Any]:
@@ -290,49 +249,44 @@ def _statistic(name: str, aggregates: Sequence[Aggregate]) -> dict[str, Any]:
     for row in aggregates:
         found = getattr(row, name)
         value, low, high = _numbers(np.array([found.value, found.low, found.high]))
-        rows.append({"method": row.method, "label": label(row.method), "value": value, "low": low, "high": high})
+        rows.append({"method": str(row.arm), "label": row.arm.label, "value": value, "low": low, "high": high})
     return {"rows": rows}
 
 
-def _maps(grids: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return a heat map per task and method: mean over runs, None where a run lacks a cell that others have."""
-    maps = []
-    for (task, method), group in grids.groupby(["task", "run_method"], sort=False):
-        measure = "return_mean" if group["score"].isna().all() else "score"
-        cells = group.pivot_table(index="beta", columns="guidance_scale", values=measure, aggfunc="mean")
-        counts = group.pivot_table(index="beta", columns="guidance_scale", values=measure, aggfunc="count")
-        whole = cells.where(counts == group["run"].nunique())
-        maps.append(
-            {
-                "task": task,
-                "label": label(str(method)),
-                "x": _numbers(cells.columns.to_numpy(float)),
-                "y": _numbers(cells.index.to_numpy(float)),
-                "z": [_numbers(line) for line in whole.to_numpy(float)],
-            }
-        )
-    return maps
-
-
-def _runs(runs: pd.DataFrame, *, with_links: bool) -> tuple[list[str], list[list[Any]]]:
-    """Return the run list: names of the columns, rows."""
-    columns: dict[str, list[Any]] = {
-        "status": runs["status"].to_list(),
-        "task": runs["task"].to_list(),
-        "method": [label(method) for method in runs["method"]],
-        "seed": runs["seed"].to_list(),
-        "score": [None if math.isnan(value) else round(value, 1) for value in runs["score"].astype(float)],
-        "return": [None if math.isnan(value) else round(value, 1) for value in runs["return_mean"].astype(float)],
-        "steps": [None if math.isnan(value) else int(value) for value in runs["steps"].astype(float)],
-        "minutes": [None if math.isnan(value) else round(value / 60, 1) for value in runs["seconds"].astype(float)],
-        "started": [value if isinstance(value, str) else "" for value in runs["started_at"]],
-        "error": [" ".join(value.split())[:300] if isinstance(value, str) else "" for value in runs["error"]],
+def _heat_map(found: HeatMap) -> dict[str, Any]:
+    return {
+        "task": found.task,
+        "label": found.arm.label,
+        "x": _numbers(found.scales),
+        "y": _numbers(found.betas),
+        "z": [_numbers(line) for line in found.values],
     }
-    if with_links:
-        columns["MLflow"] = [value if isinstance(value, str) else "" for value in runs["mlflow_run_id"]]
-    if not any(columns["error"]):
-        del columns["error"]
-    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+
+
+def _runs(data: ReportData) -> tuple[list[str], list[list[Any]]]:
+    """Return the run list: names of the columns, rows."""
+    with_error, with_link = any(run.error.strip() for run in data.runs), bool(data.run_address)
+    rows = [
+        {
+            "status": run.status,
+            "task": run.task,
+            "method": run.arm.label,
+            "seed": run.seed,
+            "score": _rounded(run.score, 1),
+            "return": _rounded(run.return_mean, 1),
+            "steps": _rounded(run.steps, None),
+            "minutes": _rounded(run.seconds / 60, 1),
+            "started": run.started_at,
+            **({"error": " ".join(run.error.split())[:300]} if with_error else {}),
+            **({"MLflow": run.mlflow_run_id} if with_link else {}),
+        }
+        for run in data.runs
+    ]
+    return list(rows[0]), [list(row.values()) for row in rows]
+
+
+def _rounded(value: float, digits: int | None) -> float | None:
+    return None if math.isnan(value) else round(value, digits)
 
 
 def _few(values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":

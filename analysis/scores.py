@@ -1,4 +1,4 @@
-"""Scores per task and method and per suite; a run without a result is counted, never averaged over."""
+"""Scores per task and arm and per suite; a run without a result is counted, never averaged over."""
 
 import dataclasses
 import math
@@ -7,16 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.load import curves, evaluations, rank
+from analysis.labels import Arm, in_order
+from analysis.load import arms, curves, evaluations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """What one method reached on one task: one row of scores.csv, one object of `--json`."""
+    """What one arm reached on one task: one row of scores.csv, one object of `--json`."""
 
     task: str
     suite: str
     method: str
+    variant: str = ""
+    """Name of the method's variant; empty where it has none."""
     score_mean: float
     """Mean of `scores`, 0 = random policy, 100 = expert; NaN without a result or references."""
     score_std: float
@@ -45,7 +48,12 @@ class Score:
     num_episodes: int
     """Evaluation episodes, all seeds together."""
     num_failed: int
-    """Planned runs without a result of this method, whatever the reason."""
+    """Planned runs without a result of this arm, whatever the reason."""
+
+    @property
+    def arm(self) -> Arm:
+        """The method with its variant."""
+        return Arm(self.method, self.variant)
 
     @property
     def is_return(self) -> bool:
@@ -55,11 +63,11 @@ class Score:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Average:
-    """The mean over the tasks of one suite of one method's means, or the reason why there is none."""
+    """The mean over the tasks of one suite of one arm's means, or the reason why there is none."""
 
     suite: str
     """Empty = over all tasks of all suites, as the tables' last row."""
-    method: str
+    arm: Arm
     total: float
     """Sum of the tasks' means, as D4RL tables have it."""
     score_mean: float
@@ -71,31 +79,34 @@ class Average:
 
 
 def task_scores(runs: pd.DataFrame) -> list[Score]:
-    """Return one row per task and method, sorted by suite, task and method.
+    """Return one row per task and arm, sorted by suite, task and arm.
 
-    A method that was evaluated on some task has a row on every task: where it has no result, a hole.
+    An arm that was evaluated on some task has a row on every task: where it has no result, a hole.
     """
     found = evaluations(runs[runs["status"] == "finished"])
-    methods = pd.Series([*runs["method"], *found["method"]]).drop_duplicates().sort_values(key=rank)
-    planned_by = {method: {method} & set(runs["method"]) for method in methods}
-    for method, hosts in planned_by.items():  # what no run is of is measured by runs of other methods
-        hosts |= set() if hosts else set(found["run_method"][found["method"] == method])
+    hosts = {arm: {arm} for arm in arms(runs)}
+    measured = list(zip(arms(found), arms(found, "run_"), strict=True))
+    for arm in {arm for arm, _ in measured} - set(hosts):  # what no run is of is measured by runs of other arms
+        hosts[arm] = {host for each, host in measured if each == arm}
+    seeds_of = seeds(runs)
+    of_arm = dict(iter(found.groupby(["task", "method", "variant"])))
     highest = _highest(runs[runs["status"] == "finished"])
     rows = []
     for (suite, task), planned in runs.groupby(["suite", "task"]):
-        for method in methods:
-            results = found[(found["task"] == task) & (found["method"] == method)].sort_values("seed")
+        for arm in in_order(hosts):
+            results = of_arm.get((task, *arm), found[:0]).sort_values("seed")
             scores = results["score"].to_list()
             returns = results["return_mean"].to_list()
-            seeds = [int(seed) for seed in results["seed"]]
-            of_curves = [highest.get((str(task), method, seed), math.nan) for seed in seeds]
+            measured_seeds = [int(seed) for seed in results["seed"]]
+            of_curves = [highest.get((str(task), arm, seed), math.nan) for seed in measured_seeds]
             best = [] if any(map(math.isnan, of_curves)) else list(map(max, of_curves, scores))
-            wanted = set(planned["seed"][planned["method"].isin(planned_by[method])]) or set(planned["seed"])
+            wanted = set().union(*(seeds_of.get((str(task), host), ()) for host in hosts[arm])) or set(planned["seed"])
             rows.append(
                 Score(
                     task=str(task),
                     suite=str(suite),
-                    method=method,
+                    method=arm.method,
+                    variant=arm.variant,
                     score_mean=_mean(scores),
                     score_std=_std(scores),
                     score_stderr=_stderr(scores),
@@ -107,7 +118,7 @@ def task_scores(runs: pd.DataFrame) -> list[Score]:
                     best_scores=tuple(best),
                     best_mean=_mean(best),
                     best_stderr=_stderr(best),
-                    seeds=tuple(seeds),
+                    seeds=tuple(measured_seeds),
                     num_episodes=int(results["num_episodes"].sum()),
                     num_failed=len(wanted - set(results["seed"])),
                 )
@@ -115,15 +126,23 @@ def task_scores(runs: pd.DataFrame) -> list[Score]:
     return rows
 
 
+def seeds(runs: pd.DataFrame) -> dict[tuple[str, Arm], set[int]]:
+    """Return (task, arm) -> the seeds of its runs."""
+    found: dict[tuple[str, Arm], set[int]] = {}
+    for task, arm, seed in zip(runs["task"], arms(runs), runs["seed"], strict=True):
+        found.setdefault((task, arm), set()).add(int(seed))
+    return found
+
+
 def suite_averages(scores: Sequence[Score]) -> list[Average]:
-    """Return one row per suite and method, then those over all suites; a task that is not complete leaves a hole."""
-    groups: dict[tuple[str, str], list[Score]] = {}
+    """Return one row per suite and arm, then those over all suites; a task that is not complete leaves a hole."""
+    groups: dict[tuple[str, Arm], list[Score]] = {}
     for score in scores:
-        groups.setdefault((score.suite, score.method), []).append(score)
+        groups.setdefault((score.suite, score.arm), []).append(score)
     for score in scores:
-        groups.setdefault(("", score.method), []).append(score)
+        groups.setdefault(("", score.arm), []).append(score)
     rows = []
-    for (suite, method), tasks in groups.items():
+    for (suite, arm), tasks in groups.items():
         reasons = [
             f"{what}: {', '.join(names)}"
             for what, names in (
@@ -137,7 +156,7 @@ def suite_averages(scores: Sequence[Score]) -> list[Average]:
         rows.append(
             Average(
                 suite=suite,
-                method=method,
+                arm=arm,
                 total=mean * len(tasks),
                 score_mean=mean,
                 score_stderr=math.nan if reasons else math.hypot(*errors) / len(errors),
@@ -151,12 +170,12 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else math.nan
 
 
-def _highest(finished: pd.DataFrame) -> dict[tuple[str, str, int], float]:
-    """Return (task, method, seed) -> the highest score of the run's curve."""
+def _highest(finished: pd.DataFrame) -> dict[tuple[str, Arm, int], float]:
+    """Return (task, arm, seed) -> the highest score of the run's curve."""
     points = curves(finished).dropna(subset="score")
-    found = points.groupby(["task", "run_method", "seed"], sort=False)["score"].max().reset_index()
-    keys = zip(found["task"], found["run_method"], found["seed"], strict=True)
-    return dict(zip(keys, found["score"], strict=True))
+    keys = ["task", "run_method", "run_variant", "seed"]
+    found = points.groupby(keys, sort=False)["score"].max().reset_index()
+    return dict(zip(zip(found["task"], arms(found, "run_"), found["seed"], strict=True), found["score"], strict=True))
 
 
 def _stderr(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""The results table: what stands in which cell, which are best, what each mark means; and its Markdown and LaTeX.
+"""The results table: what stands in which cell, which are best and what each mark means; nothing of how it is shown.
 
 A cell is best if its mean is within one standard error of the row's highest mean. What cannot be compared is not
 ranked: a cell with runs missing, published scores of other data or of a best checkpoint.
@@ -8,26 +8,21 @@ import dataclasses
 import math
 import string
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from analysis.aggregate import STATISTICS, Aggregate, Interval
+from analysis.compare import Difference
+from analysis.labels import Arm
 from analysis.published import NOTE, UNKNOWN, Published, cautions, is_comparable, match, stderr
+from analysis.scores import Average, Score
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.scores import Average, Score
-
 PARTIAL, AS_RETURN = "*", "†"
 """Marks behind a cell; published ones have letters."""
-LABELS = {
-    "aepo": "AEPO",
-    "aepo-analytic": "AEPO analytic",
-    "qgpo": "QGPO",
-    "iql": "IQL",
-    "td3bc": "TD3+BC",
-    "diffusion-bc": "diffusion BC",
-}
-"""Method -> its name in tables and figures."""
+Note: TypeAlias = tuple[str, str]
+"""(mark, text) of a footnote; the mark is empty where the note is of the whole table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +50,10 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """A method of ours, or a published one."""
+    """An arm of ours, or a published method."""
 
     key: str
-    """Method, or METHOD@SOURCE."""
+    """The arm as text, or METHOD@SOURCE."""
     label: str
     is_published: bool = False
 
@@ -71,7 +66,7 @@ class Row:
     name: str
     is_task: bool
     cells: Mapping[str, Cell]
-    """By column; what is absent is blank."""
+    """Column -> its cell; an absent one is blank."""
     runs: str = ""
     """How many runs are planned, or how many of them have no result."""
 
@@ -82,13 +77,7 @@ class Results:
 
     columns: Sequence[Column]
     rows: Sequence[Row]
-    notes: Sequence[tuple[str, str]]
-    """(mark, text); the mark is empty where a note is of the whole table."""
-
-
-def label(method: str) -> str:
-    """Return a method's name in tables and figures."""
-    return LABELS.get(method, method)
+    notes: Sequence[Note]
 
 
 def number(value: float) -> str:
@@ -96,195 +85,181 @@ def number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}"
 
 
+def signed(value: float) -> str:
+    """Return a difference with its sign and one decimal, a dash for NaN."""
+    return "-" if math.isnan(value) else f"{value:+.1f}"
+
+
 def results(
     runs: "pd.DataFrame",
-    scores: "Sequence[Score]",
-    averages: "Sequence[Average]",
+    scores: Sequence[Score],
+    averages: Sequence[Average],
     published: Mapping[str, Sequence[Published]],
 ) -> Results:
-    """Return the table of final scores, a column per method and then per published column."""
-    methods = list(dict.fromkeys(score.method for score in scores))
-    columns = [Column(key=method, label=label(method)) for method in methods]
+    """Return the table of final scores, a column per arm and then per published column."""
+    columns = [Column(key=str(arm), label=arm.label) for arm in dict.fromkeys(score.arm for score in scores)]
     columns += [Column(key=name, label=_published_label(name), is_published=True) for name in published]
+    suites: dict[str, dict[str, dict[str, Cell]]] = {}
+    for score in scores:
+        suites.setdefault(score.suite, {}).setdefault(score.task, {})[str(score.arm)] = _own_cell(score)
+    own = {task: cells for tasks in suites.values() for task, cells in tasks.items()}
     sources = dict(zip(runs["task"], runs["source"], strict=True))
-    planned = {str(task): group for task, group in runs.groupby("task", sort=False)}
-    notes: dict[str, str] = {}
-    rows: list[Row] = []
-    whole: dict[str, list[Cell | None]] = {name: [] for name in published}
-    for suite in dict.fromkeys(score.suite for score in scores):
-        of_suite: dict[str, list[Cell | None]] = {name: [] for name in published}
-        tasks: dict[str, dict[str, Cell]] = {}
-        for score in scores:
-            if score.suite == suite:
-                tasks.setdefault(score.task, {})[score.method] = _own_cell(score)
-        for task, cells in tasks.items():
-            rankable = {key for key, cell in cells.items() if PARTIAL not in cell.marks}
-            for name, column in published.items():
-                found = match(column, task)
-                if found is None:
-                    of_suite[name].append(None)
-                    continue
-                marks = (
-                    _letter(
-                        notes, f"{name}: {'; '.join([found.source.source, *cautions(found, task, sources[task])])}."
-                    ),
-                )
-                count = found.source.seeds
-                spread = found.std
-                cells[name] = Cell(mean=found.mean, stderr=stderr(found), spread=spread, count=count, marks=marks)
-                comparable = is_comparable(found, task, sources[task])
-                of_suite[name].append(cells[name] if comparable else None)
-                if comparable:
-                    rankable.add(name)
-            lost = _lost(planned[task])
-            rows.append(
-                Row(
-                    suite=suite,
-                    name=task,
-                    is_task=True,
-                    cells=_ranked(cells, rankable),
-                    runs=lost or str(len(planned[task])),
-                )
+    letters: dict[str, str] = {}
+    quoted = {task: _quoted(task, sources[task], published, letters) for task in own}
+    lost = {str(task): _lost(planned) for task, planned in runs.groupby("task")}
+    counts = runs["task"].value_counts()
+    rows = []
+    for suite, tasks in suites.items():
+        rows += [
+            Row(
+                suite=suite,
+                name=task,
+                is_task=True,
+                cells=_ranked(cells | quoted[task].cells, _complete(cells) | quoted[task].comparable),
+                runs=lost[task] or str(counts[task]),
             )
-            if any(PARTIAL in cell.marks for cell in cells.values()):
-                why = lost or "not every run was evaluated with every method"
-                notes[f"{task}: {why}; the numbers are of the runs that have a result, and are not ranked"] = PARTIAL
-        rows += _average_rows(suite, len(tasks), averages, of_suite)
-        for name, found_cells in of_suite.items():
-            whole[name] += found_cells
+            for task, cells in tasks.items()
+        ]
+        rows += _average_rows(suite, averages, [quoted[task] for task in tasks])
     if len({row.suite for row in rows}) > 1:
-        rows += _average_rows("", len(planned), averages, whole)
-    texts = [(mark, text) for text, mark in sorted(notes.items(), key=lambda note: note[1] != PARTIAL)]
-    if any(score.is_return for score in scores):
-        texts.append((AS_RETURN, "return per episode, not a score: the data set has no reference scores"))
-    if any(mark.isalpha() for mark, _ in texts):
-        texts.append(("", NOTE))
-    if UNKNOWN in published:
-        texts.append(("", f"{_published_label(UNKNOWN)}: its scores are not known here, so its cells are blank."))
-    for average in averages:
-        note = ("", f"{average.suite or 'The whole'} has no average; {average.hole}")
-        if average.hole and note not in texts:
-            texts.append(note)
-    if runs["source"].nunique() > 1:
-        kinds = runs.drop_duplicates("task").groupby("source", sort=False)["task"]
-        named = "; ".join(f"{source}: {', '.join(names)}" for source, names in kinds)
-        texts.append(("", f"Data of different sources, whose scores are not comparable: {named}"))
-    return Results(columns=columns, rows=rows, notes=texts)
+        rows += _average_rows("", averages, list(quoted.values()))
+    partial = {
+        task: lost[task] or "not every run was evaluated with every method"
+        for task, cells in own.items()
+        if len(_complete(cells)) < len(cells)
+    }
+    notes = [
+        *((PARTIAL, f"{task}: {why}; the numbers are of the runs that have a result, and are not ranked")
+          for task, why in partial.items()),
+        *((mark, text) for text, mark in letters.items()),
+        *_notes(runs, scores, averages, published, with_letters=bool(letters)),
+    ]  # fmt: skip
+    return Results(columns=columns, rows=rows, notes=notes)
 
 
-def best_results(scores: "Sequence[Score]") -> Results | None:
+def best_results(scores: Sequence[Score]) -> Results | None:
     """Return the table of the curves' highest evaluations; None if no run was evaluated on the way."""
     if not any(score.best_scores and score.best_scores != score.scores for score in scores):
         return None
-    methods = [score.method for score in scores if score.best_scores]
-    columns = [Column(key=method, label=label(method)) for method in dict.fromkeys(methods)]
+    arms = dict.fromkeys(score.arm for score in scores if score.best_scores)
     tasks: dict[tuple[str, str], dict[str, Cell]] = {}
     for score in scores:
         marks = (PARTIAL,) * bool(score.num_failed)
         spread, count = score.best_stderr, len(score.best_scores)
         cell = Cell(mean=score.best_mean, stderr=spread, spread=spread, count=count, marks=marks)
-        tasks.setdefault((score.suite, score.task), {})[score.method] = cell
+        tasks.setdefault((score.suite, score.task), {})[str(score.arm)] = cell
     rows = [
-        Row(
-            suite=suite,
-            name=task,
-            is_task=True,
-            cells=_ranked(cells, {key for key, cell in cells.items() if not cell.marks}),
-        )
+        Row(suite=suite, name=task, is_task=True, cells=_ranked(cells, _complete(cells)))
         for (suite, task), cells in tasks.items()
     ]
     is_partial = any(cell.marks for row in rows for cell in row.cells.values())
     notes = [(PARTIAL, "runs are missing; the numbers are of those that have a result, and are not ranked")]
+    columns = [Column(key=str(arm), label=arm.label) for arm in arms]
     return Results(columns=columns, rows=rows, notes=notes if is_partial else [])
 
 
-def markdown(table: Results) -> str:
-    """Return the table in Markdown, best cells bold."""
-    with_runs = any(row.runs for row in table.rows)
-    lines = [["suite", "task", *(escape(column.label) for column in table.columns), *(["runs"] * with_runs)]]
-    lines.append(["---"] * len(lines[0]))
-    for row in table.rows:
-        cells = [_markdown_cell(row.cells.get(column.key)) for column in table.columns]
-        lines.append([escape(row.suite), escape(row.name), *cells, *([escape(row.runs)] * with_runs)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def escape(text: str) -> str:
-    """Return text that Markdown shows as it is, in one line."""
-    for sign in "\\`|*_<>[]#&$~":
-        text = text.replace(sign, f"\\{sign}")
-    return text.replace("\n", " ").replace("\r", " ")
-
-
-def latex(table: Results, *, caption: str) -> str:
-    """Return a longtable with booktabs rules; it wants the packages booktabs and longtable."""
-    heads = ["Task", *(column.label for column in table.columns)]
-    head = " & ".join(rf"\textbf{{{latex_text(name)}}}" for name in heads)
-    lines = [
-        rf"\begin{{longtable}}{{l{'r' * len(table.columns)}}}",
-        rf"\caption{{{caption}}} \\",
-        r"\toprule",
-        rf"{head} \\",
-        r"\midrule",
-        r"\endhead",
-        r"\bottomrule",
-        r"\endfoot",
+def aggregate_rows(found: Sequence[Aggregate]) -> list[dict[str, str]]:
+    """Return what several tasks say together, a row per arm, as text by the heads of the columns."""
+    first = found[0].arm.label if found else ""
+    return [
+        {
+            "method": row.arm.label,
+            "tasks": str(row.num_tasks),
+            **{title: _interval(getattr(row, name), 1) for title, name in STATISTICS.items()},
+            f"P({first} is better)": "-" if row.improvement is None else _interval(row.improvement, 2),
+        }
+        for row in found
     ]
-    before = table.rows[0] if table.rows else None
-    for row in table.rows:
-        if before is not None and (row.suite != before.suite or row.is_task != before.is_task):
-            lines.append(r"\midrule")
-        before = row
-        name = row.name if row.is_task else f"{row.suite}: {row.name}" if row.suite else row.name
-        cells = [_latex_cell(row.cells.get(column.key)) for column in table.columns]
-        lines.append(" & ".join([latex_text(name), *cells]) + r" \\")
-    lines.append(r"\end{longtable}")
-    lines += [rf"\noindent {_latex_mark(mark)} {latex_text(text)}\par" for mark, text in table.notes]
-    return "\n".join(lines) + "\n"
 
 
-def latex_document(*tables: str, num_columns: int) -> str:
-    """Return a document of its own around tables, on paper that is wide enough for most."""
-    layout = "landscape," if num_columns > 4 else ""
-    size = r"\scriptsize" if num_columns > 8 else r"\footnotesize"
-    head = [
-        r"\documentclass{article}",
-        rf"\usepackage[{layout}margin=1.5cm]{{geometry}}",
-        r"\usepackage{booktabs,longtable}",
-        r"\begin{document}",
-        size,
+def difference_rows(found: Sequence[Difference]) -> list[dict[str, str]]:
+    """Return a paired comparison, a row per task and arm, as text by the heads of the columns."""
+    return [
+        {
+            "suite": row.suite,
+            "task": row.task,
+            "method": row.arm.label,
+            "first": number(row.before_mean) + AS_RETURN * row.is_return,
+            "second": number(row.after_mean),
+            "difference": signed(row.difference),
+            "95 % interval": "-" if math.isnan(row.low) else f"{signed(row.low)} to {signed(row.high)}",
+            "seeds": f"{len(row.seeds)} pairs" if row.is_paired else "not paired",
+            "verdict": row.verdict,
+        }
+        for row in found
     ]
-    return "\n".join([*head, *tables, r"\end{document}"]) + "\n"
 
 
-def latex_text(text: str) -> str:
-    """Return text that LaTeX sets as it is; what is not ASCII becomes its code point, but for ± and dagger."""
-    signs = {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        '"': r"\textquotedblright{}",
-        "-": "{-}",
-        "±": r"$\pm$",
-        AS_RETURN: r"$\dagger$",
-        **{sign: f"\\{sign}" for sign in "{}$&#%_"},
-    }
-    found = []
-    for sign in " ".join(text.split()):
-        plain = sign if sign.isascii() and sign.isprintable() else f"[U+{ord(sign):04X}]"
-        found.append(signs.get(sign, plain))
-    return "".join(found)
+def mean_lines(means: Mapping[Arm, Interval]) -> list[str]:
+    """Return a line for each arm that is paired on every task: its mean difference with the interval."""
+    return [
+        f"{arm.label}, mean over its tasks: {signed(found.value)} "
+        f"({number(found.low)} to {number(found.high)}, stratified bootstrap over seeds)"
+        for arm, found in means.items()
+    ]
 
 
-def _own_cell(score: "Score") -> Cell:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Quoted:
+    """The published cells of one task."""
+
+    cells: dict[str, Cell]
+    comparable: set[str]
+    """Columns of the cells that may be ranked and averaged with ours."""
+
+
+def _quoted(task: str, source: str, published: Mapping[str, Sequence[Published]], letters: dict[str, str]) -> _Quoted:
+    """Return what the published columns say of a task, and add to the letters, text -> mark, those of new footnotes."""
+    cells, comparable = {}, set()
+    for name, column in published.items():
+        if (found := match(column, task)) is None:
+            continue
+        text = f"{name}: {'; '.join([found.source.source, *cautions(found, task, source)])}."
+        mark = letters.setdefault(text, _letter(len(letters)))
+        cells[name] = Cell(
+            mean=found.mean, stderr=stderr(found), spread=found.std, count=found.source.seeds, marks=(mark,)
+        )
+        if is_comparable(found, task, source):
+            comparable.add(name)
+    return _Quoted(cells, comparable)
+
+
+def _notes(
+    runs: "pd.DataFrame",
+    scores: Sequence[Score],
+    averages: Sequence[Average],
+    published: Mapping[str, Sequence[Published]],
+    *,
+    with_letters: bool,
+) -> list[Note]:
+    """Return the footnotes that no single cell has: what returns, published cells, holes and mixed data mean."""
+    notes = []
+    if any(score.is_return for score in scores):
+        notes.append((AS_RETURN, "return per episode, not a score: the data set has no reference scores"))
+    if with_letters:
+        notes.append(("", NOTE))
+    if UNKNOWN in published:
+        notes.append(("", f"{_published_label(UNKNOWN)}: its scores are not known here, so its cells are blank."))
+    holes = [f"{average.suite or 'The whole'} has no average; {average.hole}" for average in averages if average.hole]
+    notes += [("", hole) for hole in dict.fromkeys(holes)]
+    if runs["source"].nunique() > 1:
+        kinds = runs.drop_duplicates("task").groupby("source", sort=False)["task"]
+        named = "; ".join(f"{source}: {', '.join(names)}" for source, names in kinds)
+        notes.append(("", f"Data of different sources, whose scores are not comparable: {named}"))
+    return notes
+
+
+def _own_cell(score: Score) -> Cell:
     marks = (PARTIAL,) * (score.num_failed > 0) + (AS_RETURN,) * score.is_return
     mean, error = (
         (score.return_mean, score.return_stderr) if score.is_return else (score.score_mean, score.score_stderr)
     )
     return Cell(mean=mean, stderr=error, spread=error, count=len(score.seeds), marks=marks)
+
+
+def _complete(cells: Mapping[str, Cell]) -> set[str]:
+    """Return the keys of the cells that lack no run."""
+    return {key for key, cell in cells.items() if PARTIAL not in cell.marks}
 
 
 def _ranked(cells: Mapping[str, Cell], rankable: set[str]) -> dict[str, Cell]:
@@ -298,28 +273,32 @@ def _ranked(cells: Mapping[str, Cell], rankable: set[str]) -> dict[str, Cell]:
     return {key: dataclasses.replace(cell, is_best=key in best) for key, cell in cells.items()}
 
 
-def _average_rows(
-    suite: str, num_tasks: int, averages: "Sequence[Average]", published: Mapping[str, Sequence[Cell | None]]
-) -> list[Row]:
-    """Return the rows of the average and of the total; a published column has them if all its cells compare."""
+def _average_rows(suite: str, averages: Sequence[Average], quoted: Sequence[_Quoted]) -> list[Row]:
+    """Return the rows of the average and of the total; a published column has them if all its cells compare.
+
+    Args:
+        suite: empty = over all suites.
+        averages: of ours.
+        quoted: the published cells of each task of the suite.
+    """
     means, totals = {}, {}
     for average in averages:
         if average.suite == suite and not average.hole:
-            means[average.method] = Cell(
-                mean=average.score_mean, stderr=average.score_stderr, spread=average.score_stderr
-            )
-            totals[average.method] = Cell(mean=average.total)
-    for name, cells in published.items():
-        whole = [cell for cell in cells if cell is not None]
-        if len(whole) == num_tasks:
-            errors = math.hypot(*(cell.stderr for cell in whole)) / num_tasks
-            mean = sum(cell.mean for cell in whole) / num_tasks
-            means[name] = Cell(mean=mean, stderr=errors, spread=errors)
-            totals[name] = Cell(mean=mean * num_tasks)
-    names = (f"average of {num_tasks}", f"total of {num_tasks}")
-    where = suite or "all"
+            error = average.score_stderr
+            means[str(average.arm)] = Cell(mean=average.score_mean, stderr=error, spread=error)
+            totals[str(average.arm)] = Cell(mean=average.total)
+    count = len(quoted)
+    for name in (name for name in quoted[0].cells if all(name in each.comparable for each in quoted)):
+        cells = [each.cells[name] for each in quoted]
+        error = math.hypot(*(cell.stderr for cell in cells)) / count
+        mean = sum(cell.mean for cell in cells) / count
+        means[name] = Cell(mean=mean, stderr=error, spread=error)
+        totals[name] = Cell(mean=mean * count)
+    names = (f"average of {count}", f"total of {count}")
     ranked = _ranked(means, set(means)), totals
-    return [Row(suite=where, name=name, is_task=False, cells=of) for name, of in zip(names, ranked, strict=True)]
+    return [
+        Row(suite=suite or "all", name=name, is_task=False, cells=of) for name, of in zip(names, ranked, strict=True)
+    ]
 
 
 def _lost(planned: "pd.DataFrame") -> str:
@@ -334,28 +313,13 @@ def _published_label(name: str) -> str:
     return f"{name} (published)" if "@" not in name else f"{name.partition('@')[0]} ({name.partition('@')[2]})"
 
 
-def _letter(notes: dict[str, str], text: str) -> str:
-    """Return the mark of a footnote, a new one if the text is new."""
-    used = sum(mark != PARTIAL for mark in notes.values())
+def _letter(place: int) -> str:
+    """Return the mark of a footnote: a to z, then aa, ab, ..."""
     letters = string.ascii_lowercase
-    new = letters[used] if used < len(letters) else letters[used // len(letters) - 1] + letters[used % len(letters)]
-    return notes.setdefault(text, new)
+    return (
+        letters[place] if place < len(letters) else letters[place // len(letters) - 1] + letters[place % len(letters)]
+    )
 
 
-def _markdown_cell(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    text = f"**{cell.text}**" if cell.is_best else cell.text
-    return text + "".join(escape(f" [{mark}]" if mark.isalpha() else mark) for mark in cell.marks)
-
-
-def _latex_cell(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    text = cell.text.replace(" ± ", r" $\pm$ ")
-    return (rf"\textbf{{{text}}}" if cell.is_best else text) + "".join(map(_latex_mark, cell.marks))
-
-
-def _latex_mark(mark: str) -> str:
-    shown = mark.replace(AS_RETURN, r"\dagger")
-    return f"$^{{{shown}}}$" if mark else ""
+def _interval(found: Interval, digits: int) -> str:
+    return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})".replace("nan", "-")

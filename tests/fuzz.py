@@ -319,6 +319,7 @@ def load() -> None:
         *("aepo.commands", "aepo.run", "aepo.data.commands", "aepo.data.d4rl", "aepo.data.verify", "aepo.data.stats"),
         *("tune.commands", "tune.search", "tune.search_commands", "tune.board", "tune.estimate", "tune.space"),
         *("analysis.report", "analysis.tables", "analysis.figures", "analysis.page", "analysis.tracked", "mlflow"),
+        *("analysis.markdown", "analysis.latex", "analysis.terminal"),
         *("analysis.load", "matplotlib.backends.backend_agg", "h5py", "torch._dynamo", "tests.mutations"),
     ):
         importlib.import_module(name)

@@ -172,7 +172,7 @@ def test_a_method_with_a_hole_has_no_aggregate_and_the_first_is_compared():
         )
     ]
     rows = agg.aggregate(scores)
-    assert [(row.method, row.num_tasks) for row in rows] == [("aepo", 2), ("qgpo", 2)]
+    assert [(row.arm.method, row.num_tasks) for row in rows] == [("aepo", 2), ("qgpo", 2)]
     assert rows[0].improvement is None
     assert rows[1].improvement.value == 1.0
     assert rows[0].mean.value == pytest.approx(61.0)

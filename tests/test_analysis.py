@@ -19,7 +19,9 @@ import aepo.cli
 from aepo.errors import ConfigError, DataError, IncompleteError
 from analysis import figures
 from analysis.aggregate import Aggregate, Interval, Profile
-from analysis.figures import file_stem, learning_curves
+from analysis.curves import Curve, learning_curves
+from analysis.figures import file_stem
+from analysis.labels import Arm, colours
 from analysis.load import SCHEMA, curves, evaluations, load_runs
 from analysis.report import write_report
 from analysis.scores import suite_averages, task_scores
@@ -530,7 +532,7 @@ def test_figure_shows_the_mean_where_all_finished_seeds_were_measured(tmp_path):
     assert {seed: steps.tolist() for seed, (steps, _) in guided.runs.items()} == {0: [100, 200, 300], 1: [100, 300]}
     assert (cloned.is_level, cloned.mean.tolist(), cloned.stderr.tolist()) == (True, [21.0], [1.0])
     axes = Figure().add_subplot()
-    figures._draw(axes, MEDIUM, [guided, cloned], figures.colors(["aepo", "diffusion-bc"]))
+    figures._draw(axes, MEDIUM, [guided, cloned], colours([guided.arm, cloned.arm]))
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
     assert lines["AEPO"] == [[100, 15], [300, 60]]
     assert [y for _, y in lines["diffusion BC, at the end"]] == [21, 21]
@@ -542,21 +544,22 @@ def test_figure_shows_the_mean_where_all_finished_seeds_were_measured(tmp_path):
 @pytest.mark.parametrize("make", [row, lost])
 def test_figure_of_few_points_is_drawn_without_a_warning(tmp_path, points, make):
     runs = load_runs(write(tmp_path, make(seed=1, curve=points)))
-    stems = figures.draw_curves({"maze2d": [MEDIUM]}, learning_curves(runs), tmp_path)
+    found = learning_curves(runs)
+    stems = figures.draw_curves({"maze2d": [MEDIUM]}, found, colours(curve.arm for curve in found), tmp_path)
     assert stems == ({"maze2d": "maze2d"} if any(point["score"] is not None for point in points) else stems)
 
 
 def test_a_method_has_the_same_colour_whatever_stands_beside_it():
-    few, many = figures.colors(["aepo", "zeta"]), figures.colors(["zeta", "iql", "aepo"])
-    assert {few[name] == many[name] for name in ("aepo", "iql", "zeta")} == {True}
-    assert len(set(many.values())) == len(many)
+    few, many = (colours(map(Arm, names)) for names in (("aepo", "zeta"), ("zeta", "iql", "aepo")))
+    assert all(many[arm] == colour for arm, colour in few.items())
+    assert len(set(many.values())) == len(many) == 3
 
 
 def test_the_legend_of_a_single_panel_is_not_cut_off(tmp_path):
     steps, values = np.array([1, 2]), np.array([1.0, 2.0])
-    curve = figures.Curve(
+    curve = Curve(
         task="a-task",
-        method="aepo",
+        arm=Arm("aepo"),
         is_return=False,
         steps=steps,
         mean=values,
@@ -564,9 +567,9 @@ def test_the_legend_of_a_single_panel_is_not_cut_off(tmp_path):
         runs={},
         lost={0: (steps, values)},
     )
-    methods = ("aepo", "aepo-analytic", "qgpo", "iql", "td3bc")
-    curves = [dataclasses.replace(curve, method=method) for method in methods]
-    stem = figures.draw_curves({"suite": ["a-task"]}, curves, tmp_path)["suite"]
+    methods = list(map(Arm, ("aepo", "aepo-analytic", "qgpo", "iql", "td3bc")))
+    curves = [dataclasses.replace(curve, arm=arm) for arm in methods]
+    stem = figures.draw_curves({"suite": ["a-task"]}, curves, colours(methods), tmp_path)["suite"]
     ink = image.imread(tmp_path / f"{stem}.png")[..., :3].min(axis=2) < 0.9
     assert ink.any()
     assert not ink[:, [0, -1]].any(), "nothing touches the sides"
@@ -579,11 +582,12 @@ def test_an_interval_at_the_end_of_its_axis_is_seen_whole(tmp_path, monkeypatch)
     low, high = Interval(value=10.0, low=10.0, high=14.0), Interval(value=92.0, low=91.0, high=92.0)
     names = ("iqm", "median", "mean", "optimality_gap")
     found = [
-        Aggregate(method=name, num_tasks=2, improvement=None, **dict.fromkeys(names, interval))
+        Aggregate(arm=Arm(name), num_tasks=2, improvement=None, **dict.fromkeys(names, interval))
         for name, interval in (("aepo", high), ("iql", low))
     ]
     flat = np.array([0.0, 1.0])
-    figures.draw_aggregates(found, {"aepo": Profile(levels=flat, value=flat, low=flat, high=flat)}, tmp_path)
+    profiles = {Arm("aepo"): Profile(levels=flat, value=flat, low=flat, high=flat)}
+    figures.draw_aggregates(found, profiles, colours(row.arm for row in found), tmp_path)
     for axes in drawn[0].axes:
         left, right = axes.get_xlim()
         assert left < 9.5

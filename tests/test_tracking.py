@@ -388,9 +388,7 @@ def test_a_server_that_never_answers_is_given_up_whatever_its_client_waits_for(s
         assert not tracker.close(collect_rows(folder, plan))
     finally:
         silent.set()
-        for thread in (
-            set(threading.enumerate()) - before
-        ):  # it would call what the next test puts in the client's place
+        for thread in set(threading.enumerate()) - before:  # else it runs into the next test
             thread.join(60)
     assert " ".join(capsys.readouterr().err.split()).count("has not answered for 0.5 s; metrics wait on disk") == 1
 

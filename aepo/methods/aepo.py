@@ -76,7 +76,8 @@ def sampler(config: GuidedConfig, state_dim: int, action_dim: int) -> "GuidedSam
     """Return the untrained networks of guided sampling."""
     from aepo.samplers import GuidedSampler
 
-    return GuidedSampler(config, state_dim, action_dim)
+    trained = config.behavior, config.critic, config.energy
+    return GuidedSampler(trained, config.sampling, state_dim=state_dim, action_dim=action_dim)
 
 
 AEPO = Method(name="aepo", config=GuidedConfig, preset=best, stages=stages, sampler=sampler)

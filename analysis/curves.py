@@ -1,0 +1,129 @@
+"""Learning curves, over the gradient steps of all stages, and heat maps over beta and guidance scale."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analysis.labels import Arm, in_order
+from analysis.load import curves, evaluations, grids, has_references
+from analysis.scores import seeds
+
+MAX_LINES = 10
+"""Runs of an arm on a task that are drawn one by one; of more, only mean and band."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """One arm's learning curve on one task."""
+
+    task: str
+    arm: Arm
+    is_return: bool
+    """Whether the values are returns: the task has no reference scores."""
+    steps: NDArray[np.int64]
+    """Gradient steps, all stages together, at which every finished run was evaluated."""
+    mean: NDArray[np.float64]
+    """Mean over the finished runs at each step."""
+    stderr: NDArray[np.float64]
+    """Standard error of the mean; NaN for one run."""
+    runs: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float64]]]
+    """Seed -> steps and values of each finished run."""
+    lost: Mapping[int, tuple[NDArray[np.int64], NDArray[np.float64]]]
+    """Seed -> steps and values of each run without a result."""
+    is_level: bool = False
+    """Whether it was measured at the end alone: mean and stderr hold one value, to be drawn as a line across."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HeatMap:
+    """One arm's scores on one task over the two settings that are chosen after training."""
+
+    task: str
+    arm: Arm
+    scales: NDArray[np.float64]
+    """Guidance scales, [S], ascending."""
+    betas: NDArray[np.float64]
+    """Betas, [B], ascending."""
+    values: NDArray[np.float64]
+    """Mean score over runs (return, without references), [B, S]; NaN where a run lacks a cell that others have."""
+
+
+def learning_curves(runs: pd.DataFrame) -> list[Curve]:
+    """Return one curve per task and arm that has any evaluation on the way, then levels of those that have none."""
+    scored = dict(zip(runs["task"], has_references(runs), strict=True))
+    scored |= dict.fromkeys(runs["task"][has_references(runs)], True)
+    finished = runs[runs["status"] == "finished"]
+    found = []
+    points = curves(runs)
+    whole_seeds_of = seeds(finished)
+    for (task, *own), group in points.groupby(["task", "run_method", "run_variant"], sort=False):
+        arm = Arm(*map(str, own))
+        measure = "score" if scored[task] else "return_mean"
+        table = group.pivot_table(index="step", columns="seed", values=measure, aggfunc="last")
+        lines = {
+            int(str(seed)): (line.index.to_numpy(np.int64), line.to_numpy(float))
+            for seed, column in table.items()
+            if len(line := column.dropna())
+        }
+        whole_seeds = whole_seeds_of.get((str(task), arm), set())
+        whole = table[[seed for seed in table if seed in whole_seeds]].dropna()
+        values, count = whole.to_numpy(float), whole.shape[1]
+        spread = values.std(axis=1, ddof=1) / math.sqrt(count) if count > 1 else np.full(len(values), np.nan)
+        found.append(
+            Curve(
+                task=str(task),
+                arm=arm,
+                is_return=not scored[task],
+                steps=whole.index.to_numpy(np.int64),
+                mean=values.mean(axis=1) if count else np.empty(0),
+                stderr=spread,
+                runs={seed: line for seed, line in lines.items() if seed in whole_seeds},
+                lost={seed: line for seed, line in lines.items() if seed not in whole_seeds},
+            )
+        )
+    measured = evaluations(finished)
+    others = measured[measured["method"] != measured["run_method"]]
+    for (task, *own), group in others.groupby(["task", "method", "variant"]):
+        ends = group["score" if scored[task] else "return_mean"].to_numpy(float)
+        spread = np.array([ends.std(ddof=1) / math.sqrt(len(ends)) if len(ends) > 1 else math.nan])
+        level = np.array([ends.mean()])
+        empty = np.empty(0, np.int64)
+        found.append(
+            Curve(
+                task=str(task),
+                arm=Arm(*map(str, own)),
+                is_return=not scored[task],
+                steps=empty,
+                mean=level,
+                stderr=spread,
+                runs={},
+                lost={},
+                is_level=True,
+            )
+        )
+    places = {arm: place for place, arm in enumerate(in_order(curve.arm for curve in found))}
+    return sorted(found, key=lambda curve: (curve.task, places[curve.arm]))
+
+
+def heat_maps(runs: pd.DataFrame) -> list[HeatMap]:
+    """Return one heat map per task and arm whose finished runs were evaluated over beta and guidance scale."""
+    cells = grids(runs[runs["status"] == "finished"])
+    maps = []
+    for (task, *own), group in cells.groupby(["task", "run_method", "run_variant"], sort=False):
+        measure = "return_mean" if group["score"].isna().all() else "score"
+        table = group.pivot_table(index="beta", columns="guidance_scale", values=measure, aggfunc="mean")
+        counts = group.pivot_table(index="beta", columns="guidance_scale", values=measure, aggfunc="count")
+        maps.append(
+            HeatMap(
+                task=str(task),
+                arm=Arm(*map(str, own)),
+                scales=table.columns.to_numpy(float),
+                betas=table.index.to_numpy(float),
+                values=table.where(counts == group["run"].nunique()).to_numpy(float),
+            )
+        )
+    return maps
