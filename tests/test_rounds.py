@@ -95,8 +95,8 @@ def test_a_run_advances_round_by_round_as_it_does_at_once(config, tmp_path):
     assert [row["round"] for row in steps] == [1, 2, 3]
     assert advance(config, tmp_path / "fast", 2) == steps[1]  # ended before: nothing is trained
     results = [execute(config, tmp_path / name) for name in ("slow", "fast", "plain")]
-    assert results[0]["evaluations"] == results[1]["evaluations"] == results[2]["evaluations"]
-    assert [point["step"] for point in results[2]["curve"]] == [30, 90, 180]
+    assert results[0].evaluations == results[1].evaluations == results[2].evaluations
+    assert [point.step for point in results[2].curve] == [30, 90, 180]
     policies = [(tmp_path / name / run.POLICY).read_bytes() for name in ("slow", "fast", "plain")]
     assert policies[0] == policies[1] == policies[2]
 
@@ -106,7 +106,7 @@ def test_interrupted_anywhere_it_goes_on_bit_for_bit(place, config, tmp_path):
     whole = execute(config, tmp_path / "whole")
     with pytest.raises(Interrupted):
         execute(config, tmp_path / "broken", on_progress=lambda p: (p.stage, p.step) == place)
-    assert execute(config, tmp_path / "broken")["evaluations"] == whole["evaluations"]
+    assert execute(config, tmp_path / "broken").evaluations == whole.evaluations
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
@@ -125,7 +125,7 @@ def test_the_baselines_have_rounds_too(method, make_dataset, tiny_config, tmp_pa
     config = tiny_config(method=method, evaluation__num_curve_episodes=1, evaluation__horizon=5)
     config = dataclasses.replace(config, rounds=ROUNDS)
     advance(config, tmp_path, 1)
-    assert execute(config, tmp_path)["status"] == "finished"
+    assert execute(config, tmp_path).status == "finished"
 
 
 # -- with a store ------------------------------------------------------------------------------------------

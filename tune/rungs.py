@@ -154,7 +154,7 @@ class Asking(Searcher):
         trial = self._record.trials[self._numbers.pop(trial_id)]
         if trial["state"] == "running":  # it did not come to the rung
             results = [rundir.read_result(self._search / RUN_FOLDERS / name) for name in trial["runs"]]
-            reasons = [found["error"] for found in results if found is not None and found["error"]]
+            reasons = [found.error for found in results if found is not None and found.error]
             if reasons or error or not (self._search / STOP).exists():
                 lost = "its process was lost again and again" if error else "it ended without a reason"
                 trial |= {"state": "failed", "error": reasons[0] if reasons else lost}

@@ -184,7 +184,7 @@ def run_search(
             plan = {config.name: config for runs in plans.values() for config in runs}
             rows = run_sweep(search / name, [*plan.values()], resources, tracking_uri=tracking_uri)
             _check_stop(search)
-            found = {run: {key: row.get(key) for key in CONFIRMED} for run, row in zip(plan, rows, strict=True)}
+            found = {run: {key: getattr(row, key) for key in CONFIRMED} for run, row in zip(plan, rows, strict=True)}
             return {label: [found[config.name] for config in runs] for label, runs in plans.items()}
 
         changes = found_settings(space, best)
@@ -321,7 +321,7 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
                     end(trial)
             record.save()
     tracker.ship_rest()
-    tracker.close([{"status": _ROW_STATUS[trial["state"]]} for trial in record.trials])
+    tracker.close([_ROW_STATUS[trial["state"]] for trial in record.trials])
 
 
 _ROW_STATUS = {"finished": "finished", "stopped": "finished", "failed": "failed"} | dict.fromkeys(OPEN, "missing")

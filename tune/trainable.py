@@ -15,13 +15,15 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray.train
 import ray.train.v2.api.data_parallel_trainer as v2
 import ray.tune
 
 from tune.plan import RUN_FOLDERS, STOP, read_planned
+
+End = TypeVar("End")
 
 MAX_WORKER_FAILURES = 3
 STOP_INTERVAL_S = 1.0
@@ -193,7 +195,7 @@ def _execute(values: dict[str, Any]) -> None:
     _perform(values, run.execute)
 
 
-def _perform(values: dict[str, Any], how: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
+def _perform(values: dict[str, Any], how: Callable[..., End]) -> End | None:
     """Return what `how`, run.execute or run.advance, returns of a planned run; None if it failed or was stopped."""
     from aepo import run, rundir
     from aepo.errors import AEPOError, BusyError, Interrupted
