@@ -85,6 +85,25 @@ class GridCell:
         return self.return_mean if self.score is None else self.score
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundResult:
+    """What a run's evaluation at the end of a round measured."""
+
+    round: int
+    """Number of the round, from 1."""
+    score: float | None
+    return_mean: float
+    steps_reused: int
+    """Gradient steps that the stage store has saved the run so far."""
+    cells: dict[tuple[float, float], float] = dataclasses.field(default_factory=dict)
+    """(beta, guidance scale) -> score, or mean return without references; empty without a heat map."""
+
+    @property
+    def value(self) -> float:
+        """The score, or the mean return where there are no references; with a heat map that of its best cell."""
+        return self.return_mean if self.score is None else self.score
+
+
 @with_config(STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:

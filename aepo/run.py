@@ -39,7 +39,7 @@ from aepo.errors import (
 from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
 from aepo.policy import GuidedPolicy, Policy
-from aepo.results import CurvePoint, Evaluation, GridCell, Result
+from aepo.results import CurvePoint, Evaluation, GridCell, Result, RoundResult
 from aepo.rundir import (
     CONFIG,
     GRID,
@@ -245,8 +245,8 @@ def advance(
     stage_store: StageStore | None = None,
     eval_processes: int = 1,
     wait_s: float = LOOK_S,
-) -> dict[str, float]:
-    """Train to the end of a round, evaluate there and return the metrics; at once if that round has ended before.
+) -> RoundResult:
+    """Train to the end of a round and evaluate there; at once if that round has ended before.
 
     Errors are those of `execute`; there is no result, the run can go on.
 
@@ -261,11 +261,6 @@ def advance(
         stage_store: as `execute`.
         eval_processes: as `execute`.
         wait_s: as `execute`.
-
-    Returns:
-        `eval/score` where there are references, `eval/return_mean`, and `steps_reused`, gradient steps that the stage
-        store has saved so far. Where the config has a heat map, `grid/beta 1 scale 3` and so on, the score (or
-        return) of each cell, and `eval/beta` and `eval/guidance_scale` of the best, whose score it is.
     """
     with (
         _owned(folder, wait_s),
@@ -276,8 +271,14 @@ def advance(
     ):
         if num_rounds not in training.spool.rounds:
             training.until(num_rounds)
-        metrics: dict[str, float] = training.spool.rounds[num_rounds]["metrics"]
-    return metrics
+        metrics = training.spool.rounds[num_rounds]["metrics"]
+    return RoundResult(
+        round=num_rounds,
+        score=metrics.get("eval/score"),
+        return_mean=metrics["eval/return_mean"],
+        steps_reused=int(metrics["steps_reused"]),
+        cells={pair: metrics[cell_name(*pair)] for pair in _grid(config)},
+    )
 
 
 @contextmanager
@@ -463,7 +464,7 @@ class _Training:
             best = max(cells, key=lambda cell: cell.return_mean)
             keys = ("score", "return_mean", "beta", "guidance_scale")
             metrics = {f"eval/{key}": value for key in keys if (value := getattr(best, key)) is not None}
-            metrics |= {f"grid/{cell_name(cell.beta, cell.guidance_scale)}": cell.value for cell in cells}
+            metrics |= {cell_name(cell.beta, cell.guidance_scale): cell.value for cell in cells}
         else:
             metrics = self._evaluate(state, self._config.evaluation.num_curve_episodes)
         metrics |= {ROUND: float(number), "steps_reused": float(self._steps_reused)}
@@ -546,14 +547,8 @@ class _Training:
 
 
 def cell_name(beta: float, guidance_scale: float) -> str:
-    """Return how a cell of the heat map is called among the metrics."""
-    return f"beta {beta:g} scale {guidance_scale:g}"
-
-
-def read_cell_name(name: str) -> tuple[float, float]:
-    """Return the beta and guidance scale of what `cell_name` gave."""
-    _, beta, _, scale = name.split()
-    return float(beta), float(scale)
+    """Return the name of a cell of the heat map among the metrics of a round; its numbers are those of the config."""
+    return f"grid/beta {beta:g} scale {guidance_scale:g}"
 
 
 def follow(config: RunConfig, folder: Path, store: Store, *, device: torch.device) -> None:
@@ -643,10 +638,15 @@ def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: i
     )
 
 
+def _grid(config: RunConfig) -> Iterator[tuple[float, float]]:
+    """Yield beta and guidance scale of each cell of the config's heat map, none where it has no heat map."""
+    return itertools.product(config.evaluation.grid_beta, config.evaluation.grid_guidance_scale)
+
+
 def _evaluate_grid(policy: GuidedPolicy, evaluator: Evaluator, config: RunConfig) -> list[GridCell]:
     """Return the cells of the config's heat map."""
     cells = []
-    for beta, scale in itertools.product(config.evaluation.grid_beta, config.evaluation.grid_guidance_scale):
+    for beta, scale in _grid(config):
         each = policy.with_sampling(dataclasses.replace(policy.sampling, beta=beta, guidance_scale=scale))
         num_episodes = config.evaluation.num_grid_episodes
         row = evaluate(each, evaluator, num_episodes=num_episodes, seed=evaluation_seed(config.seed))

@@ -10,9 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aepo import results, rundir
+from aepo import cli, results, rundir
+from aepo.errors import CheckpointError, DataError
 from aepo.results import Evaluation, GridCell, Result, Row
+from aepo.trials import SEARCH, read_search
 from analysis.load import grids, load_runs
+from analysis.search import write_search_report
 from tune.record import write_rows
 
 BEFORE = Path(__file__).parent / "golden" / "results"
@@ -46,6 +49,30 @@ def test_a_table_from_before_is_read_and_what_it_lacks_is_null(result):
     assert "steps_reused" not in before[0]
     assert runs["steps_reused"].isna().all()
     assert list(grids(runs)["beta"]) == [1 / 3, 1.0]
+
+
+def test_a_search_from_before_is_read_written_and_reported(tmp_path, capsys):
+    before = json.loads((BEFORE / SEARCH).read_text())
+    search = read_search(BEFORE)
+    assert json.loads(json.dumps(dataclasses.asdict(search))) == before
+    assert list(dataclasses.asdict(search)) == list(before)
+    assert search.space.grid["sampling.beta"] == (1 / 3, 1.0)
+    report = write_search_report(BEFORE, tmp_path)
+    assert [line["trial"] for line in report.trials] == ["1", "0"]
+    assert [line["settings"] for line in report.confirmed] == ["found", "default"]
+    assert cli.run(["search", "--status", "--out", str(BEFORE), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == before
+
+
+@pytest.mark.parametrize("key", ["spec", "trials", "shares", "space"])
+def test_a_search_that_lacks_something_is_refused_by_name(key, tmp_path):
+    document = json.loads((BEFORE / SEARCH).read_text())
+    document[key] = {"rounds": "three"} if key != "trials" else [{"number": "one"}]
+    (tmp_path / SEARCH).write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=f"not a search of this version: {key}"):
+        read_search(tmp_path)
+    with pytest.raises(DataError, match=f"not a search of this version: {key}"):
+        write_search_report(tmp_path, tmp_path / "report")
 
 
 # -- the table -----------------------------------------------------------------------------------------------
@@ -104,5 +131,5 @@ def test_a_cell_is_worth_its_score_or_without_references_its_return():
 
 
 def test_looking_at_results_loads_neither_torch_nor_pyarrow():
-    code = "import sys, aepo.results; print({'torch', 'pyarrow', 'ray', 'pandas'} & set(sys.modules))"
+    code = "import sys, aepo.results, aepo.trials; print({'torch', 'pyarrow', 'ray', 'pandas'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

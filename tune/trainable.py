@@ -15,13 +15,16 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray.train
 import ray.train.v2.api.data_parallel_trainer as v2
 import ray.tune
 
 from tune.plan import RUN_FOLDERS, STOP, read_planned
+
+if TYPE_CHECKING:
+    from aepo.results import RoundResult
 
 End = TypeVar("End")
 
@@ -180,13 +183,13 @@ def run_rounds(values: dict[str, Any]) -> None:
     from aepo import run
 
     for number in range(values["ended"] + 1, values["until"] + 1):
-        metrics = []
+        results: list[RoundResult] = []
         for name in values["runs"]:
             how = functools.partial(run.advance, num_rounds=number)
             if _is_stopped(values) or (found := _perform(values | {"run": name}, how)) is None:
                 return
-            metrics.append(found)
-        ray.tune.report({"round": number, "metrics": metrics})
+            results.append(found)
+        ray.tune.report({"round": number, "results": results})
 
 
 def _execute(values: dict[str, Any]) -> None:
