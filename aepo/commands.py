@@ -16,6 +16,7 @@ from aepo.errors import AEPOError, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from aepo.policy import Policy
+    from aepo.results import Evaluation, Result
 
 RESULT_KEYS = [
     "task",
@@ -107,14 +108,14 @@ class Train:
                 )
             except (AEPOError, OSError) as error:
                 if self.json and (failed := _failure(folder, error)) is not None:
-                    emit_json({key: failed[key] for key in (*RESULT_KEYS, "error")})
+                    emit_json({key: getattr(failed, key) for key in (*RESULT_KEYS, "error")})
                 raise
         if self.json:
-            emit_json(result)
+            emit_json(dataclasses.asdict(result))
         else:
             emit_table(
                 f"{config.task}, seed {config.seed} ({config.data.source} data {config.data.dataset})",
-                [{key: row[key] for key in EVALUATION_COLUMNS} for row in result["evaluations"]],
+                [{key: getattr(row, key) for key in EVALUATION_COLUMNS} for row in result.evaluations],
             )
             say(f"run, policy and result: {folder}")
         return 0
@@ -132,13 +133,13 @@ def _check_place(path: Path) -> None:
         path.unlink()
 
 
-def _failure(folder: Path, error: Exception) -> dict[str, Any] | None:
+def _failure(folder: Path, error: Exception) -> "Result | None":
     """Return the result that a run has left of this error, None if it has left none."""
     from aepo import rundir
 
     with suppress(AEPOError, OSError):
         result = rundir.read_result(folder)
-        return result if result is not None and result["error"] == f"{type(error).__name__}: {error}" else None
+        return result if result is not None and result.error == f"{type(error).__name__}: {error}" else None
     return None
 
 
@@ -251,16 +252,18 @@ class Evaluate:
         policy = Policy.load(path, run.select_device(self.device))
         config = policy.config
         evaluator = Evaluator.of(config, processes=self.eval_processes)
-        rows = []
+        rows: list[dict[str, Any]] = []
+        evaluations: list[Evaluation] = []
         policies = self._settings(policy)
         for i, each in enumerate(policies):
             row = run.evaluate(each, evaluator, num_episodes=self.num_episodes, seed=self.seed)
             steps = each.sampling.num_steps if each.sampling else None
             if len(policies) > 1:
-                setting = f"beta {row['beta']:g}, guidance scale {row['guidance_scale']:g}, {steps} steps"
-                err.print(f"{i + 1} of {len(policies)}: {setting}: return {row['return_mean']:.4g}")
+                setting = f"beta {row.beta:g}, guidance scale {row.guidance_scale:g}, {steps} steps"
+                err.print(f"{i + 1} of {len(policies)}: {setting}: return {row.return_mean:.4g}")
             names = {"task": config.task, "seed": config.seed, "fingerprint": config.fingerprint}
-            rows.append({**names, "num_steps": steps, **row})
+            rows.append({**names, "num_steps": steps, **dataclasses.asdict(row)})
+            evaluations.append(row)
         evaluator.close()
         if self.json:
             emit_json(rows)
@@ -270,7 +273,8 @@ class Evaluate:
                 [{key: row[key] for key in (*EVALUATION_COLUMNS, "num_steps")} for row in rows],
             )
         if self.figure is not None:  # last: no numbers are lost with it
-            draw_grid(rows, self.figure, title=f"{config.task}, seed {config.seed}, {self.num_episodes} episodes each")
+            title = f"{config.task}, seed {config.seed}, {self.num_episodes} episodes each"
+            draw_grid([row.cell() for row in evaluations], self.figure, title=title)
             say(f"heat map: {self.figure}")
         return 0
 

@@ -1,6 +1,6 @@
 """Roll-outs: all episodes at once, one batched call of the policy per step, no slot idle."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from aepo.data.episodes import ACTION_TOLERANCE, action_bounds, doubt_pictures
 from aepo.data.transitions import Spaces, Transitions
 from aepo.environments import References, references, same_environment
 from aepo.errors import DataError, TrainingError
+from aepo.results import GridCell
 from aepo.slots import SharedSlots, Site, naming
 from aepo.tasks import ReturnRule
 
@@ -236,23 +237,23 @@ def _far_entries(state_S: Tensor, spaces: Spaces, env_id: str) -> Iterator[str]:
         )
 
 
-def draw_grid(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+def draw_grid(cells: Sequence[GridCell], path: Path, *, title: str) -> None:
     """Write a heat map of the scores (returns, without references) over beta and guidance scale as PNG.
 
     Args:
-        rows: one per beta and guidance scale, with `score` and `return_mean`.
+        cells: one per beta and guidance scale.
         path: the file.
         title: stands above it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    measure = "return_mean" if any(row["score"] is None for row in rows) else "score"
-    betas = sorted({row["beta"] for row in rows})
-    scales = sorted({row["guidance_scale"] for row in rows})
+    measure = "return_mean" if any(cell.score is None for cell in cells) else "score"
+    betas = sorted({cell.beta for cell in cells})
+    scales = sorted({cell.guidance_scale for cell in cells})
     values = np.full((len(betas), len(scales)), np.nan)
-    for row in rows:
-        values[betas.index(row["beta"]), scales.index(row["guidance_scale"])] = row[measure]
+    for cell in cells:
+        values[betas.index(cell.beta), scales.index(cell.guidance_scale)] = getattr(cell, measure)
     figure = Figure(figsize=(2.2 + 0.9 * len(scales), 1.6 + 0.6 * len(betas)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -39,6 +39,7 @@ from aepo.errors import (
 from aepo.evaluate import Evaluator, draw_grid
 from aepo.pipeline import Progress
 from aepo.policy import Policy
+from aepo.results import CurvePoint, Evaluation, GridCell, Result, RoundResult
 from aepo.rundir import (
     CONFIG,
     GRID,
@@ -55,6 +56,7 @@ from aepo.rundir import (
     read_spool,
     record_failure,
     write_json,
+    write_result,
 )
 from aepo.stages import States
 from aepo.store import Reuse, StageStore
@@ -168,7 +170,7 @@ def execute(
     stage_store: StageStore | None = None,
     eval_processes: int = 1,
     wait_s: float = LOOK_S,
-) -> dict[str, Any]:
+) -> Result:
     """Train, evaluate and return the result; from the last checkpoint if there is one, at once if it has ended.
 
     A failure that a repetition would meet again becomes a result with status `failed` and is raised too.
@@ -200,27 +202,26 @@ def execute(
             with _Training(
                 config, folder, store, device, checkpoint_s, on_progress, stage_store, eval_processes, num_evaluated
             ) as training:
-                outcome = training.conclude(training.until(len(config.rounds)))
-            result = {**facts, **outcome, "status": "finished", "error": None}
-            write_json(folder / RESULT, result)
+                result = training.conclude(training.until(len(config.rounds)), facts)
+            write_result(folder, result)
     return result
 
 
-def _finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+def _finished(config: RunConfig, folder: Path) -> Result | None:
     """Return the result of a finished run, None if it has not ended or failed.
 
     Raises:
         CheckpointError: if the file is no result, or one of another run or of other data.
     """
     result = read_result(folder)
-    if result is None or result["status"] != "finished":
+    if result is None or result.status != "finished":
         return None
-    if result["fingerprint"] != config.fingerprint:
+    if result.fingerprint != config.fingerprint:
         raise CheckpointError(
-            f"{folder / RESULT} is of run {result['fingerprint']}, wanted {config.fingerprint}: foreign; "
+            f"{folder / RESULT} is of run {result.fingerprint}, wanted {config.fingerprint}: foreign; "
             f"delete {folder} to repeat the run"
         )
-    check_unchanged(config, str(result["dataset_digest"]), folder)
+    check_unchanged(config, str(result.dataset_digest), folder)
     return result
 
 
@@ -245,8 +246,8 @@ def advance(
     stage_store: StageStore | None = None,
     eval_processes: int = 1,
     wait_s: float = LOOK_S,
-) -> dict[str, float]:
-    """Train to the end of a round, evaluate there and return the metrics; at once if that round has ended before.
+) -> RoundResult:
+    """Train to the end of a round and evaluate there; at once if that round has ended before.
 
     Errors are those of `execute`; there is no result, the run can go on.
 
@@ -261,11 +262,6 @@ def advance(
         stage_store: as `execute`.
         eval_processes: as `execute`.
         wait_s: as `execute`.
-
-    Returns:
-        `eval/score` where there are references, `eval/return_mean`, and `steps_reused`, gradient steps that the stage
-        store has saved so far. Where the config has a heat map, `grid/beta 1 scale 3` and so on, the score (or
-        return) of each cell, and `eval/beta` and `eval/guidance_scale` of the best, whose score it is.
     """
     with (
         _owned(folder, wait_s),
@@ -276,18 +272,24 @@ def advance(
     ):
         if num_rounds not in training.spool.rounds:
             training.until(num_rounds)
-        metrics: dict[str, float] = training.spool.rounds[num_rounds]["metrics"]
-    return metrics
+        metrics = training.spool.rounds[num_rounds]["metrics"]
+    return RoundResult(
+        round=num_rounds,
+        score=metrics.get("eval/score"),
+        return_mean=metrics["eval/return_mean"],
+        steps_reused=int(metrics["steps_reused"]),
+        cells={pair: metrics[cell_name(*pair)] for pair in _grid(config)},
+    )
 
 
 @contextmanager
-def _recorded(config: RunConfig, folder: Path) -> Iterator[dict[str, Any]]:
+def _recorded(config: RunConfig, folder: Path) -> Iterator[Result]:
     """Give what is known of a run at its start; what fails in the body for good becomes the run's result."""
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     try:
         write_json(folder / CONFIG, dataclasses.asdict(config))
         with kernels.using(_agreed(_backend_of(config, folder))):
-            yield {**describe(config, folder), "started_at": started_at}
+            yield dataclasses.replace(describe(config, folder), started_at=started_at)
     except (AEPOError, MemoryError, RuntimeError, OSError) as error:
         if not (known := _as_known(error, folder)):
             raise
@@ -460,12 +462,10 @@ class _Training:
         policy = Policy.from_state(self._config, state, self._data.spaces)
         if self._config.evaluation.grid_beta:
             cells = _evaluate_grid(policy, self._evaluator, self._config)
-            best = max(cells, key=lambda cell: float(cell["return_mean"]))
+            best = max(cells, key=lambda cell: cell.return_mean)
             keys = ("score", "return_mean", "beta", "guidance_scale")
-            metrics = {f"eval/{key}": float(best[key]) for key in keys if best[key] is not None}
-            for cell in cells:
-                value = cell["return_mean"] if cell["score"] is None else cell["score"]
-                metrics[f"grid/{cell_name(cell['beta'], cell['guidance_scale'])}"] = value
+            metrics = {f"eval/{key}": value for key in keys if (value := getattr(best, key)) is not None}
+            metrics |= {cell_name(cell.beta, cell.guidance_scale): cell.value for cell in cells}
         else:
             metrics = self._evaluate(state, self._config.evaluation.num_curve_episodes)
         metrics |= {ROUND: float(number), "steps_reused": float(self._steps_reused)}
@@ -499,8 +499,8 @@ class _Training:
             }
         )
 
-    def conclude(self, state: States) -> dict[str, Any]:
-        """Write the policy, evaluate it, and return what the result says of training and evaluation."""
+    def conclude(self, state: States, facts: Result) -> Result:
+        """Write the policy, evaluate it, and return the result: `facts` and what training and evaluation add."""
         config = self._config
         policy = Policy.from_state(config, state, self._data.spaces)
         policy.save(self._folder / POLICY)
@@ -510,50 +510,47 @@ class _Training:
             policies.append(policy.with_sampling(cloning))
         num_episodes, seed = config.evaluation.num_episodes, evaluation_seed(config.seed)
         evaluations = [evaluate(each, self._evaluator, num_episodes=num_episodes, seed=seed) for each in policies]
+        own = evaluations[0]
         grid = _evaluate_grid(policy, self._evaluator, config)
         if grid:
             try:
                 draw_grid(grid, self._folder / GRID, title=f"{config.task}, seed {config.seed}")
             except OSError as error:  # the result has its numbers
                 warn(f"no heat map in {self._folder}: {error.strerror}")
-        final = {key: evaluations[0][key] for key in ("score", "return_mean")}
         curve = [
-            {
-                "stage": row["stage"],
-                "step": config.steps_until(row["stage"], row["step"]),
-                "score": row["metrics"].get("eval/score"),
-                "return_mean": row["metrics"]["eval/return_mean"],
-            }
+            CurvePoint(
+                stage=row["stage"],
+                step=config.steps_until(row["stage"], row["step"]),
+                score=row["metrics"].get("eval/score"),
+                return_mean=row["metrics"]["eval/return_mean"],
+            )
             for row in read_spool(self._folder / METRICS)[0]
             if "eval/return_mean" in row["metrics"]
         ]
-        curve.append({"stage": self._last_stage, "step": config.num_steps, **final})
+        last = CurvePoint(stage=self._last_stage, step=config.num_steps, score=own.score, return_mean=own.return_mean)
         refs = self._evaluator.references
-        return {
-            "dataset_digest": self._data.digest,
-            "env_id": self._evaluator.env_id,
-            "ref_min": refs.random if refs else None,
-            "ref_max": refs.expert if refs else None,
-            **final,
-            "num_episodes": evaluations[0]["num_episodes"],
-            "steps": config.num_steps,
-            "steps_reused": self._steps_reused,
-            "seconds": round(self._seconds, 3),
-            "evaluations": evaluations,
-            "curve": curve,
-            "grid": grid,
-        }
+        return dataclasses.replace(
+            facts,
+            status="finished",
+            dataset_digest=self._data.digest,
+            env_id=self._evaluator.env_id,
+            ref_min=refs.random if refs else None,
+            ref_max=refs.expert if refs else None,
+            score=own.score,
+            return_mean=own.return_mean,
+            num_episodes=own.num_episodes,
+            steps=config.num_steps,
+            steps_reused=self._steps_reused,
+            seconds=round(self._seconds, 3),
+            evaluations=tuple(evaluations),
+            curve=(*curve, last),
+            grid=tuple(grid),
+        )
 
 
 def cell_name(beta: float, guidance_scale: float) -> str:
-    """Return how a cell of the heat map is called among the metrics."""
-    return f"beta {beta:g} scale {guidance_scale:g}"
-
-
-def read_cell_name(name: str) -> tuple[float, float]:
-    """Return the beta and guidance scale of what `cell_name` gave."""
-    _, beta, _, scale = name.split()
-    return float(beta), float(scale)
+    """Return the name of a cell of the heat map among the metrics of a round; its numbers are those of the config."""
+    return f"grid/beta {beta:g} scale {guidance_scale:g}"
 
 
 def follow(config: RunConfig, folder: Path, store: Store, *, device: torch.device) -> None:
@@ -621,8 +618,8 @@ def evaluation_seed(seed: int) -> int:
     return EVALUATION_SEED * (1 + seed) % (2**31 - 10_000)
 
 
-def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: int) -> dict[str, Any]:
-    """Return one entry of a result's `evaluations`: the policy rolled out as its `sampling` says."""
+def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: int) -> Evaluation:
+    """Return a policy's evaluation, rolled out as its `sampling` says."""
     returns = evaluator.run(policy, num_episodes=num_episodes, seed=seed)
     metrics = _eval_metrics(evaluator, returns)
     method: str = policy.config.method
@@ -631,29 +628,34 @@ def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: i
         beta, scale = policy.sampling.beta, policy.sampling.guidance_scale
         if scale == 0:
             method = CLONING if policy.sampling.num_candidates == 1 else BEST_CLONE
-    return {
-        "method": method,
-        "beta": beta,
-        "guidance_scale": scale,
-        "score": metrics.get("eval/score"),
-        "return_mean": metrics["eval/return_mean"],
-        "return_std": float(returns.std(ddof=1)) if len(returns) > 1 else 0.0,
-        "num_episodes": len(returns),
-        "episode_returns": returns.tolist(),
-    }
+    return Evaluation(
+        method=method,
+        beta=beta,
+        guidance_scale=scale,
+        score=metrics.get("eval/score"),
+        return_mean=metrics["eval/return_mean"],
+        return_std=float(returns.std(ddof=1)) if len(returns) > 1 else 0.0,
+        num_episodes=len(returns),
+        episode_returns=tuple(returns.tolist()),
+    )
 
 
-def _evaluate_grid(policy: Policy, evaluator: Evaluator, config: RunConfig) -> list[dict[str, Any]]:
-    """Return one row per beta and guidance scale of the config's heat map."""
-    rows: list[dict[str, Any]] = []
+def _grid(config: RunConfig) -> Iterator[tuple[float, float]]:
+    """Yield beta and guidance scale of each cell of the config's heat map, none where it has no heat map."""
+    return itertools.product(config.evaluation.grid_beta, config.evaluation.grid_guidance_scale)
+
+
+def _evaluate_grid(policy: Policy, evaluator: Evaluator, config: RunConfig) -> list[GridCell]:
+    """Return the cells of the config's heat map."""
+    cells: list[GridCell] = []
     if policy.sampling is None:
-        return rows
-    for beta, scale in itertools.product(config.evaluation.grid_beta, config.evaluation.grid_guidance_scale):
-        cell = policy.with_sampling(dataclasses.replace(policy.sampling, beta=beta, guidance_scale=scale))
+        return cells
+    for beta, scale in _grid(config):
+        each = policy.with_sampling(dataclasses.replace(policy.sampling, beta=beta, guidance_scale=scale))
         num_episodes = config.evaluation.num_grid_episodes
-        row = evaluate(cell, evaluator, num_episodes=num_episodes, seed=evaluation_seed(config.seed))
-        rows.append({key: row[key] for key in ("beta", "guidance_scale", "score", "return_mean", "num_episodes")})
-    return rows
+        row = evaluate(each, evaluator, num_episodes=num_episodes, seed=evaluation_seed(config.seed))
+        cells.append(row.cell())
+    return cells
 
 
 def _eval_metrics(evaluator: Evaluator, returns: NDArray[np.float64]) -> dict[str, float]:

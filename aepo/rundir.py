@@ -4,6 +4,7 @@ config.json  kernels.json  metrics.jsonl  state.ckpt  policy.safetensors  result
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import json
@@ -15,17 +16,18 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TextIO
+from typing import Annotated, Any, TextIO
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from aepo import __version__
-from aepo.config import MAX_COUNT, RunConfig
+from aepo.config import RunConfig
 from aepo.console import say
 from aepo.documents import parse_json
 from aepo.errors import FORBIDDEN, BusyError, CheckpointError
 from aepo.names import bounded
+from aepo.results import STRICT, Count, Result
 
 RESULT, CONFIG, METRICS, POLICY = "result.json", "config.json", "metrics.jsonl", "policy.safetensors"
 GRID = "grid.png"
@@ -39,85 +41,16 @@ COMMIT = "COMMIT"
 """Beside the packages, in packed code."""
 
 
-_STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-"""Types and finite numbers as they are written; what other versions wrote besides is kept."""
-_Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-
-
-@with_config(_STRICT)
+@with_config({**STRICT, "extra": "allow"})
 class _Row(TypedDict):
     """A line of a metrics file."""
 
     time: Annotated[float, Field(ge=0, le=1e11)]
     """Seconds since the epoch."""
     stage: str
-    step: _Count
-    num_steps: _Count
+    step: Count
+    num_steps: Count
     metrics: dict[str, float]
-
-
-@with_config(_STRICT)
-class _Evaluation(TypedDict):
-    method: str
-    beta: float | None
-    guidance_scale: float | None
-    score: float | None
-    return_mean: float
-    return_std: float
-    num_episodes: _Count
-    episode_returns: list[float]
-
-
-@with_config(_STRICT)
-class _Point(TypedDict):
-    stage: str
-    step: _Count
-    score: float | None
-    return_mean: float
-
-
-@with_config(_STRICT)
-class _Cell(TypedDict):
-    beta: float
-    guidance_scale: float
-    score: float | None
-    return_mean: float
-    num_episodes: _Count
-
-
-@with_config(_STRICT)
-class _Result(TypedDict):
-    """What `describe` gives, and what a run adds to it."""
-
-    run: str
-    task: str
-    suite: str
-    source: str
-    dataset: str
-    dataset_digest: str | None
-    env_id: str | None
-    ref_min: float | None
-    ref_max: float | None
-    seed: _Count
-    fingerprint: str
-    method: str
-    preset: str
-    status: Literal["finished", "failed"]
-    error: str | None
-    score: float | None
-    return_mean: float | None
-    num_episodes: _Count | None
-    steps: Annotated[int, Field(ge=0)]
-    steps_reused: NotRequired[Annotated[int, Field(ge=0)]]
-    seconds: float
-    evaluations: list[_Evaluation]
-    curve: list[_Point]
-    grid: NotRequired[list[_Cell]]
-    commit: str | None
-    version: str
-    machine: str
-    started_at: str | None
-    folder: NotRequired[str]
 
 
 @cache
@@ -138,7 +71,7 @@ def parse_rows(path: Path, lines: bytes) -> list[dict[str, Any]]:
             rows.append(dict(_parser(_Row).validate_json(line)))
         except ValidationError as error:
             raise CheckpointError(
-                f"{path}: {line[:60].decode(errors='replace')!r} is no row of metrics ({_first(error)}); "
+                f"{path}: {line[:60].decode(errors='replace')!r} is no row of metrics ({first_fault(error)}); "
                 f"delete {path.parent} to repeat the run"
             ) from None
     return rows
@@ -162,7 +95,7 @@ def read_spool(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     return parse_rows(path, text[:whole]), offset + whole
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
+def read_result(folder: Path) -> Result | None:
     """Return the result of an ended run, None if it has not ended.
 
     Raises:
@@ -170,19 +103,28 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / RESULT
     try:
-        return dict(_parser(_Result).validate_json(path.read_bytes()))
+        result: Result = _parser(Result).validate_json(path.read_bytes())
+        if result.status != "missing":
+            return result
+        reason = "status: a run without an end has none"
     except FileNotFoundError:
         return None
     except NotADirectoryError:  # somebody's file in the place of the folder: not ours to delete
         raise
     except ValidationError as error:
-        reason = _first(error)
+        reason = first_fault(error)
     except OSError as error:
         reason = str(error.strerror)
     raise CheckpointError(f"{path} is not a result ({reason}); delete {folder} to repeat the run")
 
 
-def _first(error: ValidationError) -> str:
+def write_result(folder: Path, result: Result) -> None:
+    """Write the result of a run that has ended, atomically."""
+    write_json(folder / RESULT, dataclasses.asdict(result))
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return where a document first goes wrong, and how."""
     item = error.errors(include_input=False, include_url=False)[0]
     return ": ".join([*(["/".join(map(str, item["loc"]))] if item["loc"] else []), item["msg"]])
 
@@ -216,43 +158,27 @@ def read_document(path: Path, *, kind: str, version: int, field: str) -> dict[st
 
 def record_failure(config: RunConfig, folder: Path, error: str, *, started_at: str | None = None) -> None:
     """Write the result of a run that failed for good."""
-    facts = {**describe(config, folder), "started_at": started_at}
-    write_json(folder / RESULT, {**facts, "status": "failed", "error": error})
+    known = describe(config, folder)
+    write_result(folder, dataclasses.replace(known, started_at=started_at, status="failed", error=error))
 
 
-def describe(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Return what is known of a run before it starts, with every key that a result has."""
-    return {
-        "run": config.name,
-        "task": config.task,
-        "suite": config.suite,
-        "source": config.data.source,
-        "dataset": config.data.dataset,
-        "dataset_digest": None,
-        "env_id": None,
-        "ref_min": None,
-        "ref_max": None,
-        "seed": config.seed,
-        "fingerprint": config.fingerprint,
-        "method": config.method,
-        "preset": config.preset,
-        "status": "missing",
-        "error": None,
-        "score": None,
-        "return_mean": None,
-        "num_episodes": None,
-        "steps": 0,
-        "steps_reused": 0,
-        "seconds": 0.0,
-        "evaluations": [],
-        "curve": [],
-        "grid": [],
-        "commit": commit(),
-        "version": __version__,
-        "machine": f"{platform.processor() or platform.machine()}, torch {version('torch')}",
-        "started_at": None,
-        "folder": str(folder),
-    }
+def describe(config: RunConfig, folder: Path) -> Result:
+    """Return what is known of a run before it starts."""
+    return Result.unended(
+        run=config.name,
+        task=config.task,
+        suite=config.suite,
+        source=config.data.source,
+        dataset=config.data.dataset,
+        seed=config.seed,
+        fingerprint=config.fingerprint,
+        method=config.method,
+        preset=config.preset,
+        commit=commit(),
+        version=__version__,
+        machine=f"{platform.processor() or platform.machine()}, torch {version('torch')}",
+        folder=str(folder),
+    )
 
 
 def write_json(path: Path, document: Any) -> None:

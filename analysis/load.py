@@ -1,14 +1,14 @@
 """The runs of one or more sweeps as one data frame, checked; how they were trained is not known here.
 
-`SCHEMA` is the contract with the writer (`tune`). What is wrong is refused by name; a hole stays a hole. A source is a
-sweep's folder, its runs.parquet, or `mlflow:EXPERIMENT`.
+The schema (aepo/results.py) is the contract with the writer (`tune`). What is wrong is refused by name; a hole stays a
+hole. A source is a sweep's folder, its runs.parquet, or `mlflow:EXPERIMENT`.
 """
 
+import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,74 +17,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aepo.errors import DataError
+from aepo.results import SCHEMA_VERSION, Row, optional, schema
 from analysis.labels import Arm, in_order
 
-SCHEMA_VERSION = 2
 FILE = "runs.parquet"
 MLFLOW = "mlflow:"
 """Begins the name of a source that is an experiment of MLflow."""
 
-_EVALUATION = {
-    "method": pa.string(),
-    "beta": pa.float64(),
-    "guidance_scale": pa.float64(),
-    "score": pa.float64(),
-    "return_mean": pa.float64(),
-    "return_std": pa.float64(),
-    "num_episodes": pa.int64(),
-    "episode_returns": pa.list_(pa.float64()),
-}
-_GRID = {
-    "beta": pa.float64(),
-    "guidance_scale": pa.float64(),
-    "score": pa.float64(),
-    "return_mean": pa.float64(),
-    "num_episodes": pa.int64(),
-}
-_CURVE = {"stage": pa.string(), "step": pa.int64(), "score": pa.float64(), "return_mean": pa.float64()}
-_NEVER_NULL = {
-    "schema_version": pa.int64(),
-    "run": pa.string(),
-    "task": pa.string(),
-    "suite": pa.string(),
-    "source": pa.string(),
-    "dataset": pa.string(),
-    "seed": pa.int64(),
-    "fingerprint": pa.string(),
-    "method": pa.string(),
-    "preset": pa.string(),
-    "status": pa.string(),
-}
-_NULLABLE = {
-    "dataset_digest": pa.string(),
-    "env_id": pa.string(),
-    "ref_min": pa.float64(),
-    "ref_max": pa.float64(),
-    "error": pa.string(),
-    "score": pa.float64(),
-    "return_mean": pa.float64(),
-    "num_episodes": pa.int64(),
-    "steps": pa.int64(),
-    "seconds": pa.float64(),
-    "evaluations": pa.list_(pa.struct(list(_EVALUATION.items()))),
-    "curve": pa.list_(pa.struct(list(_CURVE.items()))),
-    "commit": pa.string(),
-    "started_at": pa.string(),
-    "mlflow_run_id": pa.string(),
-}
-SCHEMA = pa.schema(
-    [pa.field(name, kind, nullable=False) for name, kind in _NEVER_NULL.items()]
-    + [pa.field(name, kind) for name, kind in _NULLABLE.items()]
-)
+SCHEMA = schema()
 """Columns of runs.parquet, one row per planned run; further columns are ignored."""
-OPTIONAL = {
-    "grid": pa.list_(pa.struct(list(_GRID.items()))),
-    "folder": pa.string(),
-    "settings": pa.string(),
-    "variant": pa.string(),
-}
-"""Columns that a table may lack: evaluations over beta and guidance scale, where the run lies in its sweep, all of
-its settings but the seed, as a JSON object of texts, and the name of its method's variant, empty where it has none."""
 
 _STATUSES = ("finished", "failed", "missing")
 _NESTED = ("evaluations", "curve", "grid")
@@ -139,7 +80,7 @@ def evaluations(runs: pd.DataFrame) -> pd.DataFrame:
     same seed (cloning is part of every guided run) stands there once, of the first arm. It is of no variant if all
     variants have measured the same, else of the run's: their settings have changed it.
     """
-    frame = _explode(runs, "evaluations", _EVALUATION)
+    frame = _explode(runs, "evaluations")
     others = frame["method"] != frame["run_method"]
     frame["variant"] = frame["run_variant"]
     for _, group in frame[others].groupby("method"):
@@ -151,13 +92,13 @@ def evaluations(runs: pd.DataFrame) -> pd.DataFrame:
 
 def curves(runs: pd.DataFrame) -> pd.DataFrame:
     """Return one row per run, stage and step; of a step written twice (a resumed run) the last."""
-    frame = _explode(runs, "curve", _CURVE)
+    frame = _explode(runs, "curve")
     return frame.drop_duplicates(["run", "stage", "step"], keep="last", ignore_index=True)
 
 
 def grids(runs: pd.DataFrame) -> pd.DataFrame:
     """Return one row per run, beta and guidance scale: the heat maps that the runs have evaluated."""
-    return _explode(runs, "grid", _GRID)
+    return _explode(runs, "grid")
 
 
 def arms(frame: pd.DataFrame, prefix: str = "") -> list[Arm]:
@@ -170,15 +111,15 @@ def has_references(runs: pd.DataFrame) -> "pd.Series[bool]":
     return runs["ref_min"].notna() & runs["ref_max"].notna()
 
 
-def _explode(runs: pd.DataFrame, column: str, fields: Mapping[str, Any]) -> pd.DataFrame:
+def _explode(runs: pd.DataFrame, column: str) -> pd.DataFrame:
     items = pa.chunked_array(runs[column].array.__arrow_array__()).combine_chunks()
     owners = pc.list_parent_indices(items).to_numpy(zero_copy_only=False)
     flat = pc.list_flatten(items)
     names = {"method": "run_method", "variant": "run_variant"}
     frame = runs[[*_KEY, *names]].rename(columns=names).take(owners).reset_index(drop=True)
-    for name, kind in fields.items():
-        values = pc.struct_field(flat, name).to_pandas()
-        frame[name] = values.astype(float) if pa.types.is_floating(kind) else values
+    for field in SCHEMA.field(column).type.value_type:
+        values = pc.struct_field(flat, field.name).to_pandas()
+        frame[field.name] = values.astype(float) if pa.types.is_floating(field.type) else values
     return frame
 
 
@@ -203,22 +144,23 @@ def _with_holes(table: pa.Table) -> pa.Table:
     place = {task: row for row, task in reversed(list(enumerate(columns[0])))}
     known = {task: table.select(["suite", "source", "dataset"]).slice(row, 1) for task, row in place.items()}
     holes = [
-        known[task].to_pylist()[0]
-        | {
-            "schema_version": SCHEMA_VERSION,
-            "run": f"{task} {arm} seed {seed}",
-            "task": task,
-            "seed": seed,
-            "fingerprint": "",
-            "method": arm.method,
-            "variant": arm.variant,
-            "preset": "",
-            "status": "missing",
-            "error": "no row of it in the given sweeps, which have this task, this method and this seed with others",
-        }
+        Row.unended(
+            schema_version=SCHEMA_VERSION,
+            run=f"{task} {arm} seed {seed}",
+            task=task,
+            **known[task].to_pylist()[0],
+            seed=seed,
+            method=arm.method,
+            variant=arm.variant,
+            error="no row of it in the given sweeps, which have this task, this method and this seed with others",
+        )
         for task, arm, seed in absent
     ]
-    return pa.concat_tables([table, pa.Table.from_pylist(holes, schema=table.schema)]) if holes else table
+    return pa.concat_tables([table, _table(holes)]) if holes else table
+
+
+def _table(rows: Sequence[Row]) -> pa.Table:
+    return pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=SCHEMA)
 
 
 def _read_source(source: str, tracking_uri: str, allow_missing: bool) -> pa.Table:
@@ -226,7 +168,7 @@ def _read_source(source: str, tracking_uri: str, allow_missing: bool) -> pa.Tabl
         from analysis.tracked import read_experiment
 
         rows = read_experiment(source.removeprefix(MLFLOW), tracking_uri, allow_missing=allow_missing)
-        return _conform(pa.Table.from_pylist(rows), source)
+        return _conform(_table(rows), source)
     path = Path(source)
     return _read(path / FILE if path.is_dir() else path)
 
@@ -243,27 +185,25 @@ def _read(file: Path) -> pa.Table:
 
 def _conform(table: pa.Table, source: str) -> pa.Table:
     """Return a table's columns in the types of the schema, which it must follow."""
-    if absent := [name for name in SCHEMA.names if name not in table.column_names]:
-        raise DataError(f"{source} lacks {', '.join(absent)}; wanted schema {SCHEMA_VERSION}: repeat `aepo sweep`")
+    absent = [name for name in SCHEMA.names if name not in table.column_names]
+    if required := [name for name in absent if name not in optional()]:
+        raise DataError(f"{source} lacks {', '.join(required)}; wanted schema {SCHEMA_VERSION}: repeat `aepo sweep`")
     versions = sorted(map(str, set(table["schema_version"].to_pylist()) - {SCHEMA_VERSION}))
     if versions:
         raise DataError(
             f"{source} has schema version {', '.join(versions)}, wanted {SCHEMA_VERSION}; "
             "repeat `aepo sweep` with this version of aepo, or report with the version that wrote it"
         )
-    schema = SCHEMA
-    for name, kind in OPTIONAL.items():
-        schema = schema.append(pa.field(name, kind))
-        if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(table.num_rows, kind))
+    for name in absent:
+        table = table.append_column(name, pa.nulls(table.num_rows, SCHEMA.field(name).type))
     try:
-        table = table.select(schema.names).cast(schema)
+        table = table.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise DataError(
             f"{source} does not follow schema {SCHEMA_VERSION} ({_one_line(error)}); repeat `aepo sweep`"
         ) from error
     named = pc.fill_null(table["variant"], "")
-    return table.set_column(table.column_names.index("variant"), schema.field("variant"), named)
+    return table.set_column(table.column_names.index("variant"), SCHEMA.field("variant"), named)
 
 
 def _check_runs(runs: pd.DataFrame) -> None:
@@ -301,7 +241,7 @@ def _check_settings(runs: pd.DataFrame) -> None:
 def _check_results(finished: pd.DataFrame) -> None:
     """Check what only finished runs have; the data of a run that failed early were perhaps never read."""
     _check_equal(finished, ["task"], "dataset_digest", "ref_min", "ref_max")
-    results = _explode(finished, "evaluations", _EVALUATION)
+    results = _explode(finished, "evaluations")
     again = results[results.duplicated(["run", "method"])]
     if twice := [f"run {row.run} has two evaluations of {row.method}" for row in again.itertuples()]:
         raise DataError(f"{_named(twice, '; ')}, wanted one; evaluate it again")
@@ -320,7 +260,7 @@ def _check_numbers(finished: pd.DataFrame) -> None:
             f"{_named(holes, ' has no finite number; ')} has no finite number; evaluate it again, or report with "
             "--allow-missing, which takes it as a run without a result"
         )
-    results = _explode(finished, "evaluations", _EVALUATION)
+    results = _explode(finished, "evaluations")
     own = results[results["method"] == results["run_method"]].set_index("run")
     says = own["score"].to_dict()
     measured = np.array([says[run] for run in finished["run"]])
@@ -334,7 +274,7 @@ def _check_numbers(finished: pd.DataFrame) -> None:
 
 def _without_number(finished: pd.DataFrame) -> list[tuple[str, str]]:
     """Return run and method of each evaluation that lacks a finite return, or the score that it ought to have."""
-    results = _explode(finished, "evaluations", _EVALUATION)
+    results = _explode(finished, "evaluations")
     scored = results["run"].isin(finished["run"][has_references(finished)])
     no_score = scored & ~_is_finite(results["score"])
     no_return = ~_is_finite(results["return_mean"]) | results["num_episodes"].isna()

@@ -5,7 +5,6 @@ are.
 """
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aepo.errors import ConfigError, DataError
-from aepo.textfile import read_text
+from aepo.errors import CheckpointError, ConfigError, DataError
+from aepo.trials import SEARCH, Outcome, SearchFile, State, count_steps, read_search, trial_rows, words_of
 
 if TYPE_CHECKING:
     import optuna
     from matplotlib.figure import Figure
 
-RECORD = "search.json"
-FORMAT = 1
-COLOURS = {"finished": "#0072B2", "stopped": "#999999", "failed": "#D55E00", "running": "#E69F00", "waiting": "#F0E442"}
+COLOURS: dict[State, str] = {
+    "finished": "#0072B2",
+    "stopped": "#999999",
+    "failed": "#D55E00",
+    "running": "#E69F00",
+    "waiting": "#F0E442",
+}
 """Okabe and Ito's, by the state of a trial."""
 
 
@@ -39,7 +42,7 @@ class SearchReport:
 
 def is_search(folder: Path) -> bool:
     """Return whether a folder is that of a search."""
-    return (folder / RECORD).exists()
+    return (folder / SEARCH).exists()
 
 
 def write_search_report(search: Path, out: Path, *, against: Path | None = None) -> SearchReport:
@@ -55,12 +58,11 @@ def write_search_report(search: Path, out: Path, *, against: Path | None = None)
         ConfigError: if `out` cannot be a folder, or the searches are of different tasks.
     """
     document = _read(search)
-    trials: list[dict[str, Any]] = document["trials"]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{out} cannot be a folder ({error.strerror}); give another with --out") from error
-    begun = [trial for trial in trials if trial["rounds"]]
+    begun = [trial for trial in document.trials if trial.rounds]
     notes = [*_compute_notes(document), *_optimism_notes(document)]
     figures = {}
     if begun:
@@ -68,8 +70,9 @@ def write_search_report(search: Path, out: Path, *, against: Path | None = None)
         curves = {search.name: document}
         if against is not None:
             other = _read(against)
-            if _tasks(other) != _tasks(document):
-                raise ConfigError(f"{against} searched {_tasks(other)}, {search} {_tasks(document)}: not comparable")
+            theirs, ours = other.spec.names, document.spec.names
+            if theirs != ours:
+                raise ConfigError(f"{against} searched {theirs}, {search} {ours}: not comparable")
             curves[against.name if against.name != search.name else str(against)] = other
             notes += _against_notes(curves)
         figures["best"] = _draw_best(curves, out / "best.png")
@@ -78,90 +81,69 @@ def write_search_report(search: Path, out: Path, *, against: Path | None = None)
     if importance:
         figures["importance"] = _draw_importance(importance, out / "importance.png")
         figures["settings"] = _draw_parallel(study, out / "settings.png")
-    report = SearchReport(_confirm_rows(document), _trial_rows(trials), notes)
+    report = SearchReport(_confirm_rows(document), trial_rows(document.trials), notes)
     text = _markdown(search, document, report, importance, figures)
     (out / "report.md").write_text(text)
     return report
 
 
-def _read(search: Path) -> dict[str, Any]:
-    path = search / RECORD
+def _read(search: Path) -> SearchFile:
     try:
-        document = json.loads(read_text(path))
-        assert document["format"] == FORMAT
-        assert isinstance(document["trials"], list)
-    except FileNotFoundError:
-        raise DataError(f"{search} is not a search: it has no {RECORD}") from None
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise DataError(f"{path} is not a search of this version: {error}") from error
-    return document  # type: ignore[no-any-return]
+        return read_search(search)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
 
 
 def _seeds(seeds: Sequence[int]) -> str:
     return "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
 
 
-def _tasks(document: Mapping[str, Any]) -> list[str]:
-    return [*document["spec"]["tasks"], *document["spec"]["datasets"]]
-
-
-def steps_taken(trial: Mapping[str, Any]) -> list[int]:
-    """Return the gradient steps that a trial itself had taken at the end of each of its rounds."""
-    return [total - row["steps_reused"] for total, row in zip(trial["steps"], trial["rounds"], strict=False)]
-
-
-def _compute(trials: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
-    """Return the gradient steps taken, those that the store saved, and those of all trials in full."""
-    taken = sum(steps_taken(trial)[-1] for trial in trials if trial["rounds"])
-    reused = sum(trial["rounds"][-1]["steps_reused"] for trial in trials if trial["rounds"])
-    return taken, reused, sum(trial["steps"][-1] for trial in trials)
-
-
-def _compute_notes(document: Mapping[str, Any]) -> list[str]:
-    taken, reused, full = _compute(document["trials"])
+def _compute_notes(document: SearchFile) -> list[str]:
+    taken, reused, full = count_steps(document.trials)
     if not full:
         return ["No trial has begun."]
-    states = [trial["state"] for trial in document["trials"]]
+    states = [trial.state for trial in document.trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in COLOURS if state in states)
     notes = [
         f"{len(states)} trials ({counts}) took {taken:,} gradient steps, {taken / full:.1%} of the {full:,} that they "
         f"take in full; the stage store saved {reused:,}, stopping {full - taken - reused:,}."
     ]
-    if document["confirm"]:
+    if document.select and document.confirm:
         select, confirm = (
-            sum((row["steps"] or 0) - (row["steps_reused"] or 0) for name in names for row in document[part][name])
-            for part, names in (("select", ("best", "preset")), ("confirm", ("found", "default")))
+            sum((row.steps or 0) - (row.steps_reused or 0) for row in rows)
+            for rows in (
+                [*document.select.best, *document.select.preset],
+                [*document.confirm.found, *document.confirm.default],
+            )
         )
         notes.append(
-            f"Selection on {_seeds(document['spec']['select_seeds'])} took {select:,} more: {taken + select:,} "
+            f"Selection on {_seeds(document.spec.select_seeds)} took {select:,} more: {taken + select:,} "
             f"in all, {(taken + select) / full:.1%}. Found and default on fresh seeds took {confirm:,}, for the "
             "report only."
         )
     return notes
 
 
-def _means(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> np.ndarray[Any, Any]:
+def _means(document: SearchFile, outcomes: Sequence[Outcome]) -> np.ndarray[Any, Any]:
     """Return the mean over tasks for each seed that has all, [seeds]."""
     by_seed: dict[int, list[float]] = {}
-    for row in rows:
-        if row["status"] == "finished":
-            value = row["return_mean"] if row["score"] is None else row["score"]
-            by_seed.setdefault(row["seed"], []).append(value)
-    return np.array([np.mean(v) for v in by_seed.values() if len(v) == len(_tasks(document))])
+    for outcome in outcomes:
+        if outcome.status == "finished" and outcome.value is not None:
+            by_seed.setdefault(outcome.seed, []).append(outcome.value)
+    return np.array([np.mean(v) for v in by_seed.values() if len(v) == len(document.spec.names)])
 
 
-def _confirm_rows(document: Mapping[str, Any]) -> list[dict[str, str]]:
-    if not document["confirm"]:
+def _confirm_rows(document: SearchFile) -> list[dict[str, str]]:
+    if document.confirm is None:
         return []
     rows = []
-    for name in ("found", "default"):
-        scores = _means(document, document["confirm"][name])
-        runs = len(document["confirm"][name])
+    for name, outcomes in (("found", document.confirm.found), ("default", document.confirm.default)):
+        scores = _means(document, outcomes)
         rows.append(
             {
                 "settings": name,
                 "score": f"{scores.mean():.1f} ± {_standard_error(scores):.1f}" if len(scores) else "-",
-                "seeds": f"{len(scores)} of {runs // len(_tasks(document))}",
+                "seeds": f"{len(scores)} of {len(outcomes) // len(document.spec.names)}",
                 "each": "  ".join(f"{score:.1f}" for score in scores),
             }
         )
@@ -172,35 +154,35 @@ def _standard_error(scores: np.ndarray[Any, Any]) -> float:
     return float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else float("nan")
 
 
-def _optimism_notes(document: Mapping[str, Any]) -> list[str]:
-    if not document["confirm"]:
+def _optimism_notes(document: SearchFile) -> list[str]:
+    if document.select is None or document.confirm is None:
         return ["Not yet trained on other seeds: the scores below picked the settings and flatter them."]
-    select = document["select"]
-    own = document["trials"][select["trial"]]["rounds"][-1]["score"]
-    best, preset = (_means(document, select[name]) for name in ("best", "preset"))
+    select = document.select
+    own = document.trials[select.trial].score
+    best, preset = (_means(document, rows) for rows in (select.best, select.preset))
     if not len(best):
-        return [f"No run of trial {select['trial']} on the selecting seeds has finished."]
+        return [f"No run of trial {select.trial} on the selecting seeds has finished."]
     notes = [
-        f"Trial {select['trial']} scored {own:.1f} in the search and {best.mean():.1f} on the selecting seeds: an "
+        f"Trial {select.trial} scored {own:.1f} in the search and {best.mean():.1f} on the selecting seeds: an "
         f"optimism of {own - best.mean():.1f} from being picked (and from its rounds; here it is trained in one)."
     ]
     if len(preset):
-        verdict = "its settings are what was found" if select["wins"] else "the preset's own settings stay"
+        verdict = "its settings are what was found" if select.wins else "the preset's own settings stay"
         notes.append(f"The preset scored {preset.mean():.1f} on the same seeds: {verdict}.")
-    fresh = _means(document, document["confirm"]["found"])
-    if len(fresh) and select["wins"]:
+    fresh = _means(document, document.confirm.found)
+    if len(fresh) and select.wins:
         notes.append(f"Found: {best.mean():.1f} on the selecting seeds, {fresh.mean():.1f} on fresh ones.")
     return notes
 
 
-def _progress(document: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+def _progress(document: SearchFile) -> tuple[list[int], list[float]]:
     """Return the gradient steps taken by all trials and the best full score so far, after each round that ended."""
     events = []
-    for trial in document["trials"]:
-        taken = [0, *steps_taken(trial)]
-        for number, row in enumerate(trial["rounds"]):
-            last = number + 1 == len(trial["steps"])
-            events.append((row["at"], taken[number + 1] - taken[number], row["score"] if last else None))
+    for trial in document.trials:
+        taken = [0, *trial.steps_taken]
+        for number, row in enumerate(trial.rounds):
+            last = number + 1 == len(trial.steps)
+            events.append((row.at, taken[number + 1] - taken[number], row.score if last else None))
     steps, best = [0], [float("nan")]
     for _, more, score in sorted(events, key=lambda event: event[0]):
         steps.append(steps[-1] + more)
@@ -208,7 +190,7 @@ def _progress(document: Mapping[str, Any]) -> tuple[list[int], list[float]]:
     return steps, best
 
 
-def _against_notes(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _against_notes(curves: Mapping[str, SearchFile]) -> list[str]:
     progress = {name: _progress(document) for name, document in curves.items()}
     budget = min(steps[-1] for steps, _ in progress.values())
     reached = {
@@ -216,31 +198,6 @@ def _against_notes(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
     }
     text = ", ".join(f"{name} {score:.1f}" if score == score else f"{name} none yet" for name, score in reached.items())
     return [f"Best score of a whole trial at {budget:,} gradient steps: {text}."]
-
-
-def _trial_rows(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    def order(trial: Mapping[str, Any]) -> tuple[int, float]:
-        return len(trial["rounds"]), trial["rounds"][-1]["score"] if trial["rounds"] else 0.0
-
-    rows = []
-    for trial in sorted(trials, key=order, reverse=True):
-        last = trial["rounds"][-1] if trial["rounds"] else {}
-        pair = {"beta": last.get("beta"), "scale": last.get("guidance_scale")}
-        stopped = f"stopped after round {len(trial['rounds'])}" if trial["state"] == "stopped" else trial["state"]
-        rows.append(
-            {
-                "trial": str(trial["number"]),
-                "state": stopped + (f": {trial['error']}" if trial["error"] else ""),
-                "scores by round": "  ".join(f"{row['score']:.1f}" for row in trial["rounds"]),
-                **{key: "" if value is None else f"{value:g}" for key, value in pair.items()},
-                "settings": ", ".join(f"{key} {_short(value)}" for key, value in trial["used"].items()),
-            }
-        )
-    return rows
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 # -- figures -----------------------------------------------------------------------------------------------
@@ -251,21 +208,21 @@ def _save(figure: "Figure", path: Path) -> str:
     return path.name
 
 
-def _draw_trials(document: Mapping[str, Any], path: Path) -> str:
+def _draw_trials(document: SearchFile, path: Path) -> str:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot()
-    for trial in document["trials"]:
-        shares = document["shares"][: len(trial["rounds"])]
-        scores = [row["score"] for row in trial["rounds"]]
-        ended = trial["state"] == "finished"
-        axes.plot(shares, scores, color=COLOURS[trial["state"]], marker="o", markersize=4, lw=1.8 if ended else 0.8)
-    states = [state for state in COLOURS if any(trial["state"] == state for trial in document["trials"])]
+    for trial in document.trials:
+        shares = document.shares[: len(trial.rounds)]
+        scores = [row.score for row in trial.rounds]
+        ended = trial.state == "finished"
+        axes.plot(shares, scores, color=COLOURS[trial.state], marker="o", markersize=4, lw=1.8 if ended else 0.8)
+    states = [state for state in COLOURS if any(trial.state == state for trial in document.trials)]
     axes.legend([Line2D([], [], color=COLOURS[state], marker="o") for state in states], states, frameon=False)
     axes.set_xscale("log")
-    axes.set_xticks(document["shares"], [f"{share:.0%}" for share in document["shares"]])
+    axes.set_xticks(document.shares, [f"{share:.0%}" for share in document.shares])
     axes.minorticks_off()
     axes.set_xlabel("share of the gradient steps")
     axes.set_ylabel("score, best beta and guidance scale")
@@ -273,7 +230,7 @@ def _draw_trials(document: Mapping[str, Any], path: Path) -> str:
     return _save(figure, path)
 
 
-def _draw_best(curves: Mapping[str, Mapping[str, Any]], path: Path) -> str:
+def _draw_best(curves: Mapping[str, SearchFile], path: Path) -> str:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5))
@@ -289,20 +246,18 @@ def _draw_best(curves: Mapping[str, Mapping[str, Any]], path: Path) -> str:
     return _save(figure, path)
 
 
-def _first_rounds(document: Mapping[str, Any]) -> "optuna.Study":
+def _first_rounds(document: SearchFile) -> "optuna.Study":
     """Return the first round of every trial as a study: the one budget that all have had."""
     import optuna
     from optuna.distributions import json_to_distribution
     from optuna.trial import create_trial
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    kinds = {key: json_to_distribution(text) for key, text in document["space"]["varied"].items()}
+    kinds = {key: json_to_distribution(text) for key, text in document.space.varied.items()}
     study = optuna.create_study(direction="maximize")
-    for trial in document["trials"]:
-        if trial["rounds"]:
-            study.add_trial(
-                create_trial(params=trial["params"], distributions=kinds, value=trial["rounds"][0]["score"])
-            )
+    for trial in document.trials:
+        if trial.rounds:
+            study.add_trial(create_trial(params=trial.params, distributions=kinds, value=trial.rounds[0].score))
     return study
 
 
@@ -354,29 +309,28 @@ def _draw_parallel(study: "optuna.Study", path: Path) -> str:
 
 def _markdown(
     search: Path,
-    document: Mapping[str, Any],
+    document: SearchFile,
     report: SearchReport,
     importance: Mapping[str, float],
     figures: Mapping[str, str],
 ) -> str:
-    spec = document["spec"]
+    spec = document.spec
     lines = [
-        f"# Search {search.name}: {', '.join(_tasks(document))}",
+        f"# Search {search.name}: {', '.join(spec.names)}",
         "",
-        f"Preset `{spec['preset']}`, {spec['trials']} trials by {spec['sampler']}, rounds at "
-        f"{', '.join(f'{share:.0%}' for share in document['shares'])} of the steps, "
-        + (f"one in {spec['reduction']} goes on from round {spec['grace']} (ASHA)" if spec["grace"] else "none stopped")
-        + f", {spec['num_episodes']} episodes per evaluation, training seed {spec['seed']}; commit "
-        f"{document['commit']}.",
+        f"Preset `{spec.preset}`, {spec.trials} trials by {spec.sampler}, rounds at "
+        f"{', '.join(f'{share:.0%}' for share in document.shares)} of the steps, "
+        + (f"one in {spec.reduction} goes on from round {spec.grace} (ASHA)" if spec.grace else "none stopped")
+        + f", {spec.num_episodes} episodes per evaluation, training seed {spec.seed}; commit "
+        f"{document.commit}.",
         "",
         *[f"- {note}" for note in report.notes],
         "",
     ]
-    if report.confirmed:
-        settings = document["confirm"]["settings"]
+    if document.confirm is not None:
         lines += ["## Found against default, on fresh seeds", ""]
         lines += ["Mean over seeds ± standard error.", "", *_table(report.confirmed), ""]
-        words = ", ".join(f"{key} {_short(value)}" for key, value in settings.items())
+        words = words_of(document.confirm.settings)
         lines += [f"Found: {words or 'the settings of the preset, which no trial beat'}.", ""]
     titles = {
         "trials": "Every trial over its rounds",

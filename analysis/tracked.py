@@ -2,17 +2,19 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.progress import track
 
 from aepo.console import err
 from aepo.errors import ConfigError, DataError
+from aepo.results import SCHEMA_VERSION, CurvePoint, Evaluation, Row
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,8 +29,8 @@ STATUS = {"FINISHED": "finished", "FAILED": "failed"}
 """Of MLflow -> of a row; any other is a run that never came to an end."""
 
 
-def read_experiment(name: str, tracking_uri: str, *, allow_missing: bool) -> list[dict[str, Any]]:
-    """Return one row per planned run of all sweeps of an experiment, with the columns of `analysis.load.SCHEMA`.
+def read_experiment(name: str, tracking_uri: str, *, allow_missing: bool) -> list[Row]:
+    """Return one row per planned run of all sweeps of an experiment.
 
     A run that its sweep's manifest plans and MLflow does not know is a row `missing`.
 
@@ -93,7 +95,7 @@ def _sweep(run: "Run") -> str:
     return str(run.data.tags.get("aepo.sweep", ""))
 
 
-def _row(client: "MlflowClient", run: "Run") -> dict[str, Any]:
+def _row(client: "MlflowClient", run: "Run") -> Row:
     """Return one run's row; of one that has not ended, its plan and its curve so far."""
     tags, params, metrics, run_id = run.data.tags, run.data.params, run.data.metrics, run.info.run_id
     status = STATUS.get(run.info.status, "missing")
@@ -116,55 +118,59 @@ def _row(client: "MlflowClient", run: "Run") -> dict[str, Any]:
         if kind == "final" and measure == "return_mean":
             beta, scale = params.get("sampling.beta"), params.get("sampling.guidance_scale")
             evaluations.append(
-                {
-                    "method": method,
-                    "beta": float(beta) if beta else None,
-                    "guidance_scale": (float(scale) if method == own else 0.0) if scale else None,
-                    "score": metrics.get(f"final/{method}/score"),
-                    "return_mean": metrics[key],
-                    "return_std": None,
-                    "num_episodes": episodes,
-                    "episode_returns": None,
-                }
+                Evaluation(
+                    method=method,
+                    beta=float(beta) if beta else None,
+                    guidance_scale=(float(scale) if method == own else 0.0) if scale else None,
+                    score=metrics.get(f"final/{method}/score"),
+                    return_mean=metrics[key],
+                    return_std=math.nan,
+                    num_episodes=episodes,
+                    episode_returns=(),
+                )
             )
-    final = {key: metrics.get(f"final/{own}/{key}") for key in ("score", "return_mean")}
+    score, return_mean = (metrics.get(f"final/{own}/{key}") for key in ("score", "return_mean"))
     steps, last_stage = int(tags.get("aepo.steps", 0)), tags.get("aepo.last_stage", "")
     offset = steps - int(params.get(f"{last_stage}.steps", 0))
     curve = []
     if "eval/return_mean" in metrics:
         scores = {point.step: point.value for point in client.get_metric_history(run_id, "eval/score")}
-        for point in client.get_metric_history(run_id, "eval/return_mean"):
-            values = {"score": scores.get(point.step), "return_mean": point.value}
-            curve.append({"stage": last_stage, "step": offset + point.step, **values})
-    if evaluations:
-        curve.append({"stage": last_stage, "step": steps, **final})
+        curve = [
+            CurvePoint(
+                stage=last_stage, step=offset + point.step, score=scores.get(point.step), return_mean=point.value
+            )
+            for point in client.get_metric_history(run_id, "eval/return_mean")
+        ]
+    if return_mean is not None:
+        curve.append(CurvePoint(stage=last_stage, step=steps, score=score, return_mean=return_mean))
     dataset = next((each.dataset for each in run.inputs.dataset_inputs), None) if run.inputs else None
-    return {
-        "schema_version": int(version) if version.isdecimal() else _schema_version(),
+    return Row.unended(
+        schema_version=int(version) if version.isdecimal() else SCHEMA_VERSION,
         **{key: tags[f"aepo.{key}"] for key in ("run", "task", "suite", "fingerprint", "method", "preset")},
-        "seed": int(tags["aepo.seed"]),
-        "source": params["data.source"],
-        "dataset": params["data.dataset"],
-        "dataset_digest": dataset.digest if dataset else None,
-        "env_id": tags.get("aepo.env_id"),
-        "ref_min": float(tags["aepo.ref_min"]) if "aepo.ref_min" in tags else None,
-        "ref_max": float(tags["aepo.ref_max"]) if "aepo.ref_max" in tags else None,
-        "status": status,
-        "error": tags.get("aepo.error") or (None if status == "finished" else f"{run.info.status} in MLflow"),
-        **final,
-        "num_episodes": episodes,
-        "steps": steps,
-        "seconds": ((run.info.end_time or run.info.start_time) - run.info.start_time) / 1000,
-        "evaluations": evaluations if status == "finished" else [],
-        "curve": curve,
-        "commit": tags.get("aepo.commit"),
-        "started_at": None,
-        "mlflow_run_id": run_id,
-        "settings": json.dumps({key: value for key, value in params.items() if key != "seed"}, sort_keys=True),
-    }
+        seed=int(tags["aepo.seed"]),
+        source=params["data.source"],
+        dataset=params["data.dataset"],
+        dataset_digest=dataset.digest if dataset else None,
+        env_id=tags.get("aepo.env_id"),
+        ref_min=float(tags["aepo.ref_min"]) if "aepo.ref_min" in tags else None,
+        ref_max=float(tags["aepo.ref_max"]) if "aepo.ref_max" in tags else None,
+        status=status,
+        error=tags.get("aepo.error") or (None if status == "finished" else f"{run.info.status} in MLflow"),
+        score=score,
+        return_mean=return_mean,
+        num_episodes=episodes,
+        steps=steps,
+        seconds=((run.info.end_time or run.info.start_time) - run.info.start_time) / 1000,
+        evaluations=tuple(evaluations) if status == "finished" else (),
+        curve=tuple(curve),
+        commit=tags.get("aepo.commit"),
+        machine=tags.get("aepo.machine", ""),
+        mlflow_run_id=run_id,
+        settings=json.dumps({key: value for key, value in params.items() if key != "seed"}, sort_keys=True),
+    )
 
 
-def _not_begun(client: "MlflowClient", sweep: "Run", known: set[str], *, allow_missing: bool) -> list[dict[str, Any]]:
+def _not_begun(client: "MlflowClient", sweep: "Run", known: set[str], *, allow_missing: bool) -> list[Row]:
     """Return a row for each planned run that MLflow does not know, by the manifest that a sweep stores at its end."""
     planned = int(sweep.data.tags.get("aepo.num_planned", len(known)))
     if MANIFEST not in {each.path for each in client.list_artifacts(sweep.info.run_id)}:
@@ -180,32 +186,18 @@ def _not_begun(client: "MlflowClient", sweep: "Run", known: set[str], *, allow_m
     from mlflow.artifacts import load_text
 
     document = json.loads(load_text(f"{sweep.info.artifact_uri}/{MANIFEST}"))
-    nothing = dict.fromkeys(
-        [
-            *("dataset_digest", "env_id", "ref_min", "ref_max", "error", "score", "return_mean", "num_episodes"),
-            *("steps", "seconds", "evaluations", "curve", "commit", "started_at", "mlflow_run_id", "settings"),
-        ]
-    )
     return [
-        {
-            **nothing,
-            "schema_version": _schema_version(),
-            "run": name,
+        Row.unended(
+            schema_version=SCHEMA_VERSION,
+            run=name,
             **{key: config[key] for key in ("task", "suite", "seed", "method", "preset")},
-            "fingerprint": name.rpartition("-")[2],
-            "source": config["data"]["source"],
-            "dataset": config["data"]["dataset"],
-            "status": "missing",
-        }
+            fingerprint=name.rpartition("-")[2],
+            source=config["data"]["source"],
+            dataset=config["data"]["dataset"],
+        )
         for name, config in document["runs"].items()
         if name not in known
     ]
-
-
-def _schema_version() -> int:
-    from analysis.load import SCHEMA_VERSION
-
-    return SCHEMA_VERSION
 
 
 def _without_secrets(text: str, uri: str) -> str:

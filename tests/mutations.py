@@ -221,7 +221,7 @@ def make_templates(folder: Path, root: Path) -> None:
     tracker.ship_rest()
     rows = collect_rows(sweep, plan, mlflow_run_ids=tracker.run_ids)
     write_rows(sweep, rows)
-    tracker.close(rows)
+    tracker.close([row.status for row in rows])
 
 
 def small(method: str) -> list[str]:

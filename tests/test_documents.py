@@ -183,7 +183,8 @@ def result_of(tmp_path, config):
     evaluation |= {"return_std": 0.0, "num_episodes": 1, "episode_returns": [2.0]}
     point = {"stage": "actor", "step": 3, "score": None, "return_mean": 2.0}
     ended = {"status": "finished", "score": 1.0, "return_mean": 2.0, "num_episodes": 1}
-    return rundir.describe(config, tmp_path) | ended | {"evaluations": [evaluation], "curve": [point]}
+    planned = dataclasses.asdict(rundir.describe(config, tmp_path))
+    return planned | ended | {"evaluations": [evaluation], "curve": [point]}
 
 
 ROW = {"time": 1e9, "stage": "actor", "step": 1, "num_steps": 10, "metrics": {"actor/loss": 0.5}}
@@ -192,10 +193,20 @@ ROW = {"time": 1e9, "stage": "actor", "step": 1, "num_steps": 10, "metrics": {"a
 def test_a_result_is_read_as_it_was_written(tmp_path):
     result = result_of(tmp_path, config_of())
     rundir.write_json(tmp_path / rundir.RESULT, result | {"from": "another version"})
-    assert rundir.read_result(tmp_path) == result | {"from": "another version"}
+    assert written(rundir.read_result(tmp_path)) == written(result)
     older = {key: value for key, value in result.items() if key not in ("grid", "steps_reused", "folder")}
     rundir.write_json(tmp_path / rundir.RESULT, older)
-    assert rundir.read_result(tmp_path) == older
+    nothing = {"grid": [], "steps_reused": 0, "folder": ""}
+    assert written(rundir.read_result(tmp_path)) == written(result | nothing)
+    rundir.write_json(tmp_path / rundir.RESULT, result | {"status": "missing"})
+    with pytest.raises(CheckpointError, match="status"):
+        rundir.read_result(tmp_path)
+
+
+def written(result):
+    """Return what stands in a result's file."""
+    document = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result
+    return json.loads(json.dumps(document))
 
 
 def test_the_result_of_another_run_is_not_taken_for_this_ones(tmp_path):
@@ -204,7 +215,7 @@ def test_the_result_of_another_run_is_not_taken_for_this_ones(tmp_path):
     config, other = config_of(), config_of("td3bc")
     rundir.write_json(tmp_path / rundir.RESULT, result_of(tmp_path, config))
     store, cpu = run.FolderStore(tmp_path), torch.device("cpu")
-    assert run.execute(config, tmp_path, store, device=cpu)["score"] == 1.0
+    assert run.execute(config, tmp_path, store, device=cpu).score == 1.0
     with pytest.raises(CheckpointError, match=f"is of run {config.fingerprint}, wanted {other.fingerprint}"):
         run.execute(other, tmp_path, store, device=cpu)
 
@@ -218,8 +229,8 @@ def test_a_result_with_any_value_anywhere_is_one_or_refused(data, tmp_path):
     if said:
         assert "delete" in said
         return
-    assert result["status"] in ("finished", "failed")
-    assert result["score"] is None or abs(result["score"]) < float("inf")
+    assert result.status in ("finished", "failed")
+    assert result.score is None or abs(result.score) < float("inf")
 
 
 @pytest.mark.parametrize("name", [rundir.RESULT, rundir.METRICS])

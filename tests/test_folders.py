@@ -74,7 +74,7 @@ def test_a_second_process_in_a_runs_folder_is_refused_before_it_touches_a_file(m
     rows = run.read_spool(tmp_path / "run" / run.METRICS)[0]
     counts = collections.Counter((row["stage"], row["step"]) for row in rows)
     assert (len(counts), max(counts.values())) == (180, 1)
-    assert result["status"] == "finished"
+    assert result.status == "finished"
 
 
 def test_a_worker_that_waits_takes_the_result_of_the_one_before_it(make_dataset, tiny_config, tmp_path):
@@ -129,7 +129,7 @@ def test_a_worker_leaves_a_run_to_another_that_does_not_end(make_dataset, tiny_c
     with rundir.hold(place / run.LOCK, what="", advice=""), pytest.raises(BusyError):
         trainable._perform(values, run.execute)
     assert run.read_result(place) is None
-    assert trainable._perform(values, run.execute)["status"] == "finished"
+    assert trainable._perform(values, run.execute).status == "finished"
 
 
 def test_a_failed_run_is_repeated_and_is_not_failed_meanwhile(make_dataset, tiny_config, tmp_path, monkeypatch):
@@ -138,11 +138,11 @@ def test_a_failed_run_is_repeated_and_is_not_failed_meanwhile(make_dataset, tiny
         patch.setattr("aepo.stages.fast.expectile_loss", lambda u_B, _: u_B.sum() * math.nan)
         with pytest.raises(Exception, match="critic/loss is nan"):
             execute(config, tmp_path)
-    assert run.read_result(tmp_path)["status"] == "failed"
+    assert run.read_result(tmp_path).status == "failed"
     meanwhile = []
     execute(config, tmp_path, on_progress=lambda _: meanwhile.append(run.read_result(tmp_path)))
     assert set(map(str, meanwhile)) == {"None"}
-    assert run.read_result(tmp_path)["status"] == "finished"
+    assert run.read_result(tmp_path).status == "finished"
 
 
 # -- full disks --------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_a_disk_that_is_full_at_any_file_ends_the_run_and_the_same_again_goes_on
     assert "--retry-failed" not in str(caught.value)
     whole = execute(config, tmp_path / "whole")
     again = execute(config, tmp_path / "run")
-    assert (again["status"], again["evaluations"]) == ("finished", whole["evaluations"])
+    assert (again.status, again.evaluations) == ("finished", whole.evaluations)
     spools = [run.read_spool(tmp_path / folder / run.METRICS)[0] for folder in ("run", "whole")]
     assert [(row["stage"], row["step"]) for row in spools[0]] == [(row["stage"], row["step"]) for row in spools[1]]
 
@@ -201,7 +201,7 @@ def test_a_heat_map_that_cannot_be_drawn_costs_no_result(make_dataset, tiny_conf
     settings = {"grid_beta": "1", "grid_guidance_scale": "2", "num_grid_episodes": 1}
     config = tiny_config(make_dataset(), **{f"evaluation__{key}": value for key, value in settings.items()})
     monkeypatch.setattr(run, "draw_grid", lambda *_, **__: (_ for _ in ()).throw(FULL))
-    assert len(execute(config, tmp_path)["grid"]) == 1
+    assert len(execute(config, tmp_path).grid) == 1
     assert "warning: no heat map" in capsys.readouterr().err
 
 
@@ -357,7 +357,7 @@ def test_stages_that_may_only_be_read_are_taken_and_the_rest_is_trained(
     capsys.readouterr()
     changed = tiny_config(dataset_id, method="iql", actor__learning_rate=0.01)
     result = execute(changed, tmp_path / "two", stage_store=store)
-    assert (result["status"], result["steps_reused"]) == ("finished", 60)
+    assert (result.status, result.steps_reused) == ("finished", 60)
     assert capsys.readouterr().err.count("warning:") == 1
     monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
     assert StageStore(tmp_path / "stages").claim(next((tmp_path / "stages").glob("*.stage")).stem) is None

@@ -284,7 +284,7 @@ def test_a_run_of_another_arithmetic_is_refused_by_name_and_left_as_it_is(datase
         assert kept == {name: (folder / name).read_bytes() for name in kept}
         assert json.loads((folder / "result.json").read_text())["status"] == "failed"
     note.write_text(json.dumps(facts))  # as it was
-    assert train(config, folder)["status"] == "finished"
+    assert train(config, folder).status == "finished"
 
 
 def test_a_run_stopped_before_its_first_row_of_metrics_is_refused_too(dataset, tiny_config, tmp_path):
@@ -301,7 +301,7 @@ def test_a_note_without_a_step_binds_nobody(dataset, tiny_config, tmp_path):
     config, folder = tiny_config(dataset, evaluation__num_episodes=1), tmp_path / "run"
     folder.mkdir()
     (folder / "kernels.json").write_text(json.dumps({"format": 1, "arithmetic": 1, "backend": "torch"}))
-    assert train(config, folder)["status"] == "finished"
+    assert train(config, folder).status == "finished"
     assert json.loads((folder / "kernels.json").read_text())["arithmetic"] == kernels.ARITHMETIC
 
 

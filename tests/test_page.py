@@ -7,10 +7,8 @@ import base64
 import json
 import shutil
 
-import pyarrow as pa
 import pytest
 
-from analysis.load import OPTIONAL, SCHEMA
 from analysis.report import write_report
 from tests.test_analysis import LARGE, MEDIUM, evaluation, lost, row, write
 
@@ -50,8 +48,7 @@ def sweep(folder):
                 )
     failed = lost(MEDIUM, 3, run="failed-run", error="died <img src='http://example.invalid/x.png' onerror='alert(1)'>")
     holes = [lost(task, 3, run=f"{task}{method}", method=method) for task in (MEDIUM, LARGE) for method in ("qgpo",)]
-    schema = pa.schema([*SCHEMA, *(pa.field(name, kind) for name, kind in OPTIONAL.items())])
-    return write(folder, *rows, failed, *holes, lost(LARGE, 3, run="another"), schema=schema)
+    return write(folder, *rows, failed, *holes, lost(LARGE, 3, run="another"))
 
 
 @pytest.fixture(scope="module")

@@ -92,11 +92,11 @@ def test_a_run_advances_round_by_round_as_it_does_at_once(config, tmp_path):
     whole = advance(config, tmp_path / "fast", 3)
     assert steps[2] == whole
     assert losses(tmp_path / "slow") == losses(tmp_path / "fast")
-    assert [row["round"] for row in steps] == [1, 2, 3]
+    assert [row.round for row in steps] == [1, 2, 3]
     assert advance(config, tmp_path / "fast", 2) == steps[1]  # ended before: nothing is trained
     results = [execute(config, tmp_path / name) for name in ("slow", "fast", "plain")]
-    assert results[0]["evaluations"] == results[1]["evaluations"] == results[2]["evaluations"]
-    assert [point["step"] for point in results[2]["curve"]] == [30, 90, 180]
+    assert results[0].evaluations == results[1].evaluations == results[2].evaluations
+    assert [point.step for point in results[2].curve] == [30, 90, 180]
     policies = [(tmp_path / name / run.POLICY).read_bytes() for name in ("slow", "fast", "plain")]
     assert policies[0] == policies[1] == policies[2]
 
@@ -106,17 +106,18 @@ def test_interrupted_anywhere_it_goes_on_bit_for_bit(place, config, tmp_path):
     whole = execute(config, tmp_path / "whole")
     with pytest.raises(Interrupted):
         execute(config, tmp_path / "broken", on_progress=lambda p: (p.stage, p.step) == place)
-    assert execute(config, tmp_path / "broken")["evaluations"] == whole["evaluations"]
+    assert execute(config, tmp_path / "broken").evaluations == whole.evaluations
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
 def test_a_round_tries_the_cells_of_the_heat_map_and_counts_the_best(config, tmp_path):
-    grid = {"evaluation.grid_beta": (1.0, 3.0), "evaluation.grid_guidance_scale": (1.0, 5.0)}
-    metrics = advance(configs.with_overrides(config, grid), tmp_path, 1)
-    cells = {key: value for key, value in metrics.items() if key.startswith("grid/")}
-    assert set(cells) == {f"grid/{run.cell_name(beta, scale)}" for beta in (1, 3) for scale in (1, 5)}
-    assert metrics["eval/score"] == max(cells.values())
-    assert cells[f"grid/{run.cell_name(metrics['eval/beta'], metrics['eval/guidance_scale'])}"] == max(cells.values())
+    grid = {"evaluation.grid_beta": (1 / 3, 3.0), "evaluation.grid_guidance_scale": (1.0, 5.0)}
+    result = advance(configs.with_overrides(config, grid), tmp_path, 1)
+    assert list(result.cells) == [(beta, scale) for beta in (1 / 3, 3) for scale in (1, 5)]
+    assert result.value == result.score == max(result.cells.values())
+    ((*_, metrics),) = [row for row in losses(tmp_path) if "round" in row[2]]
+    assert result.cells[metrics["eval/beta"], metrics["eval/guidance_scale"]] == result.score
+    assert metrics["grid/beta 0.333333 scale 5"] == result.cells[1 / 3, 5]
 
 
 @pytest.mark.parametrize("method", ["iql", "td3bc"])
@@ -125,7 +126,7 @@ def test_the_baselines_have_rounds_too(method, make_dataset, tiny_config, tmp_pa
     config = tiny_config(method=method, evaluation__num_curve_episodes=1, evaluation__horizon=5)
     config = dataclasses.replace(config, rounds=ROUNDS)
     advance(config, tmp_path, 1)
-    assert execute(config, tmp_path)["status"] == "finished"
+    assert execute(config, tmp_path).status == "finished"
 
 
 # -- with a store ------------------------------------------------------------------------------------------
@@ -136,12 +137,12 @@ def test_rounds_are_shared_like_stages(config, tmp_path):
     alone = [advance(config, tmp_path / "alone", number) for number in (1, 2, 3)]
     first = [advance(config, tmp_path / "first", number, stage_store=store) for number in (1, 2)]
     second = [advance(config, tmp_path / "second", number, stage_store=store) for number in (1, 2, 3)]
-    assert [row["steps_reused"] for row in first] == [0, 0]
-    assert [row["steps_reused"] for row in second] == [30, 90, 90]
+    assert [row.steps_reused for row in first] == [0, 0]
+    assert [row.steps_reused for row in second] == [30, 90, 90]
     for ours, expected in zip([*first, *second], [*alone[:2], *alone], strict=True):
-        assert {**ours, "steps_reused": 0} == {**expected, "steps_reused": 0}
+        assert dataclasses.replace(ours, steps_reused=0) == dataclasses.replace(expected, steps_reused=0)
     assert losses(tmp_path / "second") == losses(tmp_path / "alone")
-    assert advance(config, tmp_path / "first", 3, stage_store=store)["steps_reused"] == 90
+    assert advance(config, tmp_path / "first", 3, stage_store=store).steps_reused == 90
 
 
 def test_another_critic_shares_the_behaviour_of_every_round(config, tmp_path):
@@ -149,8 +150,8 @@ def test_another_critic_shares_the_behaviour_of_every_round(config, tmp_path):
     other = configs.with_overrides(config, {"critic.expectile": 0.9})
     advance(config, tmp_path / "first", 3, stage_store=store)
     shared = advance(other, tmp_path / "second", 3, stage_store=store)
-    assert shared["steps_reused"] == 60
-    assert advance(other, tmp_path / "alone", 3)["eval/score"] == shared["eval/score"]
+    assert shared.steps_reused == 60
+    assert advance(other, tmp_path / "alone", 3).score == shared.score
 
 
 def test_a_stage_after_rounds_is_not_the_stage_of_one_round(config):

@@ -34,14 +34,15 @@ class Break(Exception):
 def test_a_run_leaves_result_spool_config_and_policy(make_dataset, tiny_config, tmp_path):
     config = tiny_config(make_dataset(), evaluation__num_curve_points=2, evaluation__num_curve_episodes=1)
     result = execute(config, tmp_path / "run")
-    assert result == json.loads((tmp_path / "run" / run.RESULT).read_text())
-    assert result["status"] == "finished"
-    assert result["steps"] == 180
-    assert [row["method"] for row in result["evaluations"]] == ["aepo", "diffusion-bc"]
-    returns = result["evaluations"][0]["episode_returns"]
-    assert result["return_mean"] == pytest.approx(np.mean(returns))
-    assert result["score"] == pytest.approx(100 * (np.mean(returns) + 1200) / (1200 - 150))
-    assert [(point["stage"], point["step"]) for point in result["curve"]] == [("energy", s) for s in (140, 160, 180)]
+    document = json.loads((tmp_path / "run" / run.RESULT).read_text())
+    assert document == json.loads(json.dumps(dataclasses.asdict(result)))
+    assert result.status == "finished"
+    assert result.steps == 180
+    assert [row.method for row in result.evaluations] == ["aepo", "diffusion-bc"]
+    returns = result.evaluations[0].episode_returns
+    assert result.return_mean == pytest.approx(np.mean(returns))
+    assert result.score == pytest.approx(100 * (np.mean(returns) + 1200) / (1200 - 150))
+    assert [(point.stage, point.step) for point in result.curve] == [("energy", s) for s in (140, 160, 180)]
     rows = run.read_spool(tmp_path / "run" / run.METRICS)[0]
     assert [(r["stage"], r["step"]) for r in rows] == [
         (stage, step) for stage in ("behavior", "critic", "energy") for step in range(1, 61)
@@ -53,9 +54,9 @@ def test_a_heat_map_of_beta_and_guidance_scale_ends_a_run(make_dataset, tiny_con
     settings = {"grid_beta": "1,3", "grid_guidance_scale": "0,2", "num_grid_episodes": 2}
     config = tiny_config(make_dataset(), **{f"evaluation__{key}": value for key, value in settings.items()})
     result = execute(config, tmp_path)
-    cells = [(row["beta"], row["guidance_scale"]) for row in result["grid"]]
+    cells = [(row.beta, row.guidance_scale) for row in result.grid]
     assert cells == [(1.0, 0.0), (1.0, 2.0), (3.0, 0.0), (3.0, 2.0)]
-    cloned = [row["score"] for row in result["grid"] if row["guidance_scale"] == 0]
+    cloned = [row.score for row in result.grid if row.guidance_scale == 0]
     assert cloned[0] == cloned[1], "beta has no effect without guidance"
     assert (tmp_path / run.GRID).read_bytes().startswith(b"\x89PNG")
 
@@ -76,7 +77,7 @@ def test_every_setting_of_the_evaluation_is_heeded(make_dataset, tiny_config, tm
         config = tiny_config(dataset, **{f"evaluation__{key}": value for key, value in settings.items()})
         assert set(settings) == {field.name for field in dataclasses.fields(config.evaluation)}
         result = execute(config, tmp_path / config.name)
-        return {key: result[key] for key in ("evaluations", "curve", "grid")}
+        return result.evaluations, result.curve, result.grid
 
     before = measure(base)
     for name, value in other.items():
@@ -89,11 +90,11 @@ def test_a_baselines_run_ends_like_any_other(method, make_dataset, tiny_config, 
         make_dataset(), method=method, evaluation__num_curve_points=1, evaluation__num_curve_episodes=1
     )
     result = execute(config, tmp_path)
-    (row,) = result["evaluations"]
-    assert (row["method"], row["beta"], row["guidance_scale"]) == (method, None, None)
-    assert (row["score"], result["method"], result["grid"]) == (result["score"], method, [])
-    assert result["steps"] == 60 * len(config.stages) == result["curve"][-1]["step"]
-    assert len(result["curve"]) == 2
+    (row,) = result.evaluations
+    assert (row.method, row.beta, row.guidance_scale) == (method, None, None)
+    assert (row.score, result.method, result.grid) == (result.score, method, ())
+    assert result.steps == 60 * len(config.stages) == result.curve[-1].step
+    assert len(result.curve) == 2
     assert execute(config, tmp_path) == result
 
 
@@ -133,8 +134,8 @@ def test_a_broken_run_goes_on_and_ends_like_an_unbroken_one(place, make_dataset,
     with (tmp_path / "broken" / run.METRICS).open("ab") as spool:
         spool.write(b'{"time": 12, "sta')  # the kill tore a line
     broken = execute(config, tmp_path / "broken")
-    clock = {"seconds", "started_at", "folder"}
-    assert {k: v for k, v in broken.items() if k not in clock} == {k: v for k, v in unbroken.items() if k not in clock}
+    clock = {key: getattr(broken, key) for key in ("seconds", "started_at", "folder")}
+    assert broken == dataclasses.replace(unbroken, **clock)
     assert (tmp_path / "broken" / run.POLICY).read_bytes() == (tmp_path / "whole" / run.POLICY).read_bytes()
     spools = [
         [{**row, "time": 0} for row in run.read_spool(tmp_path / name / run.METRICS)[0]] for name in ("whole", "broken")
@@ -195,9 +196,9 @@ def test_a_failed_run_is_a_result(make_dataset, tiny_config, tmp_path, monkeypat
     with pytest.raises(TrainingError, match="critic/loss is nan"):
         execute(config, tmp_path)
     result = run.read_result(tmp_path)
-    assert result["status"] == "failed"
-    assert "critic/loss is nan" in result["error"]
-    assert result["score"] is None
+    assert result.status == "failed"
+    assert "critic/loss is nan" in result.error
+    assert result.score is None
 
 
 def test_running_out_of_memory_is_a_result(make_dataset, tiny_config, tmp_path, monkeypatch):
@@ -207,7 +208,7 @@ def test_running_out_of_memory_is_a_result(make_dataset, tiny_config, tmp_path, 
     monkeypatch.setattr(run, "load_transitions", full)
     with pytest.raises(ResourceError, match="out of memory: no 3 GiB"):
         execute(tiny_config(make_dataset()), tmp_path)
-    assert run.read_result(tmp_path)["status"] == "failed"
+    assert run.read_result(tmp_path).status == "failed"
 
 
 def test_a_file_that_is_no_result_is_not_taken_for_one(tmp_path):
@@ -395,8 +396,8 @@ def test_scores_are_zero_for_random_and_a_hundred_for_expert():
 
 def test_a_data_set_without_references_gives_returns_and_no_score(make_dataset, tiny_config, tmp_path):
     result = execute(tiny_config(make_dataset("tests/pendulum/bare-v0", references=False)), tmp_path)
-    assert result["score"] is None
-    assert math.isfinite(result["return_mean"])
+    assert result.score is None
+    assert math.isfinite(result.return_mean)
 
 
 def test_an_environment_that_crashes_ends_the_run_by_name(trained, monkeypatch):

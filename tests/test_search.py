@@ -7,18 +7,25 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
+import torch
 
-from aepo import cli
+from aepo import cli, run
+from aepo import config as configs
 from aepo.errors import CheckpointError, ConfigError
+from aepo.results import RoundResult
+from aepo.trials import SEARCH, Confirmation, Outcome, Round, Selection, Spec, Trial, count_steps, read_search
 from analysis.search import write_search_report
 from tests.conftest import wait_for
-from tune import search as searches
 from tune.plan import RUN_FOLDERS
-from tune.search import Record, Spec, read_record
+from tune.search import found_settings, mean_score, write_preset
+from tune.search_record import Record, trial_configs
 from tune.space import read_space
+
+CPU = torch.device("cpu")
 
 SPEC = Spec(
     tasks=(),
@@ -45,34 +52,26 @@ def space(tmp_path, tiny_config):
     return read_space(file, [tiny_config()])
 
 
-def trial(number, scores=(), state="running"):
+def trial(number, scores=(), state="running", params=None):
     rounds = [
-        {
-            "round": i + 1,
-            "score": score,
-            "scores": {},
-            "beta": None,
-            "guidance_scale": None,
-            "steps_reused": 0,
-            "at": float(10 * i + number),
-        }
+        Round(
+            round=i + 1,
+            score=score,
+            scores={},
+            beta=None,
+            guidance_scale=None,
+            steps_reused=0,
+            at=float(10 * i + number),
+        )
         for i, score in enumerate(scores)
     ]
-    params = {"critic.expectile": 0.5, "energy.learning_rate": 1e-4 * (number + 1)}
-    return {
-        "number": number,
-        "params": params,
-        "used": params,
-        "runs": [f"run-{number}"],
-        "steps": [20, 60, 180],
-        "state": state,
-        "rounds": rounds,
-        "error": None,
-    }
+    params = params or {"critic.expectile": 0.5, "energy.learning_rate": 1e-4 * (number + 1)}
+    runs, steps = [f"run-{number}"], [20, 60, 180]
+    return Trial(number=number, params=params, used=params, runs=runs, steps=steps, state=state, rounds=rounds)
 
 
 def record(tmp_path, space, trials, spec=SPEC):
-    return Record(tmp_path / searches.SEARCH, spec, space, trials)
+    return Record(tmp_path / SEARCH, spec, space, trials)
 
 
 # -- decisions ---------------------------------------------------------------------------------------------
@@ -101,20 +100,20 @@ def work_through(current, space, base, scores, *, at_once, generator):
         work = under_way.pop(name)
         for round_number in range(work["ended"] + 1, work["until"] + 1):
             score = scores(work["number"], round_number)
-            metrics = [{"eval/score": score, "eval/return_mean": 0.0, "steps_reused": 0.0}]
-            asking.on_trial_result(name, {"round": round_number, "metrics": metrics})
+            results = [RoundResult(round=round_number, score=score, return_mean=0.0, steps_reused=0)]
+            asking.on_trial_result(name, {"round": round_number, "results": results})
         asking.on_trial_complete(name)
-        stored = json.loads(current.path.read_text())["trials"]
+        stored = read_search(current.path.parent).trials
         assert stored == current.trials
         yield work, stored
 
 
 def at_rung(trials, number):
-    return [t for t in trials if len(t["rounds"]) >= number]
+    return [t for t in trials if len(t.rounds) >= number]
 
 
 def gone_on(trials, number):
-    return [t for t in at_rung(trials, number) if len(t["rounds"]) > number or t["state"] == "running"]
+    return [t for t in at_rung(trials, number) if len(t.rounds) > number or t.state == "running"]
 
 
 @pytest.mark.parametrize("order", ["random", "each better than the last", "each worse than the last"])
@@ -135,9 +134,9 @@ def test_one_in_so_many_goes_on_in_whatever_order_they_come(order, at_once, redu
             assert len(gone) <= len(here) // reduction
     counts = [len(at_rung(current.trials, rung)) for rung in (1, 2, 3)]
     assert counts == [24, 24 // reduction, 24 // reduction // reduction]
-    assert {t["state"] for t in at_rung(current.trials, 3)} == {"finished"}
+    assert {t.state for t in at_rung(current.trials, 3)} == {"finished"}
     best = int(np.argmax(values[:, 0]))
-    assert len(current.trials[best]["rounds"]) > 1
+    assert len(current.trials[best].rounds) > 1
 
 
 def test_with_few_trials_the_best_is_finished_all_the_same(tmp_path, space, tiny_config):
@@ -145,8 +144,8 @@ def test_with_few_trials_the_best_is_finished_all_the_same(tmp_path, space, tiny
     scores = {0: 1.0, 1: 4.0, 2: 3.0, 3: 2.0}
     generator = np.random.default_rng(0)
     list(work_through(current, space, tiny_config(), lambda n, _: scores[n], at_once=2, generator=generator))
-    assert [len(t["rounds"]) for t in current.trials].count(3) == 1
-    assert current.best()["number"] == 1
+    assert [len(t.rounds) for t in current.trials].count(3) == 1
+    assert current.best().number == 1
 
 
 def test_who_was_promoted_goes_on_from_the_record_and_who_waits_waits(tmp_path, space, tiny_config):
@@ -156,7 +155,7 @@ def test_who_was_promoted_goes_on_from_the_record_and_who_waits_waits(tmp_path, 
     generator = np.random.default_rng(0)
     walk = work_through(current, space, tiny_config(), lambda n, _: scores[n], at_once=1, generator=generator)
     assert [(w["number"], w["ended"], w["until"]) for w, _ in walk] == [(1, 1, 2), (3, 0, 1), (1, 2, 3)]
-    assert [t["state"] for t in current.trials] == ["waiting", "finished", "waiting", "waiting"]
+    assert [t.state for t in current.trials] == ["waiting", "finished", "waiting", "waiting"]
 
 
 def test_a_search_that_was_asked_to_stop_is_not_over(tmp_path, space, tiny_config):
@@ -167,7 +166,7 @@ def test_a_search_that_was_asked_to_stop_is_not_over(tmp_path, space, tiny_confi
     (tmp_path / "stop").touch()
     assert asking.suggest("piece") == "FINISHED"
     assert not asking.is_over  # so the trial goes on waiting
-    assert current.trials[0]["state"] == "waiting"
+    assert current.trials[0].state == "waiting"
 
 
 def test_a_trial_that_failed_after_a_promotion_took_its_place(tmp_path, space):
@@ -176,10 +175,10 @@ def test_a_trial_that_failed_after_a_promotion_took_its_place(tmp_path, space):
     rows = [trial(n, (float(n),), "waiting") for n in range(3)]
     current = record(tmp_path, space, rows)
     assert promoted(current) is rows[2]
-    rows[2]["state"] = "failed"
+    rows[2].state = "failed"
     assert promoted(current) is None
     assert last_hope(current) is rows[1]  # for nothing has finished yet
-    rows[0] |= trial(0, (1.0, 1.0, 1.0), "finished")
+    current.trials[0] = trial(0, (1.0, 1.0, 1.0), "finished")
     assert last_hope(current) is None
 
 
@@ -196,12 +195,45 @@ def test_several_tasks_share_the_pair_that_is_best_over_all(tmp_path, space):
 
     spec = dataclasses.replace(SPEC, tasks=("a", "b"), datasets=())
     space = dataclasses.replace(space, grid={"sampling.beta": (1.0,), "sampling.guidance_scale": (1.0, 3.0)})
-    of_a = {"grid/beta 1 scale 1": 10.0, "grid/beta 1 scale 3": 50.0, "steps_reused": 5.0}
-    of_b = {"grid/beta 1 scale 1": 60.0, "grid/beta 1 scale 3": 0.0, "steps_reused": 7.0}
-    row = _round({"metrics": [of_a, of_b], "round": 1}, record(tmp_path, space, [], spec))
-    assert (row["score"], row["beta"], row["guidance_scale"]) == (35.0, 1.0, 1.0)
-    assert row["scores"] == {"a": 10.0, "b": 60.0}
-    assert row["steps_reused"] == 12
+    of_a = RoundResult(round=1, score=50.0, return_mean=0.0, steps_reused=5, cells={(1.0, 1.0): 10.0, (1.0, 3.0): 50.0})
+    of_b = RoundResult(round=1, score=60.0, return_mean=0.0, steps_reused=7, cells={(1.0, 1.0): 60.0, (1.0, 3.0): 0.0})
+    row = _round([of_a, of_b], record(tmp_path, space, [], spec))
+    assert (row.score, row.beta, row.guidance_scale) == (35.0, 1.0, 1.0)
+    assert row.scores == {"a": 10.0, "b": 60.0}
+    assert row.steps_reused == 12
+
+
+def test_the_beta_that_was_evaluated_is_the_one_that_is_found(make_dataset, tmp_path, tiny_config):
+    from tune.rungs import _round
+
+    dataset = make_dataset()
+    file = tmp_path / "space.toml"
+    file.write_text(f"critic.expectile = [0.7]\nsampling = {{beta = [{1 / 3!r}], guidance_scale = [1, {1 / 7!r}]}}\n")
+    base = tiny_config(dataset, evaluation__horizon=5)
+    space = read_space(file, [base])
+    current = record(tmp_path, space, [])
+    (config,) = trial_configs(current, {"critic.expectile": 0.7}, [base])
+    result = run.advance(config, tmp_path / "run", run.FolderStore(tmp_path / "run"), num_rounds=1, device=CPU)
+    assert set(result.cells) == {(1 / 3, 1.0), (1 / 3, 1 / 7)}
+    best = max(result.cells, key=lambda cell: result.cells[cell])
+    row = _round([result], current)
+    assert (row.beta, row.guidance_scale) == best
+
+    one = trial(0, (), "finished", {"critic.expectile": 0.7})
+    one.rounds.append(row)
+    write_preset(tmp_path / "found.toml", current, one, found_settings(space, one))
+    settings = tomllib.loads((tmp_path / "found.toml").read_text())["set"]
+    sampling = configs.with_overrides(base, settings).sampling
+    assert (sampling.beta, sampling.guidance_scale) == (settings["sampling.beta"], settings["sampling.guidance_scale"])
+    assert (sampling.beta, sampling.guidance_scale) == best
+
+
+@pytest.mark.parametrize("values", ["[1, 1.0000001]", "[0.3333333, 0.3333334]"])
+def test_values_of_a_grid_that_no_metric_tells_apart_are_refused(values, tmp_path, tiny_config):
+    file = tmp_path / "space.toml"
+    file.write_text(f"sampling.beta = {values}\n")
+    with pytest.raises(ConfigError, match="first six digits"):
+        read_space(file, [tiny_config()])
 
 
 # -- the record --------------------------------------------------------------------------------------------
@@ -220,10 +252,10 @@ def test_a_folder_holds_one_search_but_more_trials_are_welcome(tmp_path, space):
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 9, "trials": []}', '{"format": 1}'])
 def test_a_record_that_is_none_is_refused(text, tmp_path):
     with pytest.raises(CheckpointError, match="has no search"):
-        read_record(tmp_path)
-    (tmp_path / searches.SEARCH).write_text(text)
+        read_search(tmp_path)
+    (tmp_path / SEARCH).write_text(text)
     with pytest.raises(CheckpointError, match="not a search of this version"):
-        read_record(tmp_path)
+        read_search(tmp_path)
 
 
 def test_shares_are_those_of_the_reduction():
@@ -289,7 +321,7 @@ def test_a_search_from_the_first_draw_to_the_report_and_on(make_dataset, tmp_pat
     ends = [10, 30, 90]
     wanted = ends[max(reached.values()) - 1] + sum(ends[n - 1] for n in most.values())
     wanted += sum(ends[n - 1] for n in reached.values())
-    assert searches.compute(trials)[0] == wanted
+    assert count_steps(read_search(folder).trials)[0] == wanted
     num_stages = sum([max(reached.values()), *most.values(), *reached.values()]) + count_confirmed(folder)
     assert len(list(folder.glob("stages/*.stage"))) == num_stages
     best = max((t for t in trials if t["state"] == "finished"), key=lambda t: t["rounds"][-1]["score"])
@@ -350,12 +382,12 @@ def test_killed_in_mid_search_it_goes_on_from_the_record(make_dataset, tmp_path)
 
     def two_rounds():
         assert first.poll() is None, first.stderr.read()
-        return (folder / "search.json").exists() and sum(len(t["rounds"]) for t in read_record(folder)["trials"]) >= 2
+        return (folder / "search.json").exists() and sum(len(t.rounds) for t in read_search(folder).trials) >= 2
 
     wait_for(two_rounds)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    before = read_record(folder)["trials"]
+    before = json.loads((folder / SEARCH).read_text())["trials"]
     assert any(t["state"] == "running" for t in before)
     after = json.loads(aepo(*command[3:]))["trials"]
     assert len(after) == 4
@@ -377,10 +409,10 @@ def test_trials_that_fail_are_told_and_the_rest_goes_on(make_dataset, tmp_path, 
     flags = words(dataset, folder, "--trials", "2", "--grace", "0", "--rounds", "1")
     (tmp_path / "space.toml").write_text("energy.hidden_size = [16, 1_000_000]\n")
     aepo(*flags)
-    trials = {t["params"]["energy.hidden_size"]: t for t in read_record(folder)["trials"]}
-    assert trials[16]["state"] == "finished"
-    assert trials[1_000_000]["state"] == "failed"
-    assert "memory" in trials[1_000_000]["error"]
+    trials = {t.params["energy.hidden_size"]: t for t in read_search(folder).trials}
+    assert trials[16].state == "finished"
+    assert trials[1_000_000].state == "failed"
+    assert "memory" in trials[1_000_000].error
     assert cli.run(["search", "--status", "--out", str(folder)]) == 0
     assert "memory" in capsys.readouterr().out
 
@@ -417,20 +449,32 @@ def test_a_dry_run_says_what_is_varied_and_what_it_costs(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def outcome(seed, score, return_mean=None):
+    status = "failed" if score is None and return_mean is None else "finished"
+    return Outcome(
+        task="t",
+        seed=seed,
+        status=status,
+        score=score,
+        return_mean=return_mean,
+        num_episodes=1,
+        steps=180,
+        steps_reused=60,
+        error=None,
+    )
+
+
 def finished_record(tmp_path, space, *, shift=0.0):
     scores = [(1.0,), (2.0, 5.0), (3.0, 6.0, 70.0 + shift), (0.5,)]
     states = ["stopped", "stopped", "finished", "stopped"]
     current = record(
         tmp_path, space, [trial(i, s, state) for i, (s, state) in enumerate(zip(scores, states, strict=True))]
     )
-    rows = [
-        {"task": "t", "seed": s, "status": "finished", "score": v, "return_mean": v, "steps": 180, "steps_reused": 60}
-        for s, v in ((2000, 50.0), (2001, 60.0))
-    ]
-    lost = {**rows[1], "status": "failed", "score": None, "return_mean": None}
+    rows = [outcome(seed, value) for seed, value in ((2000, 50.0), (2001, 60.0))]
+    lost = outcome(2001, None)
     settings = {"critic.expectile": 0.5}
-    current.select = {"trial": 2, "settings": settings, "wins": True, "best": [rows[0]], "preset": [lost]}
-    current.confirm = {"settings": settings, "found": rows, "default": [rows[0], lost]}
+    current.select = Selection(trial=2, settings=settings, wins=True, best=[rows[0]], preset=[lost])
+    current.confirm = Confirmation(settings=settings, found=rows, default=[rows[0], lost])
     current.save()
     return tmp_path
 
@@ -460,9 +504,9 @@ def test_the_report_says_optimism_compute_and_holes(tmp_path, space):
 
 
 def test_a_trial_must_beat_the_preset_on_runs_that_all_came_through():
-    rows = [{"score": 3.0, "return_mean": 0.0}, {"score": None, "return_mean": 5.0}]
-    assert searches.mean_score(rows) == 4.0
-    assert searches.mean_score([*rows, {"score": None, "return_mean": None}]) == -np.inf
+    rows = [outcome(0, 3.0), outcome(1, None, return_mean=5.0)]
+    assert mean_score(rows) == 4.0
+    assert mean_score([*rows, outcome(2, None)]) == -np.inf
 
 
 def test_two_searches_are_compared_at_equal_steps(tmp_path, space, capsys):

@@ -6,6 +6,7 @@ from aepo import config as configs
 from aepo import tasks
 from aepo.errors import ConfigError
 from aepo.presets import preset
+from tests.test_search import trial
 from tune.space import default_space, draw, preset_draw, read_space
 
 TASK = tasks.find("maze2d-umaze")
@@ -97,10 +98,9 @@ def test_draws_are_a_function_of_the_record_and_never_repeat(sampler, base, tmp_
     trials = []
     while (params := draw(space, sampler, 7, trials)) is not None:
         assert params == draw(space, sampler, 7, trials)
-        rounds = [{"round": 1, "score": params["critic.expectile"]}]
         state = ("finished", "stopped", "failed", "running")[len(trials) % 4]
-        trials.append({"params": params, "state": state, "rounds": rounds if state != "failed" else []})
-    settings = [tuple(sorted(trial["params"].items())) for trial in trials]
+        trials.append(trial(len(trials), (params["critic.expectile"],) * (state != "failed"), state, params))
+    settings = [tuple(sorted(trial.params.items())) for trial in trials]
     assert len(settings) == len(set(settings)) == 6
 
 
@@ -110,8 +110,8 @@ def test_tpe_looks_where_scores_were_high(base, tmp_path):
     for _ in range(40):
         params = draw(space, "tpe", 0, trials)
         rate = params["energy.learning_rate"]
-        trials.append({"params": params, "state": "finished", "rounds": [{"round": 1, "score": -abs(rate - 1e-3)}]})
-    late = sorted(trial["params"]["energy.learning_rate"] for trial in trials[25:])
+        trials.append(trial(len(trials), (-abs(rate - 1e-3),), "finished", params))
+    late = sorted(trial.params["energy.learning_rate"] for trial in trials[25:])
     assert 3e-4 < late[len(late) // 2] < 3e-3
 
 

@@ -90,13 +90,13 @@ def test_nothing_is_trained_twice_and_the_weights_are_those_without_a_store(
     steps.clear()
     first = execute(tiny_config(), tmp_path / "first", store)
     assert steps == {"behavior": 60, "critic": 60, "energy": 60}
-    assert first["steps_reused"] == 0
+    assert first.steps_reused == 0
     again = execute(tiny_config(), tmp_path / "again", store)
     assert steps == {"behavior": 60, "critic": 60, "energy": 60}
-    assert again["steps_reused"] == 180
+    assert again.steps_reused == 180
     policies = [(tmp_path / name / run.POLICY).read_bytes() for name in ("alone", "first", "again")]
     assert policies[0] == policies[1] == policies[2]
-    assert alone["evaluations"] == first["evaluations"] == again["evaluations"]
+    assert alone.evaluations == first.evaluations == again.evaluations
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_only_what_a_change_touches_is_trained(change, trained, make_dataset, ti
     config = tiny_config(**change)
     result = execute(config, tmp_path / "second", store)
     assert set(steps) == trained
-    assert result["steps_reused"] == 180 - sum(steps.values())
+    assert result.steps_reused == 180 - sum(steps.values())
     whole = execute(config, tmp_path / "whole")
-    assert result["evaluations"] == whole["evaluations"]
+    assert result.evaluations == whole.evaluations
     rows, expected = (run.read_spool(tmp_path / name / run.METRICS)[0] for name in ("second", "whole"))
     assert [(r["stage"], r["step"]) for r in rows] == [(r["stage"], r["step"]) for r in expected]
     losses = [(r["metrics"].get(f"{r['stage']}/loss")) for r in rows]
@@ -145,15 +145,15 @@ def test_an_interrupted_run_goes_on_and_gives_what_it_trains(stage, make_dataset
     assert len(store.entries()) == 3
     assert {name: count for name, count in steps.items() if count != 60} == {}
     whole = execute(config, tmp_path / "whole")
-    assert run.read_result(folder)["evaluations"] == whole["evaluations"]
-    assert execute(config, tmp_path / "again", store)["steps_reused"] == 180
+    assert run.read_result(folder).evaluations == whole.evaluations
+    assert execute(config, tmp_path / "again", store).steps_reused == 180
 
 
 def test_evaluations_on_the_way_are_not_taken_over(make_dataset, tiny_config, store, tmp_path):
     make_dataset()
     config = tiny_config(evaluation__num_curve_points=2, evaluation__num_curve_episodes=1)
-    assert len(execute(config, tmp_path / "first", store)["curve"]) == 3
-    assert len(execute(config, tmp_path / "again", store)["curve"]) == 1
+    assert len(execute(config, tmp_path / "first", store).curve) == 3
+    assert len(execute(config, tmp_path / "again", store).curve) == 1
 
 
 # -- the store ---------------------------------------------------------------------------------------------
@@ -221,5 +221,5 @@ def test_a_store_that_cannot_be_written_costs_no_run(make_dataset, tiny_config, 
 
     monkeypatch.setattr(StageStore, "_path", lambda self, key: store.folder / "none" / key)
     result = execute(tiny_config(), tmp_path / "run", store)
-    assert result["status"] == "finished"
+    assert result.status == "finished"
     assert "the stage was not stored" in capsys.readouterr().err

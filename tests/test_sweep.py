@@ -38,8 +38,7 @@ def sweep(make_dataset, tiny_config, tmp_path):
     run.execute(plan[0], place, run.FolderStore(place), device=CPU)
     failed = run_folder(folder, plan[1])
     failed.mkdir()
-    facts = run.describe(plan[1], failed) | {"status": "failed", "error": "TrainingError: critic/loss is nan"}
-    run.write_json(failed / run.RESULT, facts)
+    run.record_failure(plan[1], failed, "TrainingError: critic/loss is nan")
     (failed / "log.txt").write_text("".join(f"line {i}\n" for i in range(20)))
     begun = run_folder(folder, plan[2])
     with pytest.raises(Interrupted):
@@ -353,10 +352,10 @@ def test_a_stopped_run_stores_its_checkpoint_and_ends_like_the_unbroken_one(swee
         run.execute(plan[3], place, run.FolderStore(place), device=CPU, on_progress=at_critic)
     assert run.read_result(place) is None
     trainable.run_inline(values)
-    assert run.read_result(place)["status"] == "finished"
+    assert run.read_result(place).status == "finished"
     whole = run.execute(plan[3], tmp_path / "whole", run.FolderStore(tmp_path / "whole"), device=CPU)
     assert (place / run.POLICY).read_bytes() == (tmp_path / "whole" / run.POLICY).read_bytes()
-    assert run.read_result(place)["evaluations"] == whole["evaluations"]
+    assert run.read_result(place).evaluations == whole.evaluations
     assert "starts" in (place / "log.txt").read_text()
 
 
@@ -375,7 +374,7 @@ def test_a_trial_evaluates_on_the_cores_that_it_was_granted(sweep, values):
     folder, plan = sweep
     trainable.run_inline(values | {"cpus": 2.0})
     place = run_folder(folder, plan[3])
-    assert run.read_result(place)["status"] == "finished"
+    assert run.read_result(place).status == "finished"
     assert "2 evaluation processes, started in" in (place / "log.txt").read_text()
 
 
@@ -383,7 +382,7 @@ def test_a_failure_that_repeats_is_a_result_and_no_exception(sweep, values, monk
     monkeypatch.setattr("aepo.stages.fast.expectile_loss", lambda u_B, _: u_B.sum() / 0)
     trainable.run_inline(values)
     place = run_folder(sweep[0], sweep[1][3])
-    assert run.read_result(place)["status"] == "failed"
+    assert run.read_result(place).status == "failed"
     assert "failed: critic/loss is" in (place / "log.txt").read_text()
 
 
@@ -401,7 +400,7 @@ def test_an_accident_is_tried_again_and_the_same_one_twice_is_a_failure(sweep, v
         assert run.read_result(place) is None
         trainable.run_inline(values)
     result = run.read_result(place)
-    assert (result["status"], result["error"]) == (
+    assert (result.status, result.error) == (
         "failed",
         "ZeroDivisionError: a bug (twice; log.txt has the traceback)",
     )
@@ -417,8 +416,8 @@ def test_a_full_disk_is_a_row_that_says_so(sweep, values, monkeypatch):
     monkeypatch.setattr("aepo.checkpoint.save", full)
     trainable.run_inline(values | {"checkpoint_s": 0.0})
     result = run.read_result(run_folder(folder, plan[3]))
-    assert result["status"] == "failed"
-    assert result["error"].startswith("ResourceError: no space left for ")
+    assert result.status == "failed"
+    assert result.error.startswith("ResourceError: no space left for ")
 
 
 def test_memory_and_cores_bound_the_slots():

@@ -28,7 +28,7 @@ def track(folder, plan, uri, *, close=True):
     assert tracker.ship()
     rows = collect_rows(folder, plan, mlflow_run_ids=tracker.run_ids)
     write_rows(folder, rows)
-    assert not close or tracker.close(rows)
+    assert not close or tracker.close([row.status for row in rows])
     return f"mlflow:aepo/{folder.name}"
 
 

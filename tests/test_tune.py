@@ -94,7 +94,7 @@ def test_only_what_has_not_ended_is_pending(sweep):
     folder, plan = sweep
     assert pending(folder, plan, retry_failed=False) == [plan[2]]
     place = run_folder(folder, plan[0])
-    run.write_json(place / run.RESULT, {**run.read_result(place), "status": "failed"})
+    run.write_result(place, dataclasses.replace(run.read_result(place), status="failed"))
     assert pending(folder, plan, retry_failed=False) == [plan[2]]
     assert pending(folder, plan, retry_failed=True) == [plan[0], plan[2]]
 
@@ -102,7 +102,7 @@ def test_only_what_has_not_ended_is_pending(sweep):
 def test_a_run_without_a_result_is_a_row_with_its_reason(sweep):
     folder, plan = sweep
     rows = collect_rows(folder, plan, errors={plan[2].name: "ActorDiedError: killed"})
-    assert [row["status"] for row in rows] == ["finished", "finished", "failed"]
+    assert [row.status for row in rows] == ["finished", "finished", "failed"]
     with pytest.raises(IncompleteError, match=f"1 of 3 runs have no result: {plan[2].name}: ActorDiedError"):
         check_complete(rows)
     check_complete(rows[:2])
@@ -118,7 +118,7 @@ def test_analysis_reads_what_tune_writes(rows_at_once, sweep, capsys, monkeypatc
     write_rows(folder, rows)
     table = load_runs(folder)
     assert list(table["run"]) == [config.name for config in plan]
-    assert list(table["score"])[:2] == [row["score"] for row in rows[:2]]
+    assert list(table["score"])[:2] == [row.score for row in rows[:2]]
 
     from aepo import cli
 
@@ -127,7 +127,7 @@ def test_analysis_reads_what_tune_writes(rows_at_once, sweep, capsys, monkeypatc
     assert cli.run(["report", str(folder), "--json", "--allow-missing"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [(row["method"], row["num_failed"]) for row in report] == [("aepo", 1), ("diffusion-bc", 1)]
-    assert report[0]["scores"] == pytest.approx([row["score"] for row in rows[:2]])
+    assert report[0]["scores"] == pytest.approx([row.score for row in rows[:2]])
 
 
 def table_of(folder, plan):

@@ -17,6 +17,7 @@ from aepo import rundir
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.errors import AEPOError
+from aepo.results import Result
 from tune.plan import RUN_FOLDERS, STOP
 
 COLUMNS = ("stage", "step", "steps/s", "left", "score")
@@ -25,8 +26,6 @@ TAIL_BYTES = 8_000
 """Of a metrics file, read when a board is made for runs that are under way already."""
 LOG_LINES = 5
 """Of a failed run's log, shown by `aepo sweep --status`."""
-KEPT = ("status", "score", "steps", "error")
-"""Of an ended run's result: a sweep may have thousands."""
 LINE_INTERVAL_S = 30.0
 """Between two status lines where standard error is no terminal."""
 
@@ -67,7 +66,8 @@ class _Seen:
     recent: deque[tuple[float, int]] = dataclasses.field(default_factory=lambda: deque(maxlen=20))
     """(time, step) of the newest rows of the current stage."""
     score: float | None = None
-    result: dict[str, Any] | None = None
+    result: Result | None = None
+    """Without its evaluations: a sweep may have thousands of runs."""
     problem: str | None = None
     """Why the run's files cannot be read."""
 
@@ -115,7 +115,7 @@ class Board:
                 seen.reached[row["stage"]] = row["step"]
                 seen.last = row
             if result is not None:
-                seen.result = {key: result.get(key) for key in KEPT}
+                seen.result = dataclasses.replace(result, evaluations=(), curve=(), grid=())
                 seen.recent.clear()
                 seen.first.clear()
 
@@ -134,7 +134,7 @@ class Board:
         """Whether every run has a result."""
         return self.num_ended == len(self._seen)
 
-    def result(self, name: str) -> dict[str, Any] | None:
+    def result(self, name: str) -> Result | None:
         """Return the result of a run, None if it has not ended."""
         return self._seen[name].result
 
@@ -174,10 +174,10 @@ class Board:
         return lines
 
     def _row(self, config: RunConfig, seen: _Seen) -> dict[str, str]:
-        score = seen.score if seen.result is None else seen.result["score"]
+        score = seen.score if seen.result is None else seen.result.score
         row = dict.fromkeys(COLUMNS, "") | {"score": "" if score is None else f"{score:.1f}"}
         if seen.result is not None:
-            return row | {"stage": seen.result["status"], "step": f"{seen.result['steps']:,}"}
+            return row | {"stage": seen.result.status, "step": f"{seen.result.steps:,}"}
         if seen.last is None:
             return row | {"stage": "starting"}
         step, num_steps = seen.last["step"], seen.last["num_steps"]
@@ -233,10 +233,10 @@ def status(sweep: Path, plan: Sequence[RunConfig]) -> list[dict[str, Any]]:
             rows.append({**row, "state": "waiting", **dict.fromkeys(COLUMNS, ""), "error": None, "log": []})
             continue
         result = board.result(name)
-        state = result["status"] if result else "running" if driven else "interrupted"
+        state = result.status if result else "running" if driven else "interrupted"
         failed = state == "failed"
         cells = here | ({"stage": ""} if result else {})
-        error = result["error"] if result else board.problem(name)
+        error = result.error if result else board.problem(name)
         rows.append({**row, "state": state, **cells, "error": error, "log": _last_lines(folder) if failed else []})
     return rows
 

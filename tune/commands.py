@@ -22,6 +22,7 @@ from aepo.config import RunConfig
 from aepo.console import emit_json, emit_table, err, say, warn
 from aepo.documents import read_toml
 from aepo.errors import ConfigError, IncompleteError
+from aepo.results import Row
 
 Switch: TypeAlias = tyro.conf.FlagCreatePairsOff[bool]
 """A flag that no file sets: there is no --no-... of it."""
@@ -203,10 +204,10 @@ class Sweep:
         waiting = pending(self.out.resolve(), plan, retry_failed=self.retry_failed)
         asks = sys.stdin.isatty() and err.is_terminal and not self.yes
         if self.dry_run or (asks and waiting):
-            rows = self._show_plan(plan, waiting)
+            shown = self._show_plan(plan, waiting)
             if self.dry_run:
                 if self.json:
-                    emit_json(rows)
+                    emit_json(shown)
                 return 0
             if not Confirm.ask("start?", console=err, default=True):
                 return 0
@@ -331,22 +332,22 @@ def _grouped(plan: Sequence[RunConfig]) -> dict[tuple[str, str, str], list[RunCo
 COLUMNS = ["task", "method", "seed", "status", "score", "return_mean", "num_episodes", "steps", "seconds"]
 
 
-def print_rows(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+def print_rows(rows: list[Row], *, as_json: bool) -> None:
     """Print one row per run."""
     if as_json:
-        emit_json(rows)
+        emit_json([dataclasses.asdict(row) for row in rows])
     else:
-        emit_table("runs", [{key: row[key] for key in COLUMNS} for row in rows])
+        emit_table("runs", [{key: getattr(row, key) for key in COLUMNS} for row in rows])
 
 
-def check_complete(rows: list[dict[str, Any]]) -> None:
+def check_complete(rows: list[Row]) -> None:
     """Raise unless every planned run has finished.
 
     Raises:
         IncompleteError: names each that has not, with its reason.
     """
-    if holes := [row for row in rows if row["status"] != "finished"]:
-        reasons = "; ".join(f"{row['run']}: {row['error'] or row['status']}" for row in holes)
+    if holes := [row for row in rows if row.status != "finished"]:
+        reasons = "; ".join(f"{row.run}: {row.error or row.status}" for row in holes)
         raise IncompleteError(
             f"{len(holes)} of {len(rows)} runs have no result: {reasons} "
             "(the same command continues missing ones, --retry-failed repeats failed ones)"

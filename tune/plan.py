@@ -172,6 +172,6 @@ def pending(sweep: Path, plan: Sequence[RunConfig], *, retry_failed: bool) -> li
     wanted = []
     for config in plan:
         result = rundir.read_result(run_folder(sweep, config))
-        if result is None or (retry_failed and result["status"] == "failed"):
+        if result is None or (retry_failed and result.status == "failed"):
             wanted.append(config)
     return wanted

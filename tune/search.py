@@ -22,132 +22,18 @@ from aepo import config as configs
 from aepo import rundir
 from aepo.config import RunConfig
 from aepo.console import err, say
-from aepo.errors import ConfigError, IncompleteError
+from aepo.errors import IncompleteError
+from aepo.results import Row
+from aepo.trials import OPEN, Confirmation, Outcome, Selection, Spec, Trial, count_steps, words_of
 from tune.board import Board, driving
 from tune.plan import RUN_FOLDERS, STAGES, STOP, read_digests, write_manifest
-from tune.space import Sampler, Space
+from tune.search_record import Record, example, trial_configs
+from tune.space import Space
 from tune.sweep import Resources, check_data, on_ray, run_sweep, watching
 from tune.tracking import Tracker
 
-SEARCH, FOUND, SELECT, CONFIRM = "search.json", "found.toml", "select", "confirm"
-"""In a search's folder: the record, the found settings, the sweeps of best and preset and of found and default."""
-CONFIRMED = ("task", "seed", "status", "score", "return_mean", "num_episodes", "steps", "steps_reused", "error")
-"""What the record keeps of a run of the found or default settings."""
-FORMAT = 1
-OPEN = ("running", "waiting")
-"""States of a trial that may still train."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spec:
-    """What a search is; a continued one must have the same, except for the number of trials and confirming seeds."""
-
-    tasks: tuple[str, ...]
-    datasets: tuple[str, ...]
-    """Minari ids of data sets without a task of their own."""
-    source: str
-    """As `aepo sweep --source`."""
-    preset: str
-    overrides: dict[str, str]
-    trials: int
-    """Settings to try, at most."""
-    sampler: Sampler
-    seed: int
-    """Training seed of every trial; draws and episodes follow from it."""
-    rounds: int
-    """Evaluations of a trial: after reduction^-(rounds-1), ..., reduction^-1 and all of its steps."""
-    reduction: int
-    """Of the trials at a rung, one in so many goes on."""
-    grace: int
-    """Round after which trials first wait for a promotion; 0 = none ever does."""
-    num_episodes: int
-    """Per evaluation and pair of beta and guidance scale."""
-    select_seeds: tuple[int, ...]
-    """Training seeds on which the best trial must beat the preset."""
-    confirm_seeds: tuple[int, ...]
-    """Training seeds of found and default, of which nothing depends."""
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """Share of the budget that is spent at the end of each round."""
-        return tuple(float(self.reduction) ** (number - self.rounds + 1) for number in range(self.rounds))
-
-
-@dataclasses.dataclass
-class Record:
-    """search.json."""
-
-    path: Path
-    spec: Spec
-    space: Space
-    trials: list[dict[str, Any]]
-    """number, params (drawn), used (those that its target and learner have), runs (names), steps (gradient steps of all
-    runs at the end of each round), state (running; waiting, for a promotion; finished; stopped, never promoted;
-    failed), rounds, error. A round: round, score, scores (per task), beta and guidance_scale that it is of,
-    steps_reused (those that the stage store saved), at."""
-    select: dict[str, Any] | None = None
-    """trial, settings, wins, and the runs of best and preset on the selecting seeds."""
-    confirm: dict[str, Any] | None = None
-    """settings, and the runs of found and default on fresh seeds."""
-
-    @staticmethod
-    def open(search: Path, spec: Spec, space: Space) -> "Record":
-        """Return the record of a folder, a new one if there is none.
-
-        Raises:
-            ConfigError: if the folder holds another search.
-            CheckpointError: if its record is not of this version.
-        """
-        record = Record(search / SEARCH, spec, space, [])
-        if not record.path.exists():
-            return record
-        document = read_record(search)
-        free = ("trials", "select_seeds", "confirm_seeds")
-        ours = json.loads(json.dumps(dataclasses.asdict(spec) | {"space": space.to_json()}))
-        theirs = document["spec"] | {"space": document["space"]}
-        if other := [key for key in ours if key not in free and ours[key] != theirs.get(key)]:
-            raise ConfigError(
-                f"{search} holds another search: {other[0]} is {theirs.get(other[0])} there, {ours[other[0]]} here; "
-                "search into another folder with --out"
-            )
-        record.trials = document["trials"]
-        return record
-
-    def save(self) -> None:
-        """Write it atomically."""
-        document = {
-            "format": FORMAT,
-            "commit": rundir.commit(),
-            "spec": dataclasses.asdict(self.spec),
-            "shares": self.spec.shares,
-            "space": self.space.to_json(),
-            "trials": self.trials,
-            "select": self.select,
-            "confirm": self.confirm,
-        }
-        rundir.write_json(self.path, document)
-
-    def note(self, number: int, row: dict[str, Any], state: str) -> None:
-        """Add a round to a trial and store it."""
-        trial = self.trials[number]
-        if row["round"] == len(trial["rounds"]) + 1:
-            trial["rounds"].append(row)
-            trial["state"] = state
-            self.save()
-
-    def best(self) -> dict[str, Any] | None:
-        """Return the finished trial with the highest last score."""
-        finished = [trial for trial in self.trials if trial["state"] == "finished"]
-        return max(finished, key=lambda trial: float(trial["rounds"][-1]["score"]), default=None)
-
-
-def read_record(search: Path) -> dict[str, Any]:
-    """Return what search.json holds.
-
-    Raises:
-        CheckpointError: if there is none of this version.
-    """
-    return rundir.read_document(search / SEARCH, kind="search", version=FORMAT, field="trials")
+FOUND, SELECT, CONFIRM = "found.toml", "select", "confirm"
+"""In a search's folder: the found settings, the sweeps of best and preset and of found and default."""
 
 
 def run_search(
@@ -176,28 +62,29 @@ def run_search(
         _check_stop(search)
         best = record.best()
         if best is None:
-            reasons = sorted({trial["error"] for trial in record.trials if trial["error"]})
+            reasons = sorted({trial.error for trial in record.trials if trial.error})
             raise IncompleteError(f"no trial of {search} has finished: {'; '.join(reasons) or 'none was started'}")
 
-        def train(name: str, settings: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
-            plans = {label: _whole_runs(bases, changes, seeds) for label, changes in settings.items()}
-            plan = {config.name: config for runs in plans.values() for config in runs}
+        def train(name: str, *settings: Mapping[str, Any], seeds: Sequence[int]) -> list[list[Outcome]]:
+            """Return for each of these settings the outcomes of its runs."""
+            plans = [_whole_runs(bases, changes, seeds) for changes in settings]
+            plan = {config.name: config for runs in plans for config in runs}
             rows = run_sweep(search / name, [*plan.values()], resources, tracking_uri=tracking_uri)
             _check_stop(search)
-            found = {run: {key: row.get(key) for key in CONFIRMED} for run, row in zip(plan, rows, strict=True)}
-            return {label: [found[config.name] for config in runs] for label, runs in plans.items()}
+            found = {run: _outcome(row) for run, row in zip(plan, rows, strict=True)}
+            return [[found[config.name] for config in runs] for runs in plans]
 
         changes = found_settings(space, best)
         seeds = ", ".join(map(str, spec.select_seeds))
-        err.print(f"trial {best['number']} against the preset, on training seed {seeds}")
-        select = train(SELECT, {"best": changes, "preset": {}}, spec.select_seeds)
-        wins = mean_score(select["best"]) > mean_score(select["preset"])
-        found = changes if wins else {}
-        write_preset(search / FOUND, record, best if wins else None, found)
+        err.print(f"trial {best.number} against the preset, on training seed {seeds}")
+        ours, preset = train(SELECT, changes, {}, seeds=spec.select_seeds)
+        wins = mean_score(ours) > mean_score(preset)
+        settings = changes if wins else {}
+        write_preset(search / FOUND, record, best if wins else None, settings)
         err.print(f"found and default settings, on {len(spec.confirm_seeds)} fresh seeds")
-        confirmed = train(CONFIRM, {"found": found, "default": {}}, spec.confirm_seeds)
-        record.select = {"trial": best["number"], "settings": changes, "wins": wins, **select}
-        record.confirm = {"settings": found, **confirmed}
+        found, default = train(CONFIRM, settings, {}, seeds=spec.confirm_seeds)
+        record.select = Selection(trial=best.number, settings=changes, wins=wins, best=ours, preset=preset)
+        record.confirm = Confirmation(settings=settings, found=found, default=default)
         record.save()
     return record
 
@@ -207,10 +94,14 @@ def _whole_runs(bases: Sequence[RunConfig], changes: Mapping[str, Any], seeds: S
     return [dataclasses.replace(config, seed=seed) for config in changed for seed in seeds]
 
 
-def mean_score(rows: Sequence[Mapping[str, Any]]) -> float:
+def _outcome(row: Row) -> Outcome:
+    return Outcome(**{field.name: getattr(row, field.name) for field in dataclasses.fields(Outcome)})
+
+
+def mean_score(outcomes: Sequence[Outcome]) -> float:
     """Return the mean over runs; minus infinity if one has failed."""
-    values = [row["return_mean"] if row["score"] is None else row["score"] for row in rows]
-    return sum(values) / len(values) if all(value is not None for value in values) else -math.inf
+    values = [outcome.value for outcome in outcomes if outcome.value is not None]
+    return sum(values) / len(values) if len(values) == len(outcomes) else -math.inf
 
 
 def _check_stop(search: Path) -> None:
@@ -218,17 +109,17 @@ def _check_stop(search: Path) -> None:
         raise IncompleteError(f"{search} was stopped as asked; the same command goes on")
 
 
-def found_settings(space: Space, trial: Mapping[str, Any]) -> dict[str, Any]:
+def found_settings(space: Space, trial: Trial) -> dict[str, Any]:
     """Return a trial's settings as overrides of the preset, with the beta and guidance scale that did best."""
-    last = trial["rounds"][-1]
-    pair = {"sampling.beta": last["beta"], "sampling.guidance_scale": last["guidance_scale"]}
-    return {**trial["used"], **{key: value for key, value in pair.items() if space.grid and value is not None}}
+    last = trial.rounds[-1]
+    pair = {"sampling.beta": last.beta, "sampling.guidance_scale": last.guidance_scale}
+    return {**trial.used, **{key: value for key, value in pair.items() if space.grid and value is not None}}
 
 
-def write_preset(path: Path, record: Record, trial: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> None:
+def write_preset(path: Path, record: Record, trial: Trial | None, changes: Mapping[str, Any]) -> None:
     """Write the found settings, a trial's or the preset's own (None), as a file that `aepo sweep` takes."""
     spec = record.spec
-    which = "the preset's own settings, which no trial beat" if trial is None else f"trial {trial['number']}"
+    which = "the preset's own settings, which no trial beat" if trial is None else f"trial {trial.number}"
     lines = [
         f"# Found by `aepo search`, {len(record.trials)} trials: {which}.",
         *[f"{key} = {json.dumps(list(names))}" for key, names in (("task", spec.tasks), ("dataset", spec.datasets))],
@@ -245,39 +136,39 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
     """Bring the record to the number of trials that the spec wants."""
     spec = record.spec
     plans: dict[int, list[RunConfig]] = {
-        trial["number"]: trial_configs(record, trial["params"], bases) for trial in record.trials
+        trial.number: trial_configs(record, trial.params, bases) for trial in record.trials
     }
-    open_ = sum(trial["state"] in OPEN for trial in record.trials)
+    open_ = sum(trial.state in OPEN for trial in record.trials)
     missing = max(0, spec.trials - len(record.trials))
     say(f"{spec.trials} trials in {search}: {len(record.trials) - open_} ended, {open_} under way, {missing} to draw")
     if not open_ and not missing:
         return
-    examples = [_example(spec, base) for base in bases]
+    examples = [example(spec, base) for base in bases]
     digests = check_data(examples, read_digests(search))
     tracker = Tracker(search, [config for plan in plans.values() for config in plan], uri=tracking_uri)
     board = SearchBoard(search, record, plans)
 
-    def plan(trial: dict[str, Any]) -> None:
-        plans[trial["number"]] = added = trial_configs(record, trial["params"], bases)
+    def plan(trial: Trial) -> None:
+        plans[trial.number] = added = trial_configs(record, trial.params, bases)
         write_manifest(search, [config for each in plans.values() for config in each], digests)
         for config in added:
             tracker.add(config)
             board.add(config)
 
-    def end(trial: dict[str, Any]) -> None:
-        for config in plans[trial["number"]]:
-            if trial["state"] == "finished":
+    def end(trial: Trial) -> None:
+        for config in plans[trial.number]:
+            if trial.state == "finished":
                 tracker.end(config, "FINISHED")
-            elif trial["state"] == "stopped":
-                tracker.end(config, "KILLED", f"stopped by ASHA after round {len(trial['rounds'])}")
-            elif trial["state"] == "failed":
-                tracker.end(config, "FAILED", trial["error"] or "")
-            if trial["state"] in ("finished", "stopped"):
+            elif trial.state == "stopped":
+                tracker.end(config, "KILLED", f"stopped by ASHA after round {len(trial.rounds)}")
+            elif trial.state == "failed":
+                tracker.end(config, "FAILED", trial.error or "")
+            if trial.state in ("finished", "stopped"):
                 for file in (search / RUN_FOLDERS / config.name).glob("state*.ckpt"):
                     file.unlink()  # its stages are in the store
 
     for trial in record.trials:
-        if trial["state"] not in OPEN:
+        if trial.state not in OPEN:
             end(trial)
     with watching(board, tracker, lambda: None), on_ray(resources, examples) as slots:
         import ray.tune
@@ -316,28 +207,15 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
         tuner.fit()
         if asking.is_over:
             for trial in record.trials:
-                if trial["state"] == "waiting":
-                    trial["state"] = "stopped"
+                if trial.state == "waiting":
+                    trial.state = "stopped"
                     end(trial)
             record.save()
     tracker.ship_rest()
-    tracker.close([{"status": _ROW_STATUS[trial["state"]]} for trial in record.trials])
+    tracker.close([_ROW_STATUS[trial.state] for trial in record.trials])
 
 
 _ROW_STATUS = {"finished": "finished", "stopped": "finished", "failed": "failed"} | dict.fromkeys(OPEN, "missing")
-
-
-def _example(spec: Spec, base: RunConfig) -> RunConfig:
-    return dataclasses.replace(base, seed=spec.seed, rounds=spec.shares)
-
-
-def trial_configs(record: Record, params: Mapping[str, Any], bases: Sequence[RunConfig]) -> list[RunConfig]:
-    """Return the runs of a trial, one per task."""
-    spec = record.spec
-    episodes = {"evaluation.num_curve_points": 0}
-    episodes |= {f"evaluation.num_{kind}_episodes": spec.num_episodes for kind in ("curve", "grid")}
-    plain = [configs.with_overrides(base, episodes) for base in bases]
-    return [_example(spec, record.space.apply(params, base)) for base in plain]
 
 
 class SearchBoard:
@@ -356,7 +234,7 @@ class SearchBoard:
     @property
     def num_ended(self) -> int:
         """Trials that go on no more."""
-        return sum(trial["state"] not in OPEN for trial in self._record.trials)
+        return sum(trial.state not in OPEN for trial in self._record.trials)
 
     def refresh(self) -> None:
         """Read what the runs have written."""
@@ -371,49 +249,32 @@ class SearchBoard:
         for column in ("trial", "settings", "state", "scores by round", "now"):
             table.add_column(column, justify="right" if column == "trial" else "left")
         for trial in record.trials[-40:]:
-            scores = "  ".join(f"{row['score']:.1f}" for row in trial["rounds"])
-            style = "bold" if trial is best else "dim" if trial["state"] in ("stopped", "failed") else ""
-            table.add_row(str(trial["number"]), describe(trial), trial["state"], scores, _now(trial, runs), style=style)
+            scores = "  ".join(f"{row.score:.1f}" for row in trial.rounds)
+            style = "bold" if trial is best else "dim" if trial.state in ("stopped", "failed") else ""
+            table.add_row(str(trial.number), words_of(trial.used), trial.state, scores, _now(trial, runs), style=style)
         return table
 
     def lines(self) -> list[str]:
         """Return one line per trial that has moved since the last call."""
         lines, runs = [], self._board.rows()
         for trial in list(self._record.trials):
-            scores = ", ".join(f"{row['score']:.1f}" for row in trial["rounds"])
-            text = (
-                f"trial {trial['number']}  {trial['state']}  {_now(trial, runs)}  {f'scores {scores}' * bool(scores)}"
-            )
-            if self._lines.get(trial["number"]) != text:
-                self._lines[trial["number"]] = text
-                lines.append(f"{text}  {describe(trial)}")
+            scores = ", ".join(f"{row.score:.1f}" for row in trial.rounds)
+            text = f"trial {trial.number}  {trial.state}  {_now(trial, runs)}  {f'scores {scores}' * bool(scores)}"
+            if self._lines.get(trial.number) != text:
+                self._lines[trial.number] = text
+                lines.append(f"{text}  {words_of(trial.used)}")
         return lines
 
 
-def describe(trial: Mapping[str, Any]) -> str:
-    """Return a trial's settings in a few words."""
-    words = [
-        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in trial["used"].items()
-    ]
-    return " ".join(words)
-
-
-def _now(trial: Mapping[str, Any], runs: Mapping[str, Mapping[str, str]]) -> str:
-    if trial["state"] != "running":
+def _now(trial: Trial, runs: Mapping[str, Mapping[str, str]]) -> str:
+    if trial.state != "running":
         return ""
-    rows = [runs[name] for name in trial["runs"] if name in runs]
+    rows = [runs[name] for name in trial.runs if name in runs]
     return f"{rows[-1]['stage']} {rows[-1]['step']}" if rows else "waiting"
 
 
-def compute(trials: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """Return the gradient steps that were taken, and those that the stage store saved."""
-    begun = [trial for trial in trials if trial["rounds"]]
-    reused = sum(trial["rounds"][-1]["steps_reused"] for trial in begun)
-    return sum(trial["steps"][len(trial["rounds"]) - 1] for trial in begun) - reused, reused
-
-
 def _saved(record: Record) -> str:
-    taken, reused = compute(record.trials)
+    taken, reused, _ = count_steps(record.trials)
     return f"{taken:,} gradient steps taken, {reused:,} saved by shared stages"
 
 

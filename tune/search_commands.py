@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.prompt import Confirm
 
@@ -12,6 +12,9 @@ from aepo import tasks
 from aepo.console import emit_json, emit_table, err, say
 from aepo.errors import ConfigError, IncompleteError
 from aepo.presets import preset
+
+if TYPE_CHECKING:
+    from aepo.trials import Confirmation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +103,13 @@ class Search:
         return self._carry_out()
 
     def _look(self) -> int:
-        from tune.search import read_record
+        from aepo.trials import read_search, trial_rows
 
-        document = read_record(self.out)
+        document = read_search(self.out)
         if self.json:
-            emit_json(document)
+            emit_json(dataclasses.asdict(document))
         else:
-            emit_table(f"{self.out}", trial_rows(document))
+            emit_table(f"{self.out}", trial_rows(document.trials))
         return 0
 
     def _stop(self) -> int:
@@ -144,7 +147,8 @@ class Search:
             raise ConfigError("a search wants at least one task; `aepo data list` shows them")
         overrides = configs.parse_overrides(self.set)
         bases = [configs.with_overrides(preset(self.preset, row, self.seed), overrides) for row in rows]
-        from tune.search import Spec, describe_space, read_record, run_search
+        from aepo.trials import SEARCH, Spec, read_search, trial_rows
+        from tune.search import describe_space, run_search
         from tune.space import default_space, read_space
 
         space = read_space(self.space or default_space([base.suite for base in bases]), bases)
@@ -166,7 +170,7 @@ class Search:
         )
         for base in bases:
             dataclasses.replace(base, rounds=spec.shares)  # refuses rounds that the stages are too short for
-        asks = sys.stdin.isatty() and err.is_terminal and not self.yes and not (self.out / "search.json").exists()
+        asks = sys.stdin.isatty() and err.is_terminal and not self.yes and not (self.out / SEARCH).exists()
         if self.dry_run or asks:
             facts = describe_space(spec, bases, space)
             if self.json:
@@ -189,46 +193,21 @@ class Search:
             runner="inline",
         )
         record = run_search(self.out, spec, bases, space, resources, tracking_uri=uri)
-        document = read_record(record.path.parent)
         if self.json:
-            emit_json(document)
+            emit_json(dataclasses.asdict(read_search(record.path.parent)))
         else:
-            emit_table("trials", trial_rows(document))
-            emit_table("found against the preset, on fresh seeds", confirm_rows(document))
+            emit_table("trials", trial_rows(record.trials))
+            emit_table("found against the preset, on fresh seeds", confirm_rows(record.confirm))
         say(f"settings as a sweep:  aepo sweep {self.out}/found.toml --seeds 0 1 2 3 4")
         say(f"report:               aepo report {self.out}")
         return 0
 
 
-def trial_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row per trial for printing, the best first."""
-    from tune.search import describe
-
-    def order(trial: dict[str, Any]) -> tuple[int, float]:
-        return len(trial["rounds"]), trial["rounds"][-1]["score"] if trial["rounds"] else 0.0
-
-    rows = []
-    for trial in sorted(document["trials"], key=order, reverse=True):
-        last = trial["rounds"][-1] if trial["rounds"] else {}
-        rows.append(
-            {
-                "trial": trial["number"],
-                "state": trial["state"],
-                "rounds": len(trial["rounds"]),
-                "score": last.get("score"),
-                "beta": last.get("beta"),
-                "scale": last.get("guidance_scale"),
-                "settings": describe(trial) + (f" ({trial['error']})" if trial["error"] else ""),
-            }
-        )
-    return rows
-
-
-def confirm_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+def confirm_rows(confirm: "Confirmation | None") -> list[dict[str, Any]]:
     """Return one row per setting and fresh seed."""
-    confirm = document["confirm"]
+    assert confirm is not None, "a search that has ended has confirmed"
     return [
-        {"settings": name, **{key: row[key] for key in ("task", "seed", "status", "score", "num_episodes")}}
-        for name in ("found", "default")
-        for row in confirm[name]
+        {"settings": name, **{key: getattr(row, key) for key in ("task", "seed", "status", "score", "num_episodes")}}
+        for name, rows in (("found", confirm.found), ("default", confirm.default))
+        for row in rows
     ]

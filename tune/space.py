@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.distributions import (
@@ -24,15 +24,15 @@ from aepo import config as configs
 from aepo.config import RunConfig
 from aepo.documents import read_toml
 from aepo.errors import ConfigError
+from aepo.trials import Sampler, SpaceText, State, Trial
 
-Sampler = Literal["tpe", "random"]
 GRID = ("sampling.beta", "sampling.guidance_scale")
 """Need no training: every pair is tried on every policy, and the best counts."""
 CHOICES = ("critic.learner", "energy.target")
 """Decide which other settings there are."""
 ATTEMPTS = 100
 """Draws of a setting that is new, until the space counts as exhausted."""
-STATES = {
+STATES: dict[State, TrialState] = {
     "running": TrialState.RUNNING,
     "finished": TrialState.COMPLETE,
     "stopped": TrialState.PRUNED,
@@ -50,10 +50,10 @@ class Space:
     grid: dict[str, tuple[float, ...]]
     """sampling.beta and sampling.guidance_scale -> the values to try on a trained policy."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain values, equal for equal spaces."""
+    def to_text(self) -> SpaceText:
+        """Return it as search.json holds it."""
         varied = {key: optuna.distributions.distribution_to_json(kind) for key, kind in self.varied.items()}
-        return {"varied": varied, "grid": {key: list(values) for key, values in self.grid.items()}}
+        return SpaceText(varied=varied, grid=self.grid)
 
     def apply(self, params: Mapping[str, Any], base: RunConfig) -> RunConfig:
         """Return a run with the drawn settings; those that the drawn learner or target does not have are left out.
@@ -128,7 +128,10 @@ def _grid(path: Path, key: str, wanted: Any) -> tuple[float, ...]:
     numbers = isinstance(wanted, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in wanted)
     if not numbers or not wanted or min(wanted) <= 0:
         raise ConfigError(f"{path}: {key} wants a list of numbers above 0, all tried on each policy; got {wanted!r}")
-    return tuple(float(value) for value in dict.fromkeys(wanted))
+    values = tuple(float(value) for value in dict.fromkeys(wanted))
+    if len({f"{value:g}" for value in values}) < len(values):  # cells are known by that to those who follow a run
+        raise ConfigError(f"{path}: {key} wants numbers that differ in their first six digits; got {wanted!r}")
+    return values
 
 
 def _distribution(path: Path, key: str, wanted: Any, base: RunConfig) -> BaseDistribution:
@@ -184,16 +187,16 @@ def preset_draw(space: Space, base: RunConfig) -> dict[str, Any] | None:
     return params if inside else None
 
 
-def draw(space: Space, sampler: Sampler, seed: int, trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def draw(space: Space, sampler: Sampler, seed: int, trials: Sequence[Trial]) -> dict[str, Any] | None:
     """Return the settings of the next trial, none that a trial has had; None if the space is exhausted.
 
     Args:
         space: what to draw from.
         sampler: random, or Optuna's tree-structured Parzen estimator (TPE).
         seed: of the search.
-        trials: the record so far, each with `params`, `state` and `rounds`.
+        trials: the record so far.
     """
-    taken = [dict(trial["params"]) for trial in trials]
+    taken = [trial.params for trial in trials]
     if not space.varied:
         return None if taken else {}
     for attempt in range(ATTEMPTS):
@@ -203,7 +206,7 @@ def draw(space: Space, sampler: Sampler, seed: int, trials: Sequence[Mapping[str
     return None
 
 
-def _study(space: Space, sampler: Sampler, seeds: Sequence[int], trials: Sequence[Mapping[str, Any]]) -> optuna.Study:
+def _study(space: Space, sampler: Sampler, seeds: Sequence[int], trials: Sequence[Trial]) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seed = hash(tuple(seeds)) % 2**32
     with warnings.catch_warnings():
@@ -218,12 +221,12 @@ def _study(space: Space, sampler: Sampler, seeds: Sequence[int], trials: Sequenc
     return study
 
 
-def _frozen(space: Space, trial: Mapping[str, Any]) -> FrozenTrial:
-    state = STATES[trial["state"]]
-    scores = {row["round"]: row["score"] for row in trial["rounds"]}
+def _frozen(space: Space, trial: Trial) -> FrozenTrial:
+    state = STATES[trial.state]
+    scores = {row.round: row.score for row in trial.rounds}
     return create_trial(
         state=state,
-        params=dict(trial["params"]),
+        params=trial.params,
         distributions=space.varied,
         value=scores[max(scores)] if state == TrialState.COMPLETE else None,
         intermediate_values=scores,

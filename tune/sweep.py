@@ -21,6 +21,7 @@ from aepo import parallel, run, rundir
 from aepo.config import RunConfig
 from aepo.console import err, say, warn
 from aepo.errors import DataError, ResourceError
+from aepo.results import Row
 from tune.board import LINE_INTERVAL_S, Board, driving
 from tune.estimate import memory_gib, work
 from tune.plan import STOP, describe_leaving, grow, pending, read_digests, run_folder, write_manifest
@@ -67,7 +68,7 @@ def run_sweep(
     retry_failed: bool = False,
     only: bool = False,
     digests: Mapping[str, str] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Carry out what the plan lists and the folder lacks; return one row per run of the plan.
 
     The runs that the folder has planned before stay in its manifest and its table, as `tune.plan.grow` says.
@@ -104,7 +105,7 @@ def _drive(
     *,
     tracking_uri: str,
     retry_failed: bool,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     for config in plan:
         parallel.check_batches(config, resources.workers)
     waiting = sorted(pending(sweep, plan, retry_failed=retry_failed), key=work, reverse=True)  # the longest first
@@ -131,12 +132,12 @@ def _drive(
     tracker.ship_rest()
     rows = collect_rows(sweep, whole, errors=errors, mlflow_run_ids=tracker.run_ids)
     write_rows(sweep, rows)
-    tracker.close(rows)
+    tracker.close([row.status for row in rows])
     if (sweep / STOP).exists():
         err.print("stopped as asked; the same command goes on")
     wanted, others = rows[len(rows) - len(plan) :], rows[: len(rows) - len(plan)]  # as `grow` orders them
     if others:
-        open_ = sum(row["status"] != "finished" for row in others)
+        open_ = sum(row.status != "finished" for row in others)
         err.print(f"{len(others)} other runs were planned here before, {open_} of them without a result")
     return wanted
 
@@ -147,8 +148,8 @@ def check_results(sweep: Path, ended: Sequence[RunConfig]) -> None:
     for config in ended:
         folder = run_folder(sweep, config)
         result = rundir.read_result(folder)
-        if result is not None and result["status"] == "finished":
-            digest = str(result["dataset_digest"])
+        if result is not None and result.status == "finished":
+            digest = str(result.dataset_digest)
             if (config.data, digest) not in seen:
                 run.check_unchanged(config, digest, folder)
             seen.add((config.data, digest))

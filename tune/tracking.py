@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from importlib.metadata import version
@@ -33,8 +33,9 @@ from aepo import __version__, rundir
 from aepo.config import RunConfig, flatten
 from aepo.console import err
 from aepo.errors import AEPOError, ConfigError
+from aepo.results import SCHEMA_VERSION, Result
 from tune.plan import MANIFEST, PACKAGES, run_folder
-from tune.record import RUNS, SCHEMA_VERSION
+from tune.record import RUNS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -243,9 +244,9 @@ class Tracker:
         """Let the next `ship` close a run that ended without a result."""
         self._ends[config.name] = (status, reason)
 
-    def close(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """End the sweep's own run by the rows of runs.parquet, which it keeps; return whether the server took it."""
-        return self._patiently(lambda: self._attempt(lambda: self._close_sweep(rows)))
+    def close(self, statuses: Sequence[str]) -> bool:
+        """End the sweep's own run, which keeps runs.parquet, by its runs' statuses; return whether that was taken."""
+        return self._patiently(lambda: self._attempt(lambda: self._close_sweep(statuses)))
 
     def _patiently(self, action: Callable[[], bool]) -> bool:
         """Return what an action returns, or False once the server has not answered for too long, here or before.
@@ -439,30 +440,30 @@ class Tracker:
             self._answered_at = time.monotonic()
         return end
 
-    def _close_run(self, entry: _Entry, folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
+    def _close_run(self, entry: _Entry, folder: Path, config: RunConfig, result: Result) -> None:
         from mlflow.entities import Dataset as DatasetEntity
         from mlflow.entities import DatasetInput, InputTag, Metric, RunTag
 
-        run_id, model_id = entry.run_id, self._attach(entry.run_id, folder, config, step=result["steps"])
+        run_id, model_id = entry.run_id, self._attach(entry.run_id, folder, config, step=result.steps)
         ended_at = int((folder / rundir.RESULT).stat().st_mtime * 1000)
         finals = [
-            Metric(f"final/{row['method']}/{key}", row[key], ended_at, result["steps"], model_id=model_id)
-            for row in result["evaluations"]
-            for key in ("score", "return_mean")
-            if row[key] is not None
+            Metric(f"final/{row.method}/{key}", value, ended_at, result.steps, model_id=model_id)
+            for row in result.evaluations
+            for key, value in (("score", row.score), ("return_mean", row.return_mean))
+            if value is not None
         ]
-        tags = _commit_tags(result["commit"]) | {"aepo.machine": result["machine"]}
+        tags = _commit_tags(result.commit) | {"aepo.machine": result.machine}
         tags["aepo.schema_version"] = str(SCHEMA_VERSION)  # these and `final/` are what `aepo report mlflow:` reads
-        tags |= {f"aepo.{key}": str(result[key]) for key in MEASURED if result[key] is not None}
-        if result["error"] or entry.has_error:
-            tags["aepo.error"] = (result["error"] or "")[:5000]
+        tags |= {f"aepo.{key}": str(value) for key in MEASURED if (value := getattr(result, key)) is not None}
+        if result.error or entry.has_error:
+            tags["aepo.error"] = (result.error or "")[:5000]
         self._client.log_batch(run_id, metrics=finals, tags=[RunTag(key, value) for key, value in tags.items()])
-        if result["dataset_digest"]:
-            source = json.dumps({"dataset": result["dataset"], "source": result["source"]})
-            inputs = DatasetEntity(result["dataset"], result["dataset_digest"], "minari", source)
+        if result.dataset_digest:
+            source = json.dumps({"dataset": result.dataset, "source": result.source})
+            inputs = DatasetEntity(result.dataset, result.dataset_digest, "minari", source)
             dataset = DatasetInput(inputs, tags=[InputTag("mlflow.data.context", "training")])
             self._client.log_inputs(run_id, datasets=[dataset])
-        self._client.set_terminated(run_id, "FINISHED" if result["status"] == "finished" else "FAILED", ended_at)
+        self._client.set_terminated(run_id, "FINISHED" if result.status == "finished" else "FAILED", ended_at)
 
     def _attach(self, run_id: str, folder: Path, config: RunConfig, *, step: int) -> str | None:
         """Store the run's files and its policy as a logged model, whose id is returned; in the end without them."""
@@ -488,10 +489,10 @@ class Tracker:
         self._attach_failures = 0
         return model_id
 
-    def _close_sweep(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _close_sweep(self, statuses: Sequence[str]) -> None:
         from mlflow.entities import Metric
 
-        counts, now = Counter(str(row["status"]) for row in rows), int(time.time() * 1000)
+        counts, now = Counter(statuses), int(time.time() * 1000)
         numbers = [Metric(f"runs/{key}", counts[key], now, 0) for key in ("finished", "failed", "missing")]
         self._client.log_batch(self._parent, metrics=numbers)
         for name in (MANIFEST, RUNS):

@@ -15,13 +15,18 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray.train
 import ray.train.v2.api.data_parallel_trainer as v2
 import ray.tune
 
 from tune.plan import RUN_FOLDERS, STOP, read_planned
+
+if TYPE_CHECKING:
+    from aepo.results import RoundResult
+
+End = TypeVar("End")
 
 MAX_WORKER_FAILURES = 3
 STOP_INTERVAL_S = 1.0
@@ -178,13 +183,13 @@ def run_rounds(values: dict[str, Any]) -> None:
     from aepo import run
 
     for number in range(values["ended"] + 1, values["until"] + 1):
-        metrics = []
+        results: list[RoundResult] = []
         for name in values["runs"]:
             how = functools.partial(run.advance, num_rounds=number)
             if _is_stopped(values) or (found := _perform(values | {"run": name}, how)) is None:
                 return
-            metrics.append(found)
-        ray.tune.report({"round": number, "metrics": metrics})
+            results.append(found)
+        ray.tune.report({"round": number, "results": results})
 
 
 def _execute(values: dict[str, Any]) -> None:
@@ -193,7 +198,7 @@ def _execute(values: dict[str, Any]) -> None:
     _perform(values, run.execute)
 
 
-def _perform(values: dict[str, Any], how: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
+def _perform(values: dict[str, Any], how: Callable[..., End]) -> End | None:
     """Return what `how`, run.execute or run.advance, returns of a planned run; None if it failed or was stopped."""
     from aepo import run, rundir
     from aepo.errors import AEPOError, BusyError, Interrupted

@@ -63,7 +63,7 @@ def in_sample(
     pairs_BP = torch.cat([batch.states_BS, batch.actions_BA], dim=1)
     u_B = target.lowest_of(pairs_BP) - v_B1.squeeze(1)
     of_v = pull(-expectile_slope(u_B, config.expectile).unsqueeze(1))
-    q_loss, of_q = _squared_errors(q, pairs_BP, backup_B)
+    q_loss, of_q = squared_errors(q, pairs_BP, backup_B)
     return [*of_q, *of_v], lambda: {
         "loss": q_loss() + expectile_loss(u_B, config.expectile),
         "v": v_B1.mean(),
@@ -81,8 +81,8 @@ def in_support(
     q_BK = target.lowest(repeated, support_BKA.flatten(0, 1)).view(-1, num_support)
     next_v_B = ((config.backup_beta * q_BK).softmax(dim=1) * q_BK).sum(dim=1)
     backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_v_B
-    q_loss, of_q = _squared_errors(q, torch.cat([batch.states_BS, batch.actions_BA], dim=1), backup_B)
-    v_loss, of_v = _squared_error(v.body, batch.next_states_BS, next_v_B)
+    q_loss, of_q = squared_errors(q, torch.cat([batch.states_BS, batch.actions_BA], dim=1), backup_B)
+    v_loss, of_v = squared_error(v.body, batch.next_states_BS, next_v_B)
     return [*of_q, *of_v], lambda: {
         "loss": q_loss() + v_loss(),
         "v": next_v_B.mean(),
@@ -105,15 +105,15 @@ def _weighted(u_B: Tensor, expectile: float) -> Tensor:
     return torch.where(u_B < 0, (1.0 - expectile) * u_B, expectile * u_B)
 
 
-def _squared_error(net: Mlp, x_BI: Tensor, target_B: Tensor) -> tuple[Callable[[], Tensor], list[Tensor]]:
+def squared_error(net: Mlp, x_BI: Tensor, target_B: Tensor) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """Return what gives the mean squared error of a network's only output, and its gradients by the parameters."""
     error_B1, gradients = backward.fit(net, x_BI, target_B.unsqueeze(1))
     return lambda: error_B1.square().mean(), gradients
 
 
-def _squared_errors(q: TwinQ, pairs_BP: Tensor, target_B: Tensor) -> tuple[Callable[[], Tensor], list[Tensor]]:
+def squared_errors(q: TwinQ, pairs_BP: Tensor, target_B: Tensor) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """Return what gives the sum of both critics' mean squared errors, and its gradients by their parameters  [M7]."""
-    (loss_1, of_q_1), (loss_2, of_q_2) = (_squared_error(net, pairs_BP, target_B) for net in (q.q_1, q.q_2))
+    (loss_1, of_q_1), (loss_2, of_q_2) = (squared_error(net, pairs_BP, target_B) for net in (q.q_1, q.q_2))
     return lambda: loss_1() + loss_2(), [*of_q_1, *of_q_2]
 
 
@@ -151,7 +151,7 @@ def smoothed_q(
     next_q_B = q_target.lowest(batch.next_states_BS, next_actions_BA)
     backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_q_B
     pairs_BP = torch.cat([batch.states_BS, batch.actions_BA], dim=1)
-    loss, gradients = _squared_errors(q, pairs_BP, backup_B)
+    loss, gradients = squared_errors(q, pairs_BP, backup_B)
     return gradients, lambda: {"loss": loss(), "q": backup_B.mean()}
 
 
