@@ -198,10 +198,11 @@ class StageConfig:
     learning_rate: float = setting(3e-4, "(0, 1]")
     """Adam, decayed to 0 by a cosine over `steps`."""
     precision: Precision = "float32"
-    """Of the factors in large matrix products while the stage trains, if the device has units for it: tf32 has 10 bits
-    of mantissa (GPUs), bfloat16 has 7. Sums, weights, Adam, losses and small layers stay float32, and so do sampling
-    and evaluation. Measured on CPUs (docs/results/speed.md): with AMX a step by bfloat16 is 1.2 to 2.2 times as fast;
-    without it gains nothing, not even where avx512_bf16 is listed (AMD Zen 4), and may lose a fifth (Ice Lake)."""
+    """Precision of the factors in large matrix products while the stage trains, if the device has units for it: tf32
+    has 10 bits of mantissa (GPUs), bfloat16 has 7. Sums, weights, Adam, losses and small layers stay float32, and so do
+    sampling and evaluation; where a gradient comes by autograd, that of small layers does not. Measured on CPUs
+    (docs/results/speed.md): with AMX a step by bfloat16 is 1.2 to 2.2 times as fast; without it gains nothing, not even
+    where avx512_bf16 is listed (AMD Zen 4), and may lose a fifth (Ice Lake)."""
 
     def __post_init__(self) -> None:
         _check(self)

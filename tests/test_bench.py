@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from aepo import cli, pipeline, tasks
+from aepo import cli, methods, pipeline, tasks
 from aepo.bench import measure, naive
 from aepo.bench.command import Bench
 from aepo.stages import actor, actor_critic, behavior, critic, energy
@@ -63,6 +63,7 @@ def test_the_baselines_first_loss_is_ours(method, stage):
     config, data = measure.configs_of("smoke", SHAPE.task)[method], SHAPE.data()
     states, _ = pipeline.prepare(config, data, measure.CPU)
     own = config.stages[stage]
+    found = next(each for each in methods.find(config.method).stages() if each.name == stage)
 
     def ours():
         generator = torch.Generator()
@@ -84,7 +85,7 @@ def test_the_baselines_first_loss_is_ours(method, stage):
         return actor_critic.train_step(actor_critic.start(own, data, generator), own, data)
 
     torch.manual_seed(0)
-    baseline = measure.baseline_of(own, states, data)()
+    baseline = measure.baseline_of(found, own, states, data)()
     torch.manual_seed(0)
     assert baseline == pytest.approx(float(ours()()["loss"]), rel=1e-4)
 

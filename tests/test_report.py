@@ -11,14 +11,13 @@ import re
 import tempfile
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
-from analysis.load import OPTIONAL, SCHEMA
+from analysis.load import SCHEMA
 from tests.test_analysis import LARGE, MEDIUM, evaluation, lost, report, row, without_references, write
 
 FOLDER = Path(__file__).parent / "golden" / "reports"
-WHOLE = pa.schema([*SCHEMA, *(pa.field(name, kind) for name, kind in OPTIONAL.items())])
+WHOLE = SCHEMA
 D4RL = {"suite": "gym-mujoco", "source": "d4rl"}
 COMMANDS = {
     "whole": [

@@ -211,6 +211,8 @@ def test_a_steps_matrix_products_have_the_precision_of_its_stage_and_no_others(
         config = configs.with_overrides(base, {f"{stage}.precision": "bfloat16"})
         assert config.fingerprint != base.fingerprint
         for smallest, wanted in ((0, "medium"), (2**40, "highest")):  # small products stay float32
+            if smallest and stage not in pipeline.STREAMS:
+                continue  # autograd, by which a method's own stages may learn, multiplies all alike
             monkeypatch.setattr(kernels, "MIN_PRODUCTS", smallest)
             _, steps = pipeline.prepare(config, transitions, CPU)
             for name, step in steps.items():

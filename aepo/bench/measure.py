@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aepo import kernels, method_table, pipeline, run, tasks
+from aepo import kernels, method_table, methods, pipeline, run, tasks
 from aepo.bench import naive
 from aepo.config import Config, Precision, RunConfig, StageConfig, settings, used_settings, with_overrides
 from aepo.data import pointmaze, staging
@@ -35,7 +35,7 @@ from aepo.kernels import linear, multiplying
 from aepo.policy import Policy
 from aepo.presets import preset
 from aepo.samplers import GuidedSampler
-from aepo.stages import States
+from aepo.stages import Stage, States
 from aepo.stages.optim import Metrics
 from aepo.tasks import Task
 
@@ -202,28 +202,28 @@ class Work:
 
 def works(configs: Mapping[str, RunConfig], data: Transitions) -> Iterator[Work]:
     """Yield every stage of these methods once, with all methods whose step costs the same."""
-    stages: dict[tuple[Any, ...], list[str]] = {}
+    users: dict[tuple[Any, ...], list[str]] = {}
     for method, config in configs.items():
-        for name, stage in config.stages.items():
-            key = (name, *(getattr(stage, setting, None) for setting in COSTLY))
-            stages.setdefault(key, []).append(method)
-    prepared = {method: pipeline.prepare(configs[method], data, CPU) for method in {use[0] for use in stages.values()}}
-    for (name, *_), methods in stages.items():
-        config, (states, steps) = configs[methods[0]], prepared[methods[0]]
-        stage = config.stages[name]
+        for stage in methods.find(config.method).stages():
+            own = config.stages[stage.name]
+            key = (stage, *(getattr(own, setting, None) for setting in COSTLY))
+            users.setdefault(key, []).append(method)
+    prepared = {method: pipeline.prepare(configs[method], data, CPU) for method in {use[0] for use in users.values()}}
+    for (stage, *_), names in users.items():
+        own, (states, steps) = configs[names[0]].stages[stage.name], prepared[names[0]]
         yield Work(
-            stage=name,
-            kind=str(getattr(stage, "learner", "") or getattr(stage, "target", "")),
-            methods=methods,
-            size=f"{stage.num_layers} x {stage.hidden_size}, batch {stage.batch_size}",
-            ours=steps[name],
-            baseline=baseline_of(stage, states, data),
+            stage=stage.name,
+            kind=str(getattr(own, "learner", "") or getattr(own, "target", "")),
+            methods=names,
+            size=f"{own.num_layers} x {own.hidden_size}, batch {own.batch_size}",
+            ours=steps[stage.name],
+            baseline=baseline_of(stage, own, states, data),
         )
 
 
-def baseline_of(config: StageConfig, states: States, data: Transitions) -> naive.Step | None:
-    """Return the baseline's step of a stage, None if research code's version of it is not here."""
-    make = naive.BASELINES.get(type(config))
+def baseline_of(stage: Stage, config: StageConfig, states: States, data: Transitions) -> naive.Step | None:
+    """Return the baseline's step of a stage, None where there is none."""
+    make = naive.BASELINES.get(stage)
     return make(config, states, data) if make else None
 
 

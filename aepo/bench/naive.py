@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from aepo.config import ActorConfig, ActorCriticConfig, BehaviorConfig, CriticConfig, EnergyConfig, StageConfig
+from aepo.config import ActorConfig, ActorCriticConfig, BehaviorConfig, CriticConfig, EnergyConfig
 from aepo.data.episodes import flatten
 from aepo.data.transitions import Batch, Pairs, Transitions
 from aepo.diffusion import sampler
 from aepo.diffusion.schedule import draw_times
 from aepo.networks import Mlp
 from aepo.samplers import GuidedSampler
-from aepo.stages import States, actor, actor_critic, behavior, critic, energy, targets
+from aepo.stages import Stage, States, actor, actor_critic, behavior, critic, energy, targets
 from aepo.stages.optim import Loss
 
 Step = Callable[[], float]
@@ -177,14 +177,14 @@ def actor_critic_step(config: ActorCriticConfig, states: States, data: Transitio
     return step
 
 
-BASELINES: dict[type[StageConfig], Callable[[Any, States, Transitions], Step]] = {
-    BehaviorConfig: behavior_step,
-    CriticConfig: critic_step,
-    EnergyConfig: energy_step,
-    ActorConfig: actor_step,
-    ActorCriticConfig: actor_critic_step,
+BASELINES: dict[Stage, Callable[[Any, States, Transitions], Step]] = {
+    behavior.STAGE: behavior_step,
+    critic.STAGE: critic_step,
+    energy.STAGE: energy_step,
+    actor.STAGE: actor_step,
+    actor_critic.STAGE: actor_critic_step,
 }
-"""Class of a stage's config -> (config, states of all stages, data) -> its step."""
+"""Stage -> (its config, states of all stages, data) -> its step."""
 
 
 class Sampler:
