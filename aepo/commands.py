@@ -194,7 +194,7 @@ class Evaluate:
     """Roll out a trained policy in the evaluation environment of its data set.
 
     beta, guidance scale, temperature and candidates need no training: give others to see what they do. The last two
-    examples compare a single clone with the best of 16 by Q, a first look at the critic (docs/decisions.md).
+    examples compare a single clone with the best of 16 by Q, a first look at the critic (docs/decisions/settings.md).
 
     For example:
       aepo evaluate runs/maze2d-umaze-s0-0123456789ab --beta 1 3 --guidance-scale 0 1 3 --figure grid.png

@@ -41,7 +41,7 @@ MIN_ROWS, MIN_PRODUCTS = 16, 2**20
 BLOCK_ROWS = 512
 """So many rows at once go through a network on a CPU: what lies between its layers then stays in the processor's cache.
 
-At 256 units 4,096 rows take 1.5 times as long in one piece (docs/decisions.md). GPUs take all rows at once.
+At 256 units 4,096 rows take 1.5 times as long in one piece (docs/decisions/speed.md). GPUs take all rows at once.
 """
 MATMUL_PRECISION: dict[Precision, str] = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}
 """Torch's names."""

@@ -1,5 +1,6 @@
 """Every command that the README gives to users runs, made small."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -117,3 +118,45 @@ def test_every_command_of_the_report_page_runs(tmp_path, monkeypatch, capsys):
     for words in commands:
         if not any(word.startswith("mlflow:") for word in words):  # tests/test_tracked.py has that
             assert cli.run(words) == 0, (words, capsys.readouterr().err)
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_of_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in link:
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_pages_that_code_and_pages_name_are_there():
+    texts = [ROOT / "pyproject.toml", ROOT / "Makefile", *PAGES]
+    texts += [
+        path for folder in ("aepo", "tune", "cluster", "analysis", "tests") for path in (ROOT / folder).rglob("*.py")
+    ]
+    named = {(path, name) for path in texts for name in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text())}
+    assert len(named) > 10
+    assert not [(str(path), name) for path, name in named if not (ROOT / name).exists()]
+
+
+def test_the_contents_of_the_decisions_name_every_page():
+    folder = ROOT / "docs" / "decisions"
+    text = (folder / "README.md").read_text()
+    assert set(re.findall(r"^- \[.+?\]\((.+?)\)", text, re.MULTILINE)) == {
+        page.name for page in folder.glob("*.md") if page.name != "README.md"
+    }
+
+
+def test_the_glossary_has_each_term_once():
+    terms = re.findall(r"^- \*\*(.+?)\*\*", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    assert len(terms) == len(set(terms)) > 30

@@ -36,7 +36,7 @@ def make_grid(num_steps: int, *, order: int = 2, device: torch.device | str = "c
     """Return the solver's constants on `num_steps` equal steps of log(alpha / sigma), t from 1 to T_MIN.
 
     Equal steps of t leave the last ones so unequal on the solver's clock that at 15 steps order 2 is worse than
-    order 1 (measured on Gaussians, docs/decisions.md).
+    order 1 (measured on Gaussians, docs/decisions/method.md).
 
     Raises:
         ValueError: if num_steps < 1 or order is not 1 or 2.
