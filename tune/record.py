@@ -70,6 +70,7 @@ SCHEMA = pa.schema(
         ("grid", pa.list_(CELL)),
         *[(name, pa.string()) for name in ["commit", "version", "machine", "started_at", "mlflow_run_id", "folder"]],
         ("settings", pa.string()),
+        ("variant", pa.string()),
     ]
 )
 
@@ -108,13 +109,17 @@ def each_row(
             row |= {"status": "failed", "error": errors[config.name]}
         row["mlflow_run_id"] = (mlflow_run_ids or {}).get(config.name)
         row["folder"] = str(folder.relative_to(sweep))
-        yield {"schema_version": SCHEMA_VERSION, **row, "settings": settings_text(config)}
+        yield {"schema_version": SCHEMA_VERSION, **row, "settings": settings_text(config), "variant": config.variant}
 
 
 def settings_text(config: RunConfig) -> str:
-    """Return the whole config but its seed as JSON: dotted keys and their values as text, equal for equal settings."""
+    """Return the whole config but its seed as JSON: dotted keys and their values as text, equal for equal settings.
+
+    Without a variant there is no key of it, as in tables from before there were variants.
+    """
+    unnamed = ("seed",) if config.variant else ("seed", "variant")
     flat = flatten(dataclasses.asdict(config))
-    return json.dumps({key: str(value) for key, value in flat.items() if key != "seed"}, sort_keys=True)
+    return json.dumps({key: str(value) for key, value in flat.items() if key not in unnamed}, sort_keys=True)
 
 
 def write_rows(sweep: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
