@@ -26,7 +26,8 @@ from aepo.errors import ConfigError, IncompleteError
 from tune.board import Board, driving
 from tune.plan import RUN_FOLDERS, STAGES, STOP, read_digests, write_manifest
 from tune.space import Sampler, Space
-from tune.sweep import Resources, check_data, on_ray, run_sweep, watching
+from tune.spec import Resources
+from tune.sweep import check_data, on_ray, run_sweep, watching
 from tune.tracking import Tracker
 
 SEARCH, FOUND, SELECT, CONFIRM = "search.json", "found.toml", "select", "confirm"
