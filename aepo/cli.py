@@ -100,16 +100,14 @@ def _reach_this_machine() -> None:
 
 
 def parse(kind: Any, prog: str, words: list[str]) -> Any:
-    """Return a command with its flags; where its class has `from_file`, what a file says is the flags' default.
+    """Return a command with its flags; where its class has `with_file`, what a file says is the flags' default.
 
     So a flag that is given wins, whatever it says: the parser knows which are given, a comparison afterwards does not.
     """
-    if not hasattr(kind, "from_file"):
+    if not hasattr(kind, "with_file"):
         return tyro.cli(kind, prog=prog, args=words, config=(tyro.conf.FlagCreatePairsOff,))
     command = tyro.cli(kind, prog=prog, args=words)
-    return (
-        command if command.file is None else tyro.cli(kind, prog=prog, args=words, default=kind.from_file(command.file))
-    )
+    return command if command.file is None else tyro.cli(kind, prog=prog, args=words, default=command.with_file())
 
 
 def _as_known(error: Exception) -> AEPOError | None:

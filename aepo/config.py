@@ -29,6 +29,8 @@ VarianceEstimate = Literal["time", "learned"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 MAX_COUNT = 2**31 - 1
 """Seeds, steps and samples are at most so many, because libraries count in 32 bits."""
+MAX_VARIANT = 40
+"""Characters in the name of a variant, which heads a column."""
 Activation = Literal["silu", "relu"]
 """Between a network's layers; where a gradient by the action is used, SiLU gives a smooth one."""
 
@@ -422,9 +424,13 @@ class RunConfig:
     rounds: tuple[float, ...] = (1.0,)
     """Share of every stage's steps that is taken by the end of each round, rising to 1. A round goes through all
     stages and ends with an evaluation, so that a search can compare runs early; one round is the paper's pipeline."""
+    variant: str = ""
+    """Name of the settings by which a sweep tells runs of one method apart; "" = the method is run with one setting."""
 
     def __post_init__(self) -> None:
         _check(self, seed="[0, inf)")
+        if self.variant:
+            check_variant(self.variant)
         if self.evaluation.grid_beta and "sampling" not in self.groups:
             raise ConfigError(
                 f"evaluation.grid_beta: {self.method} has neither beta nor guidance scale, so no heat map"
@@ -452,13 +458,15 @@ class RunConfig:
         values = dataclasses.asdict(self)
         if self.rounds == (1.0,):
             del values["rounds"]  # so that runs from before there were rounds go on
+        if not self.variant:
+            del values["variant"]  # so that runs from before there were variants go on
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def name(self) -> str:
-        """`{task}-s{seed}-{fingerprint}`, safe as the name of a folder."""
-        task = re.sub(r"[^A-Za-z0-9_-]+", "-", self.task).strip("-")
-        return f"{bounded(task)}-s{self.seed}-{self.fingerprint}"
+        """`{task}-s{seed}-{fingerprint}`, the variant behind the task if there is one; safe as the name of a folder."""
+        words = [re.sub(r"[^A-Za-z0-9_-]+", "-", word).strip("-") for word in (self.task, self.variant)]
+        return f"{bounded('-'.join(filter(None, words)))}-s{self.seed}-{self.fingerprint}"
 
     @property
     def num_steps(self) -> int:
@@ -506,8 +514,19 @@ def _adapter(config_class: Any) -> TypeAdapter[Any]:
     return TypeAdapter(config_class)
 
 
+def check_variant(name: str) -> None:
+    """Raise a ConfigError unless a text can be the name of a variant: it stands in file names, tables and figures."""
+    if not 0 < len(name) <= MAX_VARIANT or not name.isprintable() or name != name.strip():
+        raise ConfigError(
+            f"the name of a variant must have 1 to {MAX_VARIANT} characters, none of them a control character and no "
+            f"space at its ends, as in 'w 3'; got {name[: 2 * MAX_VARIANT]!r}"
+        )
+
+
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """Return a config with dotted keys replaced, as in {"critic.expectile": 0.9}; commas part the words of a list.
+    """Return a config with dotted keys replaced, as in {"critic.expectile": 0.9}.
+
+    A value has the type of its setting, or is the text of one, as on a command line: commas then part a list.
 
     Raises:
         ConfigError: for an unknown key (names the nearest) or a bad value.
@@ -519,8 +538,10 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
             near = get_close_matches(key, known, n=3) or known
             raise ConfigError(f"{config.method} has no setting {key!r}; did you mean {' or '.join(near)}?")
         group, _, field = key.partition(".")
-        is_list = isinstance(values[group][field], tuple)
-        values[group][field] = value.split(",") if is_list and isinstance(value, str) else value
+        old = values[group][field]
+        if _has_bool(value) and not isinstance(old, bool):  # which would be 0 or 1
+            raise ConfigError(f"{key} takes no truth value; wanted one like {old!r}, got {value!r}")
+        values[group][field] = value.split(",") if isinstance(old, tuple) and isinstance(value, str) else value
     for group, stage in config.stages.items():
         for choice in _choices(stage):
             if f"{group}.{choice.name}" in overrides:  # what a preset set and this choice lacks is no contradiction
@@ -528,6 +549,10 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
                     if f"{group}.{name}" not in overrides:
                         values[group][name] = _default(stage, name)
     return parse(type(config), values)
+
+
+def _has_bool(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_has_bool, value)))
 
 
 def settings(config: RunConfig) -> list[str]:
@@ -549,10 +574,14 @@ def used_settings(config: RunConfig, overrides: Iterable[str] = ()) -> list[str]
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
-    """Return {"critic.expectile": "0.9"} from words such as `critic.expectile=0.9`."""
+    """Return {"critic.expectile": "0.9"} from words of a command line, such as `critic.expectile=0.9`.
+
+    Raises:
+        ConfigError: for a word that is no setting and value.
+    """
     pairs = [word.partition("=") for word in words]
     if bad := [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]:
-        raise ConfigError(f"--set wants KEY=VALUE, as in critic.expectile=0.9; got {bad[0]!r}")
+        raise ConfigError(f"a setting wants KEY=VALUE, as in critic.expectile=0.9; got {bad[0]!r}")
     return {key: value for key, _, value in pairs}
 
 

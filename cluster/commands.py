@@ -141,20 +141,24 @@ class Submit:
     def run(self) -> int:
         """Submit or join, follow, and return the sweep's exit status."""
         from cluster import jobs
-        from tune.commands import Sweep
+        from tune.plan import planned_runs
+        from tune.spec import read_sweep_file
 
         if not self.file.is_file():
             hint = "; `aepo jobs` looks after jobs" if str(self.file) in JOB_WORDS else ""
             raise ConfigError(f"no sweep file {self.file}{hint}")
         if self.places < 0:
             raise ConfigError("--places must not be below 0")
-        sweep = Sweep.from_file(self.file)
-        out = sweep.out if self.out is None else self.out
-        sweep = dataclasses.replace(sweep, out=out, retry_failed=self.retry_failed or sweep.retry_failed)
-        sweep = dataclasses.replace(sweep, only=self.only or sweep.only)
-        plan = sweep.plan()
+        spec, execution = read_sweep_file(self.file)
+        execution = dataclasses.replace(
+            execution,
+            out=execution.out if self.out is None else self.out,
+            retry_failed=self.retry_failed or execution.retry_failed,
+            only=self.only or execution.only,
+        )
+        plan = planned_runs(self.file, spec)
         client = jobs.connect(self.address)
-        name, is_new = jobs.submit(client, self.file, sweep, plan, places=self.places)
+        name, is_new = jobs.submit(client, self.file, execution, plan, places=self.places)
         err.print(f"{'started' if is_new else 'joined'} {name}: {len(plan)} runs", markup=False, soft_wrap=True)
         err.print(f"aepo jobs logs {name} shows it again, aepo jobs stop {name} ends it", markup=False, soft_wrap=True)
         if self.detach:
@@ -324,11 +328,12 @@ class ClusterDoctor:
         """Print one row per check; return 6 if one failed."""
         from cluster import jobs
         from cluster.fitness import examine_cluster
-        from tune.commands import Sweep
+        from tune.plan import planned_runs
+        from tune.spec import read_sweep_file
 
         datasets = []
         if self.file is not None:
-            datasets = [config.data.dataset for config in Sweep.from_file(self.file).plan()]
+            datasets = [config.data.dataset for config in planned_runs(self.file, read_sweep_file(self.file)[0])]
         client = jobs.connect(self.address)
         checks = examine_cluster(client, jobs.jobs_server(self.address), datasets)
         rows = [dataclasses.asdict(check) for check in checks]

@@ -32,7 +32,7 @@ from cluster.send import SENT, WANTED
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-    from tune.commands import Sweep
+    from tune.spec import Execution
 
 PACKAGES = ("aepo", "tune", "cluster", "analysis")
 PACKED = {".py", ".csv", ".ini", ".toml", ".typed"}
@@ -109,7 +109,7 @@ def connect(address: str) -> "JobSubmissionClient":
 
 
 def submit(
-    client: "JobSubmissionClient", file: Path, sweep: "Sweep", plan: Sequence[RunConfig], *, places: int = 0
+    client: "JobSubmissionClient", file: Path, execution: "Execution", plan: Sequence[RunConfig], *, places: int = 0
 ) -> tuple[str, bool]:
     """Return the job that carries a sweep out, and whether it is a new one.
 
@@ -118,7 +118,7 @@ def submit(
     Args:
         client: of the jobs server.
         file: sweep file, which is packed.
-        sweep: what it says, with the flags that were given.
+        execution: what the file and the flags say of where and how.
         plan: its runs.
         places: runs at once that an autoscaler shall have made room for; 0 = whatever there is.
 
@@ -126,16 +126,16 @@ def submit(
         ConfigError: for a tracking address that holds a password, or a folder outside of the storage.
         ResourceError: if another plan is being carried out in the same folder.
     """
-    if "@" in sweep.tracking_uri:
+    if "@" in execution.tracking_uri:
         raise ConfigError("a job shows its settings: set MLFLOW_TRACKING_USERNAME and _PASSWORD on the cluster instead")
-    out = remote_folder(sweep.out)
+    out = remote_folder(execution.out)
     identity, digest = hashlib.sha256(out.encode()).hexdigest()[:8], _digest(plan)
-    stem = f"aepo-{re.sub(r'[^A-Za-z0-9_.]', '-', sweep.out.name)}-{identity}"
+    stem = f"aepo-{re.sub(r'[^A-Za-z0-9_.]', '-', execution.out.name)}-{identity}"
     last = next((job for job in reversed(jobs(client)) if job.job.rpartition("-")[0] == stem), None)
     if last is not None and last.status in ("PENDING", "RUNNING"):
         if last.plan != digest:
             raise ResourceError(
-                f"{last.job} carries out another plan in {sweep.out}; aepo jobs stop {last.job}, or another folder"
+                f"{last.job} carries out another plan in {execution.out}; aepo jobs stop {last.job}, or another folder"
             )
         return last.job, False
     name = f"{stem}-{1 if last is None else last.attempt + 1}"
@@ -143,15 +143,15 @@ def submit(
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         err.print(f"code and sweep file: {size / 1e6:.2f} MB in {sum(1 for _ in folder.rglob('*.*'))} files")
         words = ["python", "-m", "aepo", "sweep", f"sweep{file.suffix}", "--yes", "--address", "auto"]
-        words += ["--retry-failed"] if sweep.retry_failed else []
-        words += ["--only"] if sweep.only else []
-        room = f"python -m cluster.reserve {places} {sweep.cpus:g} {sweep.gpus:g} && " if places else ""
+        words += ["--retry-failed"] if execution.retry_failed else []
+        words += ["--only"] if execution.only else []
+        room = f"python -m cluster.reserve {places} {execution.cpus:g} {execution.gpus:g} && " if places else ""
         try:
             client.submit_job(
                 entrypoint=f"{room}{shlex.join(words)} --out {_quoted(out)}",
                 submission_id=name,
                 runtime_env={"working_dir": str(folder)},
-                metadata={"sweep": str(sweep.out), "out": out, "plan": digest, "runs": str(len(plan))},
+                metadata={"sweep": str(execution.out), "out": out, "plan": digest, "runs": str(len(plan))},
             )
         except RuntimeError as error:
             if "already" in str(error):  # somebody else was quicker

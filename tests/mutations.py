@@ -180,6 +180,7 @@ def make_templates(folder: Path, root: Path) -> None:
     from aepo.presets import preset
     from tune.plan import make_plan, run_folder, write_manifest
     from tune.record import collect_rows, write_rows
+    from tune.spec import SweepSpec
     from tune.tracking import Tracker
 
     library = folder / "library"
@@ -212,7 +213,7 @@ def make_templates(folder: Path, root: Path) -> None:
             pass
     sweep = folder / "sweep" / "out"
     overrides = configs.parse_overrides(small("iql"))
-    plan = make_plan((), (DATASET,), (0, 1), presets=("iql-smoke",), overrides=overrides)
+    plan = make_plan(SweepSpec(dataset=(DATASET,), seeds=(0, 1), preset=("iql-smoke",), set=overrides))
     write_manifest(sweep, plan, {DATASET: run.load_data(plan[0]).digest})
     for config in plan:
         place = run_folder(sweep, config)

@@ -21,7 +21,8 @@ from aepo.errors import ConfigError, DataError, ResourceError
 from cluster import fitness, jobs, local
 from cluster.local import LocalCluster, Process
 from tests.conftest import wait_for
-from tune.commands import Sweep
+from tune.plan import make_plan
+from tune.spec import Execution, SweepSpec
 
 ROOT = Path(__file__).parent.parent
 
@@ -231,8 +232,8 @@ def sweep_file(tmp_path):
 
 
 def submit(server, file, seeds=(0,), **changes):
-    sweep = Sweep(task=("maze2d-umaze",), seeds=seeds, out=Path("sweeps/mazes"), **changes)
-    return jobs.submit(server, file, sweep, sweep.plan())
+    plan = make_plan(SweepSpec(task=("maze2d-umaze",), seeds=seeds))
+    return jobs.submit(server, file, Execution(out=Path("sweeps/mazes"), **changes), plan)
 
 
 def test_the_same_sweep_joins_while_it_runs_and_goes_on_after_its_end(sweep_file):
@@ -288,8 +289,8 @@ def test_room_is_asked_for_before_the_sweep(sweep_file):
     from cluster.reserve import fitting
 
     server = Server()
-    sweep = Sweep(task=("maze2d-umaze",), out=Path("sweeps/mazes"), gpus=0.25)
-    jobs.submit(server, sweep_file, sweep, sweep.plan(), places=8)
+    execution = Execution(out=Path("sweeps/mazes"), gpus=0.25)
+    jobs.submit(server, sweep_file, execution, make_plan(SweepSpec(task=("maze2d-umaze",))), places=8)
     assert server.entrypoints[0].startswith("python -m cluster.reserve 8 1 0.25 && python -m aepo sweep ")
     nodes = [
         {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}},

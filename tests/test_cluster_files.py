@@ -16,7 +16,8 @@ import yaml
 from aepo import __version__
 from cluster import services
 from cluster.services import Place
-from tune.commands import Sweep
+from tune.plan import make_plan
+from tune.spec import read_sweep_file
 
 ROOT = Path(__file__).parent.parent
 KUBERNETES = ROOT / "cluster" / "kubernetes"
@@ -252,7 +253,7 @@ def test_the_rayjob_has_the_pods_of_the_raycluster_and_a_sweep_that_is_one():
     head = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     assert head["containers"][0]["env"] == cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
     assert "--out /shared/" in job["entrypoint"]
-    assert len(Sweep.from_file(KUBERNETES / "job" / "sweep.toml").plan()) == 12
+    assert len(make_plan(read_sweep_file(KUBERNETES / "job" / "sweep.toml")[0])) == 12
 
 
 # SLURM and the cloud

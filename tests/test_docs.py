@@ -77,14 +77,12 @@ def test_every_command_of_the_readme_runs(make_dataset, tmp_path, monkeypatch):
 
 
 def test_the_sweep_file_of_the_operations_page_is_one(tmp_path):
-    from tune.commands import Sweep
     from tune.plan import make_plan
+    from tune.spec import read_sweep_file
 
     text = (ROOT / "docs" / "operations.md").read_text()
     (tmp_path / "mazes.toml").write_text(text.split("```toml\n")[1].partition("```")[0])
-    command = Sweep.from_file(tmp_path / "mazes.toml")
-    overrides = dict(word.split("=") for word in command.set)
-    plan = make_plan(command.task, (), command.seeds, presets=command.preset, overrides=overrides)
+    plan = make_plan(read_sweep_file(tmp_path / "mazes.toml")[0])
     assert len(plan) == 24
     assert {config.evaluation.num_episodes for config in plan} == {100}
     assert {c.method: c.critic.expectile for c in plan if "critic" in c.stages} == {
@@ -100,7 +98,8 @@ def test_the_search_space_of_the_operations_page_is_one(tmp_path):
     from tune.space import read_space
 
     text = (ROOT / "docs" / "operations.md").read_text()
-    (tmp_path / "space.toml").write_text(text.split("```toml\n")[2].partition("```")[0])
+    text = text.partition("## A search")[2]
+    (tmp_path / "space.toml").write_text(text.split("```toml\n")[1].partition("```")[0])
     space = read_space(tmp_path / "space.toml", [preset("quick", tasks.find("maze2d-umaze"), 0)])
     assert set(space.varied) == {"critic.expectile", "critic.backup_steps", "energy.learning_rate"}
     assert space.grid == {"sampling.beta": (1.0, 3.0), "sampling.guidance_scale": (1.0, 10.0)}

@@ -17,6 +17,7 @@ from aepo.policy import FORMAT, Policy
 from aepo.presets import preset
 from tune.board import Board, status
 from tune.plan import make_plan, read_digests, read_manifest, read_planned, write_manifest
+from tune.spec import SweepSpec
 
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.integers(10**30, 10**40) | st.floats() | st.text(),
@@ -329,7 +330,7 @@ def test_a_policy_without_facts_is_refused(facts, tmp_path):
 
 
 def write_sweep(folder):
-    plan = make_plan((), ("tests/pendulum/random-v0",), (0, 1), presets=("iql-smoke",), overrides={})
+    plan = make_plan(SweepSpec(dataset=("tests/pendulum/random-v0",), seeds=(0, 1), preset=("iql-smoke",)))
     write_manifest(folder, plan, {"tests/pendulum/random-v0": "0" * 16})
     return plan
 

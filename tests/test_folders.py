@@ -29,6 +29,7 @@ from aepo.store import StageStore
 from tune import sweep, trainable
 from tune.plan import RUN_FOLDERS, write_manifest
 from tune.record import write_rows
+from tune.spec import Resources
 
 CPU = torch.device("cpu")
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -393,7 +394,7 @@ def test_a_private_ray_lies_where_nobody_else_may_enter(tiny_config, monkeypatch
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setenv("TMPDIR", "/tmp/" + 80 * "x")
-    with pytest.raises(RuntimeError, match="far enough"), sweep.on_ray(sweep.Resources(), [tiny_config()]):
+    with pytest.raises(RuntimeError, match="far enough"), sweep.on_ray(Resources(), [tiny_config()]):
         pass
     assert (seen["mode"], seen["above"].exists()) == (0o700, False)
     assert seen["length"] < 45  # sockets below it have 62 more, of 107

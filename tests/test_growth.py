@@ -14,6 +14,7 @@ from analysis.load import load_runs
 from tests import test_tracking
 from tune import sweep as sweeps
 from tune.plan import MANIFEST, grow, make_plan, read_manifest, run_folder, write_manifest
+from tune.spec import SweepSpec
 
 pytestmark = test_tracking.pytestmark
 CPU = torch.device("cpu")
@@ -102,7 +103,7 @@ def test_nothing_leaves_a_plan_but_other_settings_of_a_task_and_method(plans, tm
     folder = tmp_path_factory.mktemp("sweep")
     held = set()
     for keys in plans:
-        plan = [make_plan((task,), (), (seed,), presets=(kind,), overrides={})[0] for task, kind, seed in keys]
+        plan = [make_plan(SweepSpec(task=(task,), seeds=(seed,), preset=(kind,)))[0] for task, kind, seed in keys]
         whole, leaving = grow(folder, plan)
         write_manifest(folder, whole)
         tasks, kinds = {key[0] for key in keys}, {key[:2] for key in keys}

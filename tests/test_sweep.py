@@ -18,6 +18,7 @@ from aepo.errors import CheckpointError, ConfigError, DataError, Interrupted, Re
 from tune import board, commands, estimate, trainable
 from tune.board import LOCK, Board, driving, is_driven, status
 from tune.plan import STOP, make_plan, run_folder, write_manifest
+from tune.spec import Execution, Resources, SweepSpec, read_sweep_file
 
 CPU = torch.device("cpu")
 TINY = [f"{stage}.{key}" for stage in ("behavior", "critic", "energy") for key in ("steps=20", "hidden_size=16")]
@@ -79,9 +80,13 @@ def test_a_sweep_file_says_what_the_flags_say_and_a_flag_wins(tmp_path):
         """,
     )
     merged = parse(str(file), "--seeds", "7")
-    assert (merged.task, merged.seeds, merged.preset) == (("maze2d-umaze",), (7,), ("best-smoke", "iql-smoke"))
-    assert (merged.max_concurrent, merged.cpus, str(merged.out)) == (3, 2.0, "sweeps/file")
-    assert merged.set == ("critic.expectile=0.9", "evaluation.grid_beta=1,3")
+    assert merged.spec == SweepSpec(
+        task=("maze2d-umaze",),
+        seeds=(7,),
+        preset=("best-smoke", "iql-smoke"),
+        set={"critic.expectile": 0.9, "evaluation.grid_beta": [1, 3]},
+    )
+    assert merged.execution == Execution(max_concurrent=3, cpus=2.0, out=Path("sweeps/file"))
 
 
 FLAGS = {
@@ -114,7 +119,15 @@ def as_toml(value):
 def test_a_flag_that_is_given_wins_whatever_it_says(file, flags, tmp_path):
     place = write_toml(tmp_path, "".join(f"{name} = {as_toml(value)}\n" for name, value in file.items()))
     words = [word for name, value in flags.items() for word in as_words(name, value)]
-    assert parse(str(place), *words) == dataclasses.replace(commands.Sweep(file=place), **{**file, **flags})
+    wanted = {**file, **flags}
+    if "set" in wanted:
+        wanted["set"] = dict(word.split("=") for word in wanted["set"])
+    of_spec = {field.name for field in dataclasses.fields(SweepSpec)}
+    assert parse(str(place), *words) == commands.Sweep(
+        file=place,
+        spec=SweepSpec(**{name: value for name, value in wanted.items() if name in of_spec}),
+        execution=Execution(**{name: value for name, value in wanted.items() if name not in of_spec}),
+    )
 
 
 def test_flags_that_say_which_runs_there_are_are_refused_beside_a_manifest(sweep, capsys):
@@ -137,21 +150,21 @@ def test_flags_that_say_which_runs_there_are_are_refused_beside_a_manifest(sweep
 def test_a_sweep_file_with_a_mistake_is_refused_by_name(text, message, tmp_path, capsys):
     file = write_toml(tmp_path, text)
     with pytest.raises(ConfigError, match=message):
-        commands.Sweep.from_file(file)
+        read_sweep_file(file)
     assert cli.run(["sweep", str(file)]) == 2
     assert str(file) in " ".join(capsys.readouterr().err.split("\n"))
     assert cli.run(["sweep", str(tmp_path / "none.toml")]) == 2
 
 
 def test_a_suite_is_all_its_tasks_of_a_source():
-    plan = make_plan((), (), (0,), presets=("smoke",), overrides={}, suites=("antmaze", "kitchen"))
+    plan = make_plan(SweepSpec(seeds=(0,), preset=("smoke",), suite=("antmaze", "kitchen")))
     assert len(plan) == 9
     assert {config.data.source for config in plan} == {"d4rl"}
-    plan = make_plan((), (), (0,), presets=("smoke",), overrides={}, suites=("gym-mujoco",), source="minari")
+    plan = make_plan(SweepSpec(seeds=(0,), preset=("smoke",), suite=("gym-mujoco",), source="minari"))
     assert len(plan) == 6
-    assert len(make_plan((), (), (0,), presets=("smoke",), overrides={}, suites=("pointmaze",))) == 8
+    assert len(make_plan(SweepSpec(seeds=(0,), preset=("smoke",), suite=("pointmaze",)))) == 8
     with pytest.raises(ConfigError, match="no suite 'atari' with any data; there are adroit"):
-        make_plan((), (), (0,), presets=("smoke",), overrides={}, suites=("atari",))
+        make_plan(SweepSpec(seeds=(0,), preset=("smoke",), suite=("atari",)))
 
 
 def test_a_dry_run_shows_the_plan_with_its_estimate_and_starts_nothing(make_dataset, tmp_path, capsys):
@@ -190,7 +203,7 @@ def test_the_estimate_is_of_the_order_of_the_truth(make_dataset, tiny_config):
 
 
 def test_memory_counts_the_support_actions_that_a_method_keeps():
-    plan = make_plan(("maze2d-umaze",), (), (0,), presets=("best-paper", "qgpo-paper"), overrides={})
+    plan = make_plan(SweepSpec(task=("maze2d-umaze",), seeds=(0,), preset=("best-paper", "qgpo-paper")))
     plain, qgpo = (estimate.memory_gib(config, "train") for config in plan)
     assert plain == 1.2
     assert qgpo - plain == pytest.approx(2 * 1_000_000 * 16 * estimate.MAX_ACTION_DIM * 4 / 2**30)
@@ -198,7 +211,7 @@ def test_memory_counts_the_support_actions_that_a_method_keeps():
 
 
 def test_long_runs_come_first():
-    plan = make_plan(("maze2d-umaze",), (), (0,), presets=("smoke", "paper", "quick"), overrides={})
+    plan = make_plan(SweepSpec(task=("maze2d-umaze",), seeds=(0,), preset=("smoke", "paper", "quick")))
     assert [config.preset for config in sorted(plan, key=estimate.work, reverse=True)] == ["paper", "quick", "smoke"]
 
 
@@ -421,7 +434,7 @@ def test_a_full_disk_is_a_row_that_says_so(sweep, values, monkeypatch):
 
 
 def test_memory_and_cores_bound_the_slots():
-    from tune.sweep import Resources, _slots
+    from tune.sweep import _slots
 
     node = {"Alive": True, "Resources": {"CPU": 8.0, "memory": 4 * 2**30}}
     assert _slots([node], Resources(), 1.2) == 3

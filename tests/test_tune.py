@@ -16,7 +16,8 @@ from tune import plan as plans
 from tune.commands import check_complete
 from tune.plan import make_plan, pending, read_manifest, run_folder, write_manifest
 from tune.record import collect_rows, write_rows
-from tune.sweep import Board, Resources, _slots
+from tune.spec import Resources, SweepSpec
+from tune.sweep import Board, _slots
 
 METHODS = method_table.presets()
 
@@ -39,11 +40,13 @@ def sweep(make_dataset, tiny_config, tmp_path):
 
 def test_the_plan_is_tasks_times_seeds_and_survives_the_manifest(tmp_path):
     plan = make_plan(
-        ("maze2d-umaze", "maze2d-medium"),
-        ("x/y-v0",),
-        (0, 1),
-        presets=("quick",),
-        overrides={"sampling.beta": "2"},
+        SweepSpec(
+            task=("maze2d-umaze", "maze2d-medium"),
+            dataset=("x/y-v0",),
+            seeds=(0, 1),
+            preset=("quick",),
+            set={"sampling.beta": "2"},
+        )
     )
     assert [(c.task, c.seed) for c in plan] == [
         (t, s) for t in ("maze2d-umaze", "maze2d-medium", "x/y-v0") for s in (0, 1)
@@ -57,7 +60,7 @@ def test_the_plan_is_tasks_times_seeds_and_survives_the_manifest(tmp_path):
 def test_several_presets_are_columns_and_an_override_changes_those_that_have_it():
     presets = ("best-smoke", "qgpo-smoke", "iql-smoke", "td3bc-smoke")
     overrides = {"energy.steps": "7", "critic.steps": "8"}
-    plan = make_plan(("maze2d-umaze",), (), (0, 1), presets=presets, overrides=overrides)
+    plan = make_plan(SweepSpec(task=("maze2d-umaze",), seeds=(0, 1), preset=presets, set=overrides))
     assert [(c.method, c.seed) for c in plan] == [
         (method, seed) for method in ("aepo", "qgpo", "iql", "td3bc") for seed in (0, 1)
     ]
@@ -65,24 +68,24 @@ def test_several_presets_are_columns_and_an_override_changes_those_that_have_it(
     guided = {"behavior": 300, "critic": 8, "energy": 7}
     assert steps == [guided, guided, {"critic": 8, "actor": 600}, {"actor_critic": 900}]
     with pytest.raises(ConfigError, match=r"did you mean energy\.steps"):
-        make_plan(("maze2d-umaze",), (), (0,), presets=presets, overrides={"energy.step": "7"})
+        make_plan(SweepSpec(task=("maze2d-umaze",), seeds=(0,), preset=presets, set={"energy.step": "7"}))
 
 
 @pytest.mark.parametrize("budget", ["paper", "quick", "smoke"])
 def test_every_method_takes_the_same_number_of_gradient_steps(budget):
     presets = [f"{method}-{budget}" for method in METHODS]
-    plan = make_plan(("maze2d-umaze",), (), (0,), presets=presets, overrides={})
+    plan = make_plan(SweepSpec(task=("maze2d-umaze",), seeds=(0,), preset=presets))
     assert len({config.num_steps for config in plan}) == 1
 
 
 def test_names_of_runs_are_safe_folders():
-    (config,) = make_plan((), ("../../etc/passwd-v0",), (0,), presets=("smoke",), overrides={})
+    (config,) = make_plan(SweepSpec(dataset=("../../etc/passwd-v0",), seeds=(0,), preset=("smoke",)))
     assert config.name == f"etc-passwd-v0-s0-{config.fingerprint}"
 
 
 def test_runs_planned_twice_and_foreign_manifests_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="planned twice"):
-        make_plan(("maze2d-umaze",), (), (1, 1), presets=("quick",), overrides={})
+        make_plan(SweepSpec(task=("maze2d-umaze",), seeds=(1, 1), preset=("quick",)))
     with pytest.raises(CheckpointError, match="not a sweep"):
         read_manifest(tmp_path)
     (tmp_path / plans.MANIFEST).write_text('{"format": 99, "runs": {}}')
@@ -143,7 +146,7 @@ def test_runs_with_any_other_setting_have_no_mean_whatever_their_seeds(data, met
     from analysis.load import load_runs
 
     home = tmp_path_factory.mktemp("two")
-    (config,) = make_plan(("maze2d-umaze",), (), (1,), presets=(f"{method}-smoke",), overrides={})
+    (config,) = make_plan(SweepSpec(task=("maze2d-umaze",), seeds=(1,), preset=(f"{method}-smoke",)))
     numbers = [key for key in configs.used_settings(config) if key.endswith(("steps", "size", "rate", "episodes"))]
     key = data.draw(st.sampled_from(numbers))
     group, _, name = key.partition(".")

@@ -227,7 +227,8 @@ def status(sweep: Path, plan: Sequence[RunConfig]) -> list[dict[str, Any]]:
     shown = board.rows()
     rows = []
     for name, (config, folder) in board.plan.items():
-        row: dict[str, Any] = {"run": name, "task": config.task, "method": config.method, "seed": config.seed}
+        row: dict[str, Any] = {"run": name, "task": config.task, "method": config.method}
+        row |= {"variant": config.variant, "seed": config.seed}
         here = shown.get(name)
         if here is None:
             rows.append({**row, "state": "waiting", **dict.fromkeys(COLUMNS, ""), "error": None, "log": []})

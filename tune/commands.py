@@ -1,7 +1,6 @@
 """`aepo sweep`: tasks x seeds on Ray, from flags."""
 
 import dataclasses
-import math
 import os
 import shlex
 import shutil
@@ -9,25 +8,20 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import tyro
-from pydantic import TypeAdapter, ValidationError
 from rich.prompt import Confirm
 
-from aepo import config as configs
 from aepo.config import RunConfig
 from aepo.console import emit_json, emit_table, err, say, warn
-from aepo.documents import read_toml
 from aepo.errors import ConfigError, IncompleteError
 from aepo.results import Row
+from tune.spec import Execution, SweepSpec, is_manifest, read_sweep_file
 
 Switch: TypeAlias = tyro.conf.FlagCreatePairsOff[bool]
 """A flag that no file sets: there is no --no-... of it."""
-PLANNING = ("task", "suite", "source", "dataset", "seeds", "preset", "set")
-"""Flags that say which runs there are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +34,8 @@ class Sweep:
 
     For example:
       aepo sweep --task maze2d-umaze maze2d-medium --seeds 0 1 --preset quick --out sweeps/mazes
-      aepo sweep --task maze2d-open --preset best qgpo iql td3bc --seeds 0 1 2 --out sweeps/methods
+      aepo sweep --task maze2d-open --preset best analytic --seeds 0 1 2 --out sweeps/aepo
+      aepo sweep --suite maze2d --variant "w 3: sampling.guidance_scale=3" --variant "w 9: sampling.guidance_scale=9"
       aepo sweep --suite antmaze --source minari --preset best-paper --seeds 0 1 2 3 4 --gpus 0.25 --dry-run
       aepo sweep paper.toml --address ray-head:6379
       aepo sweep sweeps/mazes/sweep.json --out sweeps/again
@@ -50,26 +45,10 @@ class Sweep:
     file: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[FILE]")]] = None
     """TOML with the same names as the flags below, as in docs/operations.md; a flag that is given wins. Or the
     sweep.json of a sweep, whose runs are then planned again."""
-    task: tuple[str, ...] = ()
-    """Names of tasks (`aepo data list` shows them)."""
-    suite: tuple[str, ...] = ()
-    """All tasks of these suites: gym-mujoco, maze2d, antmaze, adroit, kitchen, pointmaze."""
-    source: str = ""
-    """Whose data of the tasks: d4rl (the original files), minari (what Farama regenerated); none = each task's first,
-    d4rl for the benchmark's."""
-    dataset: tuple[str, ...] = ()
-    """Ids of local Minari data sets of your own."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds; every task is run with each."""
-    preset: tuple[str, ...] = ("quick",)
-    """METHOD, BUDGET or METHOD-BUDGET; of several each is a column of the table. Methods: best (AEPO as it measured
-    best), analytic (the paper's AEPO), qgpo, iql, td3bc. Budgets: paper (days on a CPU), quick (minutes), smoke
-    (seconds; scores mean nothing)."""
-    set: tuple[str, ...] = ()
-    """Settings that differ from the preset, as in: critic.expectile=0.9 sampling.beta=1; methods without them keep
-    theirs."""
-    out: Path = Path("sweeps/default")
-    """Folder of the sweep; on a cluster one that all nodes see."""
+    spec: tyro.conf.OmitArgPrefixes[SweepSpec] = dataclasses.field(default_factory=SweepSpec)
+    """What is run: tasks x methods x variants x seeds."""
+    execution: tyro.conf.OmitArgPrefixes[Execution] = dataclasses.field(default_factory=Execution)
+    """Where and how."""
     dry_run: Switch = False
     """Show the plan with its estimate and start nothing."""
     yes: Switch = False
@@ -80,32 +59,6 @@ class Sweep:
     """The same as a live table, until the sweep ends."""
     stop: Switch = False
     """Ask the process that carries --out out to end: every run stores a checkpoint first."""
-    address: str = ""
-    """Address of a Ray cluster; none = a private Ray on this machine while the sweep runs."""
-    runner: Literal["train", "inline"] = "train"
-    """train: a Ray Train run per trial, whose worker is replaced if it dies; inline: in Tune's own process, cheaper
-    for many short runs."""
-    workers_per_run: int = 1
-    """Train workers per run: each takes its part of every batch, the weights are those of one worker but for the order
-    of additions."""
-    cpus: float = 1.0
-    """CPU cores per worker."""
-    gpus: float = 0.0
-    """GPUs per worker; a fraction shares one."""
-    max_concurrent: int = 0
-    """Runs at the same time, at most; 0 = as many as fit."""
-    checkpoint_s: float = 60.0
-    """Seconds between two checkpoints of a run."""
-    reuse_stages: bool = False
-    """Train a stage that several runs have alike (data, settings, seed, stages before it) once: stages/ of the folder
-    keeps them."""
-    tracking_uri: str = ""
-    """MLflow store or server; none = MLFLOW_TRACKING_URI, or else a SQLite file in the sweep's folder."""
-    retry_failed: bool = False
-    """Run again what failed before."""
-    only: bool = False
-    """Let --out plan these runs alone. Without it the folder keeps what it has planned before, but for other settings
-    of the same task and method; files of runs that are no longer planned stay."""
     json: Switch = False
     """Print one JSON document on standard output and nothing else."""
 
@@ -117,63 +70,28 @@ class Sweep:
             return self._look()
         return self._carry_out()
 
-    @staticmethod
-    def from_file(file: Path) -> "Sweep":
-        """Return the sweep of a TOML file, or of a manifest, of which no flag says which runs there are.
+    def with_file(self) -> "Sweep":
+        """Return the defaults of the flags beside the file: what it says, without its variants if flags give others.
 
         Raises:
             ConfigError: if the file cannot be read, or has an unknown or mistyped name.
         """
-        if file.suffix == ".json":
-            return Sweep(file=file, seeds=(), preset=())
-        values = read_toml(file, kind="sweep file")
-        names = [field.name for field in dataclasses.fields(Sweep)]
-        known = [name for name in names if name not in ("file", "dry_run", "yes", "status", "watch", "stop", "json")]
-        values = {name.replace("-", "_"): value for name, value in values.items()}
-        if unknown := [name for name in values if name not in known]:
-            near = get_close_matches(unknown[0], known, n=1) or known
-            raise ConfigError(f"{file}: no setting {unknown[0]!r}; did you mean {' or '.join(near)}?")
-        if isinstance(values.get("set"), dict):
-            flat = configs.flatten(values["set"])
-            values["set"] = [f"{key}={_word(value)}" for key, value in flat.items()]
-        try:
-            return TypeAdapter(Sweep).validate_python({"file": file, **values})
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-            raise ConfigError(f"{file}: {'; '.join(problems)}") from None
-
-    @property
-    def manifest(self) -> Path | None:
-        """The sweep.json whose runs are planned again, None if the flags say which runs there are."""
-        return self.file if self.file is not None and self.file.suffix == ".json" else None
-
-    def plan(self) -> list[RunConfig]:
-        """Return the runs that the flags, or a manifest, ask for."""
-        from tune.plan import make_plan, read_manifest
-
-        if self.manifest is None:
-            return make_plan(
-                self.task,
-                self.dataset,
-                self.seeds,
-                presets=self.preset,
-                overrides=configs.parse_overrides(self.set),
-                source=self.source,
-                suites=self.suite,
-            )
-        if given := [f"--{name}" for name in PLANNING if getattr(self, name)]:
-            raise ConfigError(f"{self.manifest} says which runs there are; leave out {', '.join(given)}")
-        return read_manifest(self.manifest)
+        assert self.file is not None
+        spec, execution = read_sweep_file(self.file)
+        if self.spec.variant:  # tyro adds those of the command line
+            spec = dataclasses.replace(spec, variant=())
+        return Sweep(file=self.file, spec=spec, execution=execution)
 
     def _look(self) -> int:
         from tune.board import is_driven, status, watch
         from tune.plan import STOP, read_manifest
 
-        sweep = self.out.resolve()
+        out = self.execution.out
+        sweep = out.resolve()
         plan = read_manifest(sweep)
         if self.stop:
             if not is_driven(sweep):
-                raise IncompleteError(f"nobody carries {self.out} out; there is nothing to stop")
+                raise IncompleteError(f"nobody carries {out} out; there is nothing to stop")
             (sweep / STOP).touch()
             err.print("asked to stop; every run stores a checkpoint first (--watch shows it)", soft_wrap=True)
             return 0
@@ -184,8 +102,8 @@ class Sweep:
             emit_json(rows)
             return 0
         counts = ", ".join(f"{count} {state}" for state, count in Counter(row["state"] for row in rows).items())
-        hidden = ("error", "log", "task", "method", "seed")
-        emit_table(f"{self.out}: {counts}", [{k: v for k, v in row.items() if k not in hidden} for row in rows])
+        hidden = ("error", "log", "task", "method", "variant", "seed")
+        emit_table(f"{out}: {counts}", [{k: v for k, v in row.items() if k not in hidden} for row in rows])
         for row in rows:
             if row["error"]:
                 say(f"{row['run']}: {row['error']}")
@@ -194,14 +112,14 @@ class Sweep:
         return 0
 
     def _carry_out(self) -> int:
-        check_resources(self.cpus, self.gpus, self.max_concurrent, self.checkpoint_s)
-        if self.workers_per_run < 1 or (self.workers_per_run > 1 and (self.runner == "inline" or self.reuse_stages)):
-            raise ConfigError("--workers-per-run must be at least 1, and 1 with --runner inline or --reuse-stages")
-        from tune.plan import STAGES, pending, read_digests
+        how = self.execution
+        how.check()
+        from tune.plan import STAGES, describe_variants, pending, planned_runs, read_digests
 
-        manifest = self.manifest
-        plan = self.plan()
-        waiting = pending(self.out.resolve(), plan, retry_failed=self.retry_failed)
+        plan = planned_runs(self.file, self.spec)
+        if plain := describe_variants(self.spec, plan):
+            say(plain)
+        waiting = pending(how.out.resolve(), plan, retry_failed=how.retry_failed)
         asks = sys.stdin.isatty() and err.is_terminal and not self.yes
         if self.dry_run or (asks and waiting):
             shown = self._show_plan(plan, waiting)
@@ -211,46 +129,37 @@ class Sweep:
                 return 0
             if not Confirm.ask("start?", console=err, default=True):
                 return 0
-        from tune.sweep import Resources, run_sweep
+        from tune.sweep import run_sweep
         from tune.tracking import find_store
 
-        uri = find_store(self.tracking_uri, self.out)
-        resources = Resources(
-            address=self.address,
-            runner=self.runner,
-            workers=self.workers_per_run,
-            cpus=self.cpus,
-            gpus=self.gpus,
-            max_concurrent=self.max_concurrent,
-            checkpoint_s=self.checkpoint_s,
-            stages=self.out.resolve() / STAGES if self.reuse_stages else None,
-        )
+        uri = find_store(how.tracking_uri, how.out)
         rows = run_sweep(
-            self.out,
+            how.out,
             plan,
-            resources,
+            dataclasses.replace(how, stages=how.out.resolve() / STAGES if how.reuse_stages else None),
             tracking_uri=uri,
-            retry_failed=self.retry_failed,
-            only=self.only,
-            digests=read_digests(manifest) if manifest is not None else None,
+            retry_failed=how.retry_failed,
+            only=how.only,
+            digests=read_digests(self.file) if self.file is not None and is_manifest(self.file) else None,
         )
         print_rows(rows, as_json=self.json)
-        say(f"tables and figures:  aepo report {shlex.quote(str(self.out))}")
+        say(f"tables and figures:  aepo report {shlex.quote(str(how.out))}")
         say(f"MLflow page:         {page_command(uri)}")
         check_complete(rows)
         return 0
 
     def _show_plan(self, plan: Sequence[RunConfig], waiting: Sequence[RunConfig]) -> list[dict[str, Any]]:
-        """Print the plan, a row per task and method, with what it is estimated to take; return the rows."""
+        """Print the plan, a row per task, method and variant, with what it is estimated to take; return the rows."""
+        how = self.execution
         from tune.estimate import memory_gib, seconds_per_run
         from tune.plan import describe_leaving, grow
 
-        if leaving := grow(self.out.resolve(), plan, only=self.only)[1]:
+        if leaving := grow(how.out.resolve(), plan, only=how.only)[1]:
             err.print(describe_leaving(leaving), markup=False, soft_wrap=True)
         here = [config for config in plan if _is_here(config.data.dataset)]
-        seconds = seconds_per_run([config for config in here if config in waiting], cpus=self.cpus, gpus=self.gpus)
+        seconds = seconds_per_run([config for config in here if config in waiting], cpus=how.cpus, gpus=how.gpus)
         rows: list[dict[str, Any]] = []
-        for (task, method, preset), runs in _grouped(plan).items():
+        for (task, method, preset, variant), runs in _grouped(plan).items():
             to_do = [config for config in runs if config in waiting]
             known = [seconds[config.name] for config in to_do if config.name in seconds]
             rows.append(
@@ -259,21 +168,23 @@ class Sweep:
                     "source": runs[0].data.source,
                     "method": method,
                     "preset": preset,
+                    "variant": variant,
                     "runs": len(runs),
                     "to do": len(to_do),
                     "steps": runs[0].num_steps,
                     "seconds": max(known, default=None),
-                    "memory_gib": memory_gib(runs[0], self.runner),
+                    "memory_gib": memory_gib(runs[0], how.runner),
                     "data": "here" if runs[0] in here else "missing",
                 }
             )
         cores = len(os.sched_getaffinity(0))
-        slots = max(1, min(int(cores / self.cpus), self.max_concurrent or len(waiting), len(waiting) or 1))
+        slots = max(1, min(int(cores / how.cpus), how.max_concurrent or len(waiting), len(waiting) or 1))
         if not self.json:
             shown = [
                 {
                     "task": row["task"],
                     "method": row["method"],
+                    **({"variant": row["variant"]} if any(row["variant"] for row in rows) else {}),
                     "to do": f"{row['to do']} of {row['runs']}",
                     "time each": _duration(row["seconds"]),
                     "GiB each": row["memory_gib"],
@@ -281,13 +192,13 @@ class Sweep:
                 }
                 for row in rows
             ]
-            emit_table(f"plan of {self.out}", shown)
+            emit_table(f"plan of {how.out}", shown)
         total = sum(seconds.values())
         unknown = sum(config.name not in seconds for config in waiting)
         lacking = f", {unknown} of unknown length (their data are missing)" if unknown else ""
         err.print(
             f"{len(waiting)} of {len(plan)} runs to do{lacking}: {_duration(total)} of gradient steps with "
-            f"{self.cpus:g} of these cores each; on this machine {slots} at a time, about {_duration(total / slots)}, "
+            f"{how.cpus:g} of these cores each; on this machine {slots} at a time, about {_duration(total / slots)}, "
             "preparation and evaluation not counted",
             soft_wrap=True,
         )
@@ -298,22 +209,8 @@ class Sweep:
         return rows
 
 
-def check_resources(cpus: float, gpus: float, max_concurrent: int, checkpoint_s: float) -> None:
-    """Raise a ConfigError unless these flags are finite numbers of their ranges."""
-    others = (gpus, max_concurrent, checkpoint_s)
-    if not (0 < cpus < math.inf and all(0 <= value < math.inf for value in others)):
-        raise ConfigError(
-            "--cpus must be a number above 0; --gpus, --max-concurrent and --checkpoint-s numbers not below it; got "
-            f"{cpus:g}, {gpus:g}, {max_concurrent} and {checkpoint_s:g}"
-        )
-
-
 def _duration(seconds: float | None) -> str | None:
     return None if seconds is None else str(timedelta(seconds=round(seconds)))
-
-
-def _word(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _is_here(dataset: str) -> bool:
@@ -322,22 +219,23 @@ def _is_here(dataset: str) -> bool:
     return bool((get_dataset_path(dataset) / "data").exists())
 
 
-def _grouped(plan: Sequence[RunConfig]) -> dict[tuple[str, str, str], list[RunConfig]]:
-    groups: dict[tuple[str, str, str], list[RunConfig]] = {}
+def _grouped(plan: Sequence[RunConfig]) -> dict[tuple[str, str, str, str], list[RunConfig]]:
+    groups: dict[tuple[str, str, str, str], list[RunConfig]] = {}
     for config in plan:
-        groups.setdefault((config.task, config.method, config.preset), []).append(config)
+        groups.setdefault((config.task, config.method, config.preset, config.variant), []).append(config)
     return groups
 
 
-COLUMNS = ["task", "method", "seed", "status", "score", "return_mean", "num_episodes", "steps", "seconds"]
+COLUMNS = ["task", "method", "variant", "seed", "status", "score", "return_mean", "num_episodes", "steps", "seconds"]
 
 
 def print_rows(rows: list[Row], *, as_json: bool) -> None:
-    """Print one row per run."""
+    """Print one row per run; without a column of variants where there are none."""
+    shown = [key for key in COLUMNS if key != "variant" or any(row.variant for row in rows)]
     if as_json:
         emit_json([dataclasses.asdict(row) for row in rows])
     else:
-        emit_table("runs", [{key: getattr(row, key) for key in COLUMNS} for row in rows])
+        emit_table("runs", [{key: getattr(row, key) for key in shown} for row in rows])
 
 
 def check_complete(rows: list[Row]) -> None:

@@ -1,4 +1,4 @@
-"""What ought to exist: tasks x presets x seeds -> configs, written to sweep.json before anything starts.
+"""What ought to exist: tasks x presets x variants x seeds -> configs, written to sweep.json before anything starts.
 
 The manifest is the truth, Ray's own state a cache: a repeated command does what the manifest lists and the
 run folders lack.
@@ -8,15 +8,17 @@ import dataclasses
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from aepo import config as configs
-from aepo import methods, rundir, tasks
+from aepo import method_table, methods, rundir
 from aepo.config import RunConfig
 from aepo.errors import CheckpointError, ConfigError
 from aepo.presets import preset
+from tune.spec import SweepSpec, Variant, is_manifest
 
 MANIFEST = "sweep.json"
 RUN_FOLDERS, STAGES, STOP = "runs", "stages", "stop"
@@ -27,40 +29,160 @@ NAMED = 5
 PACKAGES = ["torch", "ray", "mlflow", "minari", "gymnasium", "gymnasium-robotics", "mujoco", "numpy", "pandas"]
 
 
-def make_plan(
-    task_names: Sequence[str],
-    datasets: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    presets: Sequence[str],
-    overrides: Mapping[str, Any],
-    source: str = "",
-    suites: Sequence[str] = (),
-) -> list[RunConfig]:
-    """Return one config per (task or data set), preset and seed, seeds innermost.
-
-    An override changes the runs whose method uses that setting; one that no method of the plan uses is refused.
-    `source` holds for all tasks; empty = each task's first. `suites` adds all tasks that a suite has of it.
+def make_plan(spec: SweepSpec) -> list[RunConfig]:
+    """Return one config per task or data set, preset, variant and seed, seeds innermost.
 
     Raises:
-        ConfigError: for no or unknown tasks or suites, no seeds, a setting that none has, or the same run twice.
+        ConfigError: for no or unknown tasks, suites, seeds or methods, a setting that no run uses, two variants of one
+            name or of equal settings, or the same run twice.
     """
-    rows = [tasks.find(name, source) for name in task_names] + [tasks.for_dataset(name) for name in datasets]
-    for suite in suites:
-        rows += tasks.of_suite(suite, source)
-    if not rows or not seeds or not presets:
+    rows = spec.rows()
+    if not rows or not spec.seeds or not spec.preset:
         raise ConfigError("a sweep wants at least one task, preset and seed; `aepo data list` shows the tasks")
-    bases = [preset(name, row, seed) for row in rows for name in presets for seed in seeds]
-    known = {key for base in bases for key in configs.used_settings(base, overrides)}
+    bases = [preset(name, row, spec.seeds[0]) for row in rows for name in spec.preset]
+    settings = _Settings(spec, bases)
+    kinds = [(base, variant) for base in bases for variant in settings.variants[base.method]]
+    settings.check_used(kinds)
     plan = []
-    for base in bases:
-        own = configs.used_settings(base, overrides)
-        heeded = {key: value for key, value in overrides.items() if key in own or key not in known}
-        plan.append(configs.with_overrides(base, heeded))
+    for base, variant in kinds:
+        try:
+            config = configs.with_overrides(
+                dataclasses.replace(base, variant="" if variant is None else variant.name), settings.of(base, variant)
+            )
+        except ConfigError as error:
+            where = "" if variant is None else f", variant {variant.name!r}"
+            raise ConfigError(f"{base.method} on {base.task}{where}: {error}") from None
+        plan += [dataclasses.replace(config, seed=seed) for seed in spec.seeds]
     names = [config.name for config in plan]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"planned twice: {', '.join(twice)}")
+    _check_different(plan)
     return plan
+
+
+class _Settings:
+    """Which settings the runs of a spec get above their presets.
+
+    They come from the spec's `set`, from their method, their task and their variant: the last of these that has a
+    setting counts. A setting changes the runs that use it.
+    """
+
+    def __init__(self, spec: SweepSpec, bases: Sequence[RunConfig]):
+        """Find each method's variants, among runs as their presets have them."""
+        self._spec = spec
+        self._methods = method_table.presets() | {method: method for method in method_table.presets().values()}
+        self._of_method: dict[str, tuple[str, Mapping[str, Any]]] = {}
+        for name, settings in spec.method_set.items():
+            where, method = f"[method.{name}.set]", self._method(name)
+            if method in self._of_method:
+                raise ConfigError(f"{where} and {self._of_method[method][0]} are of one method; make them one table")
+            self._of_method[method] = where, settings
+        self.variants: dict[str, Sequence[Variant | None]] = {base.method: [] for base in bases}
+        """Method -> its variants; [None] of one that has none, and is run as it is."""
+        names = [variant.name for variant in spec.variant]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"two variants are called {twice[0]!r}; give each a name of its own")
+        for variant in spec.variant:
+            named = {self._method(name) for name in variant.methods}
+            having = {base.method for base in bases if not variant.set or self._used(base, variant) & {*variant.set}}
+            if not (having or named):
+                self._refuse(f"variant {variant.name!r}", next(iter(variant.set)), bases)
+            for method in self.variants:
+                if method in (named or having):
+                    self.variants[method] = [*self.variants[method], variant]
+        self.variants = {method: own or [None] for method, own in self.variants.items()}
+
+    def of(self, base: RunConfig, variant: Variant | None) -> dict[str, Any]:
+        """Return the settings that a run uses."""
+        used = self._used(base, variant)
+        return {k: v for settings in self._layers(base, variant).values() for k, v in settings.items() if k in used}
+
+    def check_used(self, kinds: Sequence[tuple[RunConfig, Variant | None]]) -> None:
+        """Raise a ConfigError for a setting that none of the runs uses, or a variant that changes nothing of one."""
+        asked: dict[tuple[str, str], list[RunConfig]] = {}
+        used = set()
+        for base, variant in kinds:
+            own = self._used(base, variant)
+            for where, settings in self._layers(base, variant).items():
+                for key in settings:
+                    asked.setdefault((where, key), []).append(base)
+                    used |= {(where, key)} if key in own else set()
+        for (where, key), bases in asked.items():
+            if (where, key) not in used:
+                self._refuse(where, key, bases)
+        for base, variant in kinds:
+            if variant is not None and variant.set and not self._used(base, variant) & {*variant.set}:
+                raise ConfigError(
+                    f"variant {variant.name!r} changes nothing of {base.method} on {base.task}, which does not use "
+                    f"{', '.join(variant.set)}; leave that task out of the sweep or that method out of its `methods`"
+                )
+
+    def _layers(self, base: RunConfig, variant: Variant | None) -> dict[str, Mapping[str, Any]]:
+        """Return where settings of a run stand -> the settings, the weakest first."""
+        layers = {"set": self._spec.set}
+        if base.method in self._of_method:
+            layers |= [self._of_method[base.method]]
+        for name in (base.task, base.data.dataset):
+            if name in self._spec.task_set:
+                layers[f'[task."{name}".set]'] = self._spec.task_set[name]
+        if variant is not None:
+            layers[f"variant {variant.name!r}"] = variant.set
+        return layers
+
+    def _used(self, base: RunConfig, variant: Variant | None) -> set[str]:
+        keys = {key for settings in self._layers(base, variant).values() for key in settings}
+        return set(configs.used_settings(base, keys))
+
+    def _method(self, name: str) -> str:
+        """Return a method by its name in tables, or by that of its preset."""
+        if name not in self._methods:
+            near = get_close_matches(name, self._methods, n=1) or self._methods
+            raise ConfigError(f"no method {name!r}; did you mean {' or '.join(near)}?")
+        return self._methods[name]
+
+    @staticmethod
+    def _refuse(where: str, key: str, bases: Sequence[RunConfig]) -> None:
+        known = list(dict.fromkeys(key for base in bases for key in configs.settings(base)))
+        methods = ", ".join(dict.fromkeys(base.method for base in bases))
+        if key in known:
+            raise ConfigError(f"{where}: {methods} does not use {key} with its learner and target; leave {key} out")
+        near = get_close_matches(key, known, n=3) or known
+        raise ConfigError(f"{where}: {methods} has no setting {key!r}; did you mean {' or '.join(near)}?")
+
+
+def _check_different(plan: Sequence[RunConfig]) -> None:
+    """Raise a ConfigError for two variants that are the same run but for their names."""
+    names: dict[RunConfig, str] = {}
+    for config in plan:
+        other = names.setdefault(dataclasses.replace(config, variant=""), config.variant)
+        if other != config.variant:
+            raise ConfigError(
+                f"variants {other!r} and {config.variant!r} give {config.method} on {config.task} the same settings; "
+                "leave one out, or give it `methods` that have different ones"
+            )
+
+
+def describe_variants(spec: SweepSpec, plan: Sequence[RunConfig]) -> str:
+    """Return a line that names the methods of a plan without a variant; empty if there are none, or no variants."""
+    plain = list(dict.fromkeys(config.method for config in plan if not config.variant))
+    if not spec.variant or not plain:
+        return ""
+    return f"{', '.join(plain)}: run once, without a variant (none has a setting of it, or none is for it)"
+
+
+def planned_runs(file: Path | None, spec: SweepSpec) -> list[RunConfig]:
+    """Return the runs of a spec, or those of a manifest if that is the file, of which a spec may say nothing.
+
+    Raises:
+        ConfigError: as `make_plan`, or if the spec says something beside a manifest.
+        CheckpointError: if the manifest is not of this version.
+    """
+    if file is None or not is_manifest(file):
+        return make_plan(spec)
+    said = [field.name for field in dataclasses.fields(spec) if getattr(spec, field.name)]
+    if said:
+        raise ConfigError(f"{file} says which runs there are; leave out {', '.join(f'--{name}' for name in said)}")
+    return read_manifest(file)
 
 
 def run_folder(sweep: Path, config: RunConfig) -> Path:
@@ -98,8 +220,9 @@ def read_manifest(sweep: Path) -> list[RunConfig]:
 def grow(sweep: Path, plan: Sequence[RunConfig], *, only: bool = False) -> tuple[list[RunConfig], list[RunConfig]]:
     """Return the runs that a folder plans when a plan comes to those that it holds, and the runs that then leave it.
 
-    A folder keeps what it has planned before, in front of the plan. Only runs of which the plan has the task and method
-    with other settings leave it: a table has one setting of each, whatever the seeds. With `only` all others leave it.
+    A folder keeps what it has planned before, in front of the plan. Those runs leave it whose task, method and variant
+    the plan has with other settings: a table has one setting of each, whatever the seeds. So do runs whose settings the
+    plan has under another variant's name. With `only` all others leave it.
 
     Raises:
         CheckpointError: if the folder's manifest is not of this version; with `only` its runs need not be.
@@ -111,13 +234,15 @@ def grow(sweep: Path, plan: Sequence[RunConfig], *, only: bool = False) -> tuple
             raise CheckpointError(f"{error}; give another folder with --out, or --only for these runs alone") from error
         held = []
     names = {config.name for config in plan}
-    kinds = {(config.task, config.method) for config in plan}
+    kinds = {(config.task, config.method, config.variant) for config in plan}
     settings = {dataclasses.replace(config, seed=0) for config in plan}
+    unnamed = {dataclasses.replace(config, variant="") for config in settings}
     others = [config for config in held if config.name not in names]
 
     def stays(config: RunConfig) -> bool:
-        kind = (config.task, config.method)
-        return not only and (kind not in kinds or dataclasses.replace(config, seed=0) in settings)
+        if (config.task, config.method, config.variant) in kinds:
+            return not only and dataclasses.replace(config, seed=0) in settings
+        return not only and dataclasses.replace(config, seed=0, variant="") not in unnamed
 
     return [*filter(stays, others), *plan], [config for config in others if not stays(config)]
 

@@ -41,14 +41,15 @@ class Quickstart:
         from aepo.data.pointmaze import collect
         from tune.commands import check_complete, page_command
         from tune.plan import make_plan
-        from tune.sweep import Resources, run_sweep
+        from tune.spec import Resources, SweepSpec
+        from tune.sweep import run_sweep
         from tune.tracking import find_store
 
         begin = time.monotonic()
         uri = find_store("", self.out)
         for name in TASKS:
             collect(tasks.find(name), num_steps=self.env_steps, seed=0)
-        plan = make_plan(TASKS, (), SEEDS, presets=(self.preset,), overrides={})
+        plan = make_plan(SweepSpec(task=TASKS, seeds=SEEDS, preset=(self.preset,)))
         rows = run_sweep(self.out, plan, Resources(checkpoint_s=20.0), tracking_uri=uri, only=True)
         check_complete(rows)
         # the report is a program of its own: between scheduling and analysis stands a table, not code

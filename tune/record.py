@@ -62,9 +62,13 @@ def each_row(
 
 
 def settings_text(config: RunConfig) -> str:
-    """Return the whole config but its seed as JSON: dotted keys and their values as text, equal for equal settings."""
+    """Return the whole config but its seed as JSON: dotted keys and their values as text, equal for equal settings.
+
+    Without a variant there is no key of it, as in tables from before there were variants.
+    """
+    unnamed = ("seed",) if config.variant else ("seed", "variant")
     flat = flatten(dataclasses.asdict(config))
-    return json.dumps({key: str(value) for key, value in flat.items() if key != "seed"}, sort_keys=True)
+    return json.dumps({key: str(value) for key, value in flat.items() if key not in unnamed}, sort_keys=True)
 
 
 def write_rows(sweep: Path, rows: Iterable[Row]) -> Path:

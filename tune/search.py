@@ -29,7 +29,8 @@ from tune.board import Board, driving
 from tune.plan import RUN_FOLDERS, STAGES, STOP, read_digests, write_manifest
 from tune.search_record import Record, example, trial_configs
 from tune.space import Space
-from tune.sweep import Resources, check_data, on_ray, run_sweep, watching
+from tune.spec import Resources
+from tune.sweep import check_data, on_ray, run_sweep, watching
 from tune.tracking import Tracker
 
 FOUND, SELECT, CONFIRM = "found.toml", "select", "confirm"

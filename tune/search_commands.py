@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import tyro
 from rich.prompt import Confirm
 
 from aepo import config as configs
-from aepo import tasks
 from aepo.console import emit_json, emit_table, err, say
 from aepo.errors import ConfigError, IncompleteError
 from aepo.presets import preset
+from tune.spec import Place, Resources, Settings, TaskChoice
 
 if TYPE_CHECKING:
     from aepo.trials import Confirmation
@@ -35,17 +36,11 @@ class Search:
       aepo sweep searches/umaze/found.toml --seeds 0 1 2 3 4 --out sweeps/umaze-found
     """
 
-    task: tuple[str, ...] = ()
-    """Names of tasks (`aepo data list` shows them)."""
-    suite: tuple[str, ...] = ()
-    """All tasks of these suites."""
-    source: str = ""
-    """Whose data of the tasks: d4rl or minari; none = each task's first."""
-    dataset: tuple[str, ...] = ()
-    """Ids of local Minari data sets of your own."""
+    tasks: tyro.conf.OmitArgPrefixes[TaskChoice] = dataclasses.field(default_factory=TaskChoice)
+    """Which data."""
     preset: str = "quick"
     """Where the search starts, and what it is compared with; METHOD, BUDGET or METHOD-BUDGET, as in `aepo sweep`."""
-    set: tuple[str, ...] = ()
+    set: Settings = dataclasses.field(default_factory=dict)
     """Settings that differ from the preset in all trials, as in: behavior.steps=2000."""
     space: Path | None = None
     """TOML that says what is varied, as in docs/operations.md; none = the suite's, in tune/spaces."""
@@ -77,18 +72,8 @@ class Search:
     """Show the trials of --out and start nothing; from any terminal."""
     stop: bool = False
     """Ask the process that carries --out out to end: every trial stores a checkpoint first."""
-    address: str = ""
-    """Address of a Ray cluster; none = a private Ray on this machine."""
-    cpus: float = 1.0
-    """CPU cores per trial."""
-    gpus: float = 0.0
-    """GPUs per trial; a fraction shares one."""
-    max_concurrent: int = 0
-    """Trials at the same time, at most; 0 = as many as fit."""
-    checkpoint_s: float = 60.0
-    """Seconds between two checkpoints of a trial."""
-    tracking_uri: str = ""
-    """MLflow store or server; none = MLFLOW_TRACKING_URI, or else a SQLite file in the folder."""
+    place: tyro.conf.OmitArgPrefixes[Place] = dataclasses.field(default_factory=Place)
+    """Where trials are carried out, and what each takes there."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 
@@ -129,35 +114,28 @@ class Search:
     def _carry_out(self) -> int:
         if self.rounds < 1 or self.reduction < 2 or self.trials < 1 or not 0 <= self.grace <= self.rounds:
             raise ConfigError("wanted --rounds and --trials from 1, --reduction from 2, --grace from 0 to the rounds")
-        from tune.commands import check_resources
-
-        check_resources(self.cpus, self.gpus, self.max_concurrent, self.checkpoint_s)
+        self.place.check()
         seeds = [self.seed, *self.select_seeds, *self.confirm_seeds]
         if not self.select_seeds or not self.confirm_seeds or len(set(seeds)) != len(seeds):
             raise ConfigError(
                 "--select-seeds and --confirm-seeds want at least one seed each, none of them twice or the "
                 f"search's own (--seed); got {', '.join(map(str, seeds))}"
             )
-        rows = [tasks.find(name, self.source) for name in self.task]
-        for suite in self.suite:
-            rows += tasks.of_suite(suite, self.source)
-        named = tuple(row.task for row in rows)
-        rows += [tasks.for_dataset(name) for name in self.dataset]
+        rows = self.tasks.rows()
         if not rows:
             raise ConfigError("a search wants at least one task; `aepo data list` shows them")
-        overrides = configs.parse_overrides(self.set)
-        bases = [configs.with_overrides(preset(self.preset, row, self.seed), overrides) for row in rows]
+        bases = [configs.with_overrides(preset(self.preset, row, self.seed), self.set) for row in rows]
         from aepo.trials import SEARCH, Spec, read_search, trial_rows
         from tune.search import describe_space, run_search
         from tune.space import default_space, read_space
 
         space = read_space(self.space or default_space([base.suite for base in bases]), bases)
         spec = Spec(
-            tasks=named,
-            datasets=self.dataset,
-            source=self.source,
+            tasks=tuple(row.task for row in rows[: len(rows) - len(self.tasks.dataset)]),
+            datasets=self.tasks.dataset,
+            source=self.tasks.source,
             preset=self.preset,
-            overrides=overrides,
+            overrides={**self.set},
             trials=self.trials,
             sampler=self.sampler,
             seed=self.seed,
@@ -180,18 +158,10 @@ class Search:
                 err.print(facts["cost"], soft_wrap=True)
             if self.dry_run or not Confirm.ask("start?", console=err, default=True):
                 return 0
-        from tune.sweep import Resources
         from tune.tracking import find_store
 
-        uri = find_store(self.tracking_uri, self.out)
-        resources = Resources(
-            address=self.address,
-            cpus=self.cpus,
-            gpus=self.gpus,
-            max_concurrent=self.max_concurrent,
-            checkpoint_s=self.checkpoint_s,
-            runner="inline",
-        )
+        uri = find_store(self.place.tracking_uri, self.out)
+        resources = Resources(**dataclasses.asdict(self.place), runner="inline")
         record = run_search(self.out, spec, bases, space, resources, tracking_uri=uri)
         if self.json:
             emit_json(dataclasses.asdict(read_search(record.path.parent)))

@@ -4,7 +4,6 @@ Everything on the screen, in MLflow and in runs.parquet is read from the run fol
 trials have ended without a result.
 """
 
-import dataclasses
 import os
 import shutil
 import threading
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from rich.live import Live
 from rich.table import Table
@@ -27,36 +26,13 @@ from tune.estimate import memory_gib, work
 from tune.plan import STOP, describe_leaving, grow, pending, read_digests, run_folder, write_manifest
 from tune.record import collect_rows, each_row, write_rows
 from tune.sockets import make_socket_folder
+from tune.spec import Resources
 from tune.tracking import Tracker
 
-Runner = Literal["train", "inline"]
 SHIP_INTERVAL_S = 5.0
 ORPHAN_INTERVAL_S = 2.0
 TRIAL_DRIVER = {"node:__internal_head__": 0.001}
 """A trial's own share: a sliver of the head node and no CPU, so that drivers never take a worker's place."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What one trial takes, and where."""
-
-    address: str = ""
-    """Ray cluster to use; "" starts a private one on this machine for the time of the sweep."""
-    cpus: float = 1.0
-    """CPU cores per trial."""
-    gpus: float = 0.0
-    """GPUs per trial; a fraction shares one."""
-    max_concurrent: int = 0
-    """Trials at once, at most; 0 = as many as fit."""
-    workers: int = 1
-    """Train workers per trial, each with these cores and GPUs; a batch is shared among them."""
-    checkpoint_s: float = 60.0
-    """Seconds between two checkpoints of a run."""
-    stages: Path | None = None
-    """Store of the stages that runs have alike; none = every run trains its own."""
-    runner: Runner = "train"
-    """train: a Ray Train run per trial, whose worker is replaced if it dies; inline: in Tune's own process, which costs
-    less per run and less memory."""
 
 
 def run_sweep(
@@ -107,7 +83,7 @@ def _drive(
     retry_failed: bool,
 ) -> list[Row]:
     for config in plan:
-        parallel.check_batches(config, resources.workers)
+        parallel.check_batches(config, resources.workers_per_run)
     waiting = sorted(pending(sweep, plan, retry_failed=retry_failed), key=work, reverse=True)  # the longest first
     check_results(sweep, [config for config in plan if config not in waiting])
     write_manifest(sweep, whole, check_data(waiting, digests))
@@ -188,7 +164,7 @@ def _run_on_ray(sweep: Path, plan: Sequence[RunConfig], resources: Resources) ->
                 "sweep": str(sweep),
                 "cpus": resources.cpus,
                 "gpus": resources.gpus,
-                "workers": resources.workers,
+                "workers": resources.workers_per_run,
                 "stages": str(resources.stages or ""),
                 "checkpoint_s": resources.checkpoint_s,
             },
@@ -273,17 +249,15 @@ def _slots(nodes: Sequence[dict[str, Any]], resources: Resources, memory: float)
         if resources.gpus:
             fits = min(fits, node.get("GPU", 0.0) / resources.gpus)
         per_node.append(int(min(fits, node.get("memory", 0.0) / 2**30 / memory)))
-    if sum(per_node) < resources.workers:
+    if sum(per_node) < resources.workers_per_run:
         have = ", ".join(
             f"{node.get('CPU', 0):g} CPU {node.get('GPU', 0):g} GPU {node.get('memory', 0) / 2**30:.1f} GiB"
             for node in alive
         )
         each = f"{resources.cpus:g} CPU, {resources.gpus:g} GPU and {memory:.1f} GiB"
-        raise ResourceError(
-            f"one trial wants {f'{resources.workers} times ' * (resources.workers > 1)}{each} on one node; "
-            f"the nodes have: {have}"
-        )
-    return sum(per_node) // resources.workers
+        times = f"{resources.workers_per_run} times " if resources.workers_per_run > 1 else ""
+        raise ResourceError(f"one trial wants {times}{each} on one node; the nodes have: {have}")
+    return sum(per_node) // resources.workers_per_run
 
 
 class Shown(Protocol):

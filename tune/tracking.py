@@ -413,6 +413,7 @@ class Tracker:
         """Make the run of MLflow, its tags in the same request, so that it is found again whatever comes next."""
         tags = {**self._tags, TAG: name, "mlflow.parentRunId": self._parent}
         tags |= {f"aepo.{key}": str(getattr(config, key)) for key in TAGGED}
+        tags |= {"aepo.variant": config.variant} if config.variant else {}
         tags |= {"aepo.steps": str(config.num_steps), "aepo.last_stage": list(config.stages)[-1]}
         began_at = (folder / rundir.CONFIG).stat().st_mtime if (folder / rundir.CONFIG).exists() else time.time()
         created = self._client.create_run(self._experiment, int(began_at * 1000), tags, run_name=name)
@@ -421,7 +422,8 @@ class Tracker:
     def _log_params(self, entry: _Entry, config: RunConfig) -> None:
         from mlflow.entities import Param
 
-        params = [Param(key, str(value)) for key, value in flatten(dataclasses.asdict(config)).items()]
+        flat = flatten(dataclasses.asdict(config))
+        params = [Param(key, str(value)) for key, value in flat.items() if key != "variant" or value]
         self._client.log_batch(entry.run_id, params=params)
         entry.has_params = True
 
