@@ -316,7 +316,7 @@ def load() -> None:
     import importlib
 
     for name in (
-        *("aepo.commands", "aepo.run", "aepo.data.commands", "aepo.data.d4rl", "aepo.data.verify", "aepo.data.stats"),
+        *("aepo.commands.runs", "aepo.run", "aepo.commands.data", "aepo.data.d4rl", "aepo.verify", "aepo.data.stats"),
         *("tune.commands", "tune.search", "tune.search_commands", "tune.board", "tune.estimate", "tune.space"),
         *("analysis.report", "analysis.tables", "analysis.figures", "analysis.page", "analysis.tracked", "mlflow"),
         *("analysis.markdown", "analysis.latex", "analysis.terminal"),

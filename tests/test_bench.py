@@ -7,7 +7,7 @@ import torch
 
 from aepo import cli, methods, pipeline, tasks
 from aepo.bench import measure, naive
-from aepo.bench.command import Bench
+from aepo.commands.bench import Bench
 from aepo.stages import actor, actor_critic, behavior, critic, energy
 
 SHAPE = measure.Shape(state_dim=11, action_dim=3, task=tasks.for_dataset("bench/11x3-v0"), num_transitions=2500)

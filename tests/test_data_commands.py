@@ -48,7 +48,7 @@ def run(capsys, *words):
 
 
 def test_the_commands_are_known_before_torch_or_mujoco_are_loaded():
-    code = "import sys, aepo.data.commands as c; c.DATA; print([m for m in sys.modules if m in sys.argv])"
+    code = "import sys, aepo.commands.data as c; c.DATA; print([m for m in sys.modules if m in sys.argv])"
     heavy = ["torch", "mujoco", "gymnasium", "minari"]
     done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -62,7 +62,7 @@ def test_help_has_an_example_that_the_parser_takes(command, capsys, monkeypatch)
     assert examples
     called = []
     for name in ("Collect", "Combine", "Download", "Import", "List", "Show", "Stats", "Verify"):
-        monkeypatch.setattr(f"aepo.data.commands.{name}.run", lambda self: called.append(self) or 0)
+        monkeypatch.setattr(f"aepo.commands.data.{name}.run", lambda self: called.append(self) or 0)
     for words in examples:
         assert run(capsys, *words[2:])[0] == 0
     assert [type(one).__name__ for one in called] == [command.title()] * len(examples)

@@ -243,7 +243,7 @@ def test_what_the_system_refuses_is_a_known_error_of_every_command(code, kind, m
     def refuse(_):
         raise OSError(code, os.strerror(code), "a/b\nc")
 
-    monkeypatch.setattr("aepo.commands.Toy.run", refuse)
+    monkeypatch.setattr("aepo.commands.runs.Toy.run", refuse)
     assert cli.run(["toy"]) == kind.exit_status
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: a/b\\nc: ")
@@ -253,7 +253,7 @@ def test_what_the_system_refuses_is_a_known_error_of_every_command(code, kind, m
 def test_a_command_that_needs_a_home_says_so(monkeypatch, capsys):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(f"uid not found: {uid}")))
-    monkeypatch.setattr("aepo.commands.Toy.run", lambda _: pathlib.Path.home())
+    monkeypatch.setattr("aepo.commands.runs.Toy.run", lambda _: pathlib.Path.home())
     assert cli.run(["toy"]) == ResourceError.exit_status
     assert "error: this user has no home" in capsys.readouterr().err
 

@@ -66,7 +66,7 @@ def ends_as(monkeypatch, tmp_path):
     """The row of an input whose one command does what it is told."""
 
     def outcome(deed, *words, limit_s=20.0):
-        monkeypatch.setattr("aepo.data.commands.List.run", lambda self: deed())
+        monkeypatch.setattr("aepo.commands.data.List.run", lambda self: deed())
         monkeypatch.setitem(
             mutations.KINDS, "broken", lambda box: box.commands.append(["data", "list", "--source", "user", *words])
         )

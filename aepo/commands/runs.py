@@ -1,4 +1,4 @@
-"""`aepo train`, `aepo evaluate` and `aepo toy`: one run, one policy, one bench, without Ray."""
+"""`aepo train`, `aepo evaluate`, `aepo toy` and `aepo store`: one run, one policy, one machine, without Ray."""
 
 import dataclasses
 import math

@@ -267,7 +267,7 @@ class Verify:
 
     def run(self) -> int:
         """Read, check and print; return the exit status."""
-        from aepo.data.verify import verify
+        from aepo.verify import verify
 
         facts, problems, doubts = verify(_task(self.name, self.source, local_datasets()))
         if self.json:

@@ -1,0 +1,1 @@
+"""The commands of `aepo`: one file for each group, flags in, printing out."""
