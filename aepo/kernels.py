@@ -39,7 +39,7 @@ MIN_GAIN = 1.15
 MIN_ROWS, MIN_PRODUCTS = 16, 2**20
 """Fewer rows, or fewer multiplications in all, do not repay a call of oneDNN, nor rounding to bfloat16."""
 BLOCK_ROWS = 512
-"""So many rows at once go through a network on a CPU: what lies between its layers then stays in the processor's cache.
+"""Rows that go through a network at once on a CPU, so that what lies between its layers stays in the processor's cache.
 
 At 256 units 4,096 rows take 1.5 times as long in one piece (docs/decisions/speed.md). GPUs take all rows at once.
 """

@@ -4,7 +4,7 @@ import hashlib
 import os
 
 MAX_BYTES = 100
-"""Of a derived name. A file system takes 255, an encrypted one 143; seeds, digests and process ids stand beside it."""
+"""Longest derived name. A file system takes 255, an encrypted one 143; seeds, digests and process ids come on top."""
 NUM_DIGITS = 12
 
 

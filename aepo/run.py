@@ -66,7 +66,7 @@ CLONING = "diffusion-bc"
 BEST_CLONE = "best-clone"
 """The same with several candidates, of which the one with the largest Q is taken."""
 EVALUATION_SEED = 1_000_000
-"""Episode i of a run's evaluation is reset with EVALUATION_SEED * (1 + seed) % 2**31 + i: apart from training."""
+"""Distance between the first evaluation seeds of runs whose seeds are neighbours; see `evaluation_seed`."""
 
 
 ROUND = "round"

@@ -245,7 +245,7 @@ def commit() -> str | None:
 def try_lock(descriptor: int) -> bool:
     """Return whether this process now holds an open file's lock, which goes with the process.
 
-    On a file system without locks everybody holds it.
+    On a file system without locks this is always true.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,1 +1,1 @@
-"""Tables and figures from runs.parquet; knows neither torch nor Ray nor MLflow."""
+"""Tables, figures and pages from runs.parquet, search.json or MLflow; without torch and Ray."""

@@ -74,7 +74,7 @@ class Published:
     mean: float
     """Normalized score, 0 = random policy, 100 = expert."""
     std: float
-    """Of the source's kind of spread, > 0; NaN where it gives none."""
+    """Spread of the source's kind, > 0; NaN where it gives none."""
     source: Source
 
     @property

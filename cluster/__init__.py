@@ -1,1 +1,1 @@
-"""Operating machines: is this one fit to train and evaluate?"""
+"""Machines: checks of this one and of a cluster's, a cluster on one machine, jobs on any Ray cluster."""

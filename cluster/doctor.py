@@ -50,7 +50,7 @@ class Doctor:
     """Instead, measure in about a minute which of torch's two backends multiplies faster in training on this processor,
     and keep the answer, beside decoded data, for all runs that begin here."""
     seconds: float = 1.5
-    """With --measure, per stage and dimensions."""
+    """Seconds of measuring per stage and dimensions, with --measure."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 

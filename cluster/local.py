@@ -39,7 +39,7 @@ WORKER_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 LOG_LINES = 15
 MARK = "AEPO_CLUSTER"
-"""In the environment of every process of a cluster: its folder."""
+"""Variable in the environment of every process of a cluster: its folder."""
 NODE = "AEPO_NODE"
 """The same: which node of Ray it is, of this start; a node that died keeps its name for a while."""
 POSTGRES_STEP = "install it: apt-get install postgresql (Debian, Ubuntu), dnf install postgresql-server (Fedora)"

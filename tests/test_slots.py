@@ -1,5 +1,6 @@
 """Evaluation on several processes: the same bits, the same errors, nobody left behind."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -107,7 +108,7 @@ def test_a_runs_result_and_files_do_not_depend_on_the_processes(make_dataset, ti
         folder = tmp_path / str(processes)
         store, cpu = run.FolderStore(folder), torch.device("cpu")
         result = run.execute(config, folder, store, device=cpu, eval_processes=processes)
-        results.append({k: v for k, v in result.items() if k not in ("seconds", "started_at", "folder")})
+        results.append(dataclasses.replace(result, seconds=0.0, started_at=None, folder=""))
     assert results[0] == results[1]
     assert (tmp_path / "1" / run.POLICY).read_bytes() == (tmp_path / "2" / run.POLICY).read_bytes()
 

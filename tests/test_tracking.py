@@ -303,7 +303,7 @@ def test_a_run_that_is_repeated_is_open_again_and_then_ends_as_it_ended(sweep, u
     tracker = Tracker(folder, plan, uri=uri)
     assert tracker.ship()
     assert runs_of(uri, folder)[1][plan[0].name].info.status == "RUNNING"
-    run.write_json(run_folder(folder, plan[0]) / run.RESULT, result)
+    run.write_result(run_folder(folder, plan[0]), result)
     assert tracker.ship()
     entry = runs_of(uri, folder)[1][plan[0].name]
     assert (entry.info.status, entry.data.tags.get("aepo.error", "")) == ("FINISHED", "")

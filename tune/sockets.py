@@ -7,7 +7,7 @@ from pathlib import Path
 from aepo.errors import ResourceError
 
 MAX_BYTES = 107
-"""Of a socket's path, on Linux."""
+"""Bytes of a socket's path at most, on Linux."""
 BELOW = "/session_2026-11-28_07-29-29_123456_1234567/sockets/plasma_store"
 """What Ray puts behind its folder, at its longest."""
 MADE = "/aepo-12345678/worker-999"

@@ -40,13 +40,13 @@ from aepo.stages.optim import Metrics
 from aepo.tasks import Task
 
 NUM_STATES = (1, 10, 50)
-"""At once, of which actions are sampled."""
+"""States at once for which actions are sampled."""
 BLOCKS = 5
-"""Ours and the baseline are timed by turns, so many times; the quickest block of each counts."""
+"""Timing blocks per implementation, by turns; the fastest of each is reported."""
 NUM_COLLECTED = 20_000
 """Transitions of the data set that is loaded."""
 NUM_EPISODES, HORIZON = 10, 20
-"""Of an evaluation."""
+"""Episodes of an evaluation and steps of each."""
 BENCH_DATASET = "bench/environment-v0"
 NUM_SUPPORT_STATES = 1000
 """QGPO draws its actions in so many states before the first step; a step costs the same with more."""

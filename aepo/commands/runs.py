@@ -1,4 +1,4 @@
-"""`aepo train`, `aepo evaluate`, `aepo toy` and `aepo store`: one run, one policy, one machine, without Ray."""
+"""`aepo train`, `evaluate`, `toy` and `store`: one run, one policy, the toy bench, stored stages; without Ray."""
 
 import dataclasses
 import math

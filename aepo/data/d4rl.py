@@ -66,7 +66,7 @@ KITCHEN_SUBTASKS = {
     "kitchen-mixed-v0": ("microwave", "kettle", "bottom burner", "light switch"),
 }
 MAX_IN_WALLS = 0.01
-"""Of the positions of a maze's file; more are told of."""
+"""Share of positions inside walls above which the import warns."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +87,7 @@ class ImportSummary:
     """Transitions: the rows that have a successor or are terminal."""
     num_episodes: int
     mean_return: float
-    """Over the episodes, of the rewards as stored."""
+    """Mean over the episodes of the sum of rewards as stored."""
     env_id: str
     ref_min: float | None
     ref_max: float | None
@@ -100,11 +100,11 @@ class Layout:
 
     environment: Callable[[Task], Any]
     observe: Callable[[Task, Floats, Floats | None], Any] = lambda _, observations_NS, __: observations_NS
-    """Of a task, D4RL's observations and goals: the observations of the environment."""
+    """(task, D4RL's observations, goals) -> observations of the environment."""
     width: int | None = None
     """Entries of D4RL's observation, where it is not the environment's."""
     positions: Callable[[Any], Floats] | None = None
-    """Of such observations: where in the maze they are, [N, 2]."""
+    """Observations of the environment -> positions in the maze, [N, 2]."""
 
 
 class D4RLAnt(gymnasium.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
@@ -125,7 +125,7 @@ class KitchenPositions(gymnasium.ObservationWrapper[Any, Any, Any], RecordConstr
     """A FrankaKitchen seen as in D4RL: 9 joint positions and 21 object positions, no velocities, no goal."""
 
     COLUMNS = np.r_[0:9, 18:39]
-    """Of the environment's 59: positions and velocities of the robot (9, 9) and of the objects (21, 20)."""
+    """Columns kept of the 59: positions and velocities of the robot (9, 9) and of the objects (21, 20)."""
 
     def __init__(self, env: gymnasium.Env[Any, Any]):
         """Take a FrankaKitchen-v1."""
@@ -224,7 +224,7 @@ LAYOUTS = {
         width=60,
     ),
 }
-"""By suite."""
+"""Suite -> its layout."""
 
 
 def make_evaluation_environment(task: Task) -> Any:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from aepo.errors import DataError
 
 ACTION_TOLERANCE = 1e-4
-"""Of the action range: what float32 and a recorder's rounding may put outside of it."""
+"""Share of the action range that float32 and a recorder's rounding may lie outside of it."""
 MIN_ACTION_RANGE, MAX_ACTION = 1e-4, 1e30
 """The range of an action is at least this share of its bounds' magnitude; the second is the largest bound."""
 LARGEST = float(np.finfo(np.float32).max)

@@ -58,7 +58,7 @@ STEP_BYTES = 64
 REFERENCE_SEED = 0
 """Seeds the reference episodes. They describe the evaluation, not the data: all seeds share one scale."""
 REQUIREMENTS = ("gymnasium-robotics>=1.4.2,<1.5", "mujoco>=3.3.7,<3.12")
-"""As in pyproject.toml; stored in the data set, so that Minari warns where it is used with others."""
+"""Requirements as in pyproject.toml; stored in the data set, so that Minari warns where it is used with others."""
 CHUNK_STEPS = 1_000
 """Environment steps between two updates of a progress bar."""
 
@@ -88,7 +88,7 @@ class Protocol:
     ends: Callable[[Run], NDArray[np.intp]]
     """The index after the last step of each episode, rising; N may be missing."""
     observations: Callable[[Floats, Floats], Any]
-    """Of an episode, from its T + 1 states and as many goals."""
+    """(T + 1 states of an episode, as many goals) -> its observations."""
     paid_goals: Callable[[Run, Position], Floats]
     """Goals that the steps are paid for, one or N x 2; from the run and the centre of the evaluation goal's cell."""
     arrival_radius: float
@@ -131,7 +131,7 @@ class CollectSummary:
     published_mean_length: float | None
     seed: int | None
     mean_return: float
-    """Over the data's episodes."""
+    """Mean return of the data's episodes."""
     ref_min: float
     """Mean return of the uniform random policy in the evaluation environment: score 0."""
     ref_max: float
@@ -139,7 +139,7 @@ class CollectSummary:
     published_ref_min: float | None
     published_ref_max: float | None
     env_steps_per_s: float
-    """Of the data run."""
+    """Environment steps per second while the data were collected."""
     collect_s: float
     reference_s: float
     write_s: float
@@ -177,13 +177,13 @@ PROTOCOLS = {
         f"({GOAL_RADIUS} m) truncates the episode; the next one goes on from there towards a new goal.",
     ),
 }
-"""By suite."""
+"""Suite -> its protocol."""
 
 REWARD_DESCRIPTIONS = {
     "sparse": f"A step pays 1 where the state after it is within {GOAL_RADIUS} m of that goal, else 0.",
     "dense": "A step pays exp(-d) where the state after it is d metres from that goal.",
 }
-"""By `reward_type` of gymnasium-robotics."""
+"""`reward_type` of gymnasium-robotics -> what a step pays."""
 
 GOAL_CELLS: dict[str, Cell] = {
     task: cell
@@ -202,7 +202,7 @@ PUBLISHED = {
     "pointmaze-medium-dense": Published("D4RL/pointmaze/medium-dense-v2", 4_752, 49.2408447265625, 368.8089599609375),
     "pointmaze-large-dense": Published("D4RL/pointmaze/large-dense-v2", 3_360, 27.165931701660156, 481.5344543457031),
 }
-"""By task; from Minari's documentation pages and the metadata of its data sets."""
+"""Task -> published numbers, from Minari's documentation pages and the metadata of its data sets."""
 
 
 def collect(

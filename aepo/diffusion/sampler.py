@@ -24,12 +24,12 @@ class Grid(NamedTuple):
     """What the solver needs of the schedule, computed once for all calls."""
 
     t: Tensor
-    """From 1 to T_MIN, [N + 1]."""
+    """Times from 1 to T_MIN, [N + 1]."""
     alpha: list[float]
     sigma: list[float]
     steps: list[tuple[float, float, float]]
-    """Of each of N steps: ratio sigma_next / sigma; gain -alpha_next expm1(-h), h = step in log(alpha / sigma); and
-    1 / (2 r), the weight of the last difference of x_0, 0 in a step of first order."""
+    """Factors of each of N steps: ratio sigma_next / sigma; gain -alpha_next expm1(-h), h = step in log(alpha / sigma);
+    and 1 / (2 r), the weight of the last difference of x_0, 0 in a step of first order."""
 
 
 def make_grid(num_steps: int, *, order: int = 2, device: torch.device | str = "cpu") -> Grid:
