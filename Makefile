@@ -1,8 +1,8 @@
-# Two commands make everything: `make quickstart` and `make test`. Both install first, if need be.
+# Two commands make everything: `make quickstart` and `make test`. All install first, if need be.
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install quickstart test check clean
+.PHONY: install quickstart test test-fast test-slow check clean
 
 install: .venv/installed
 
@@ -14,8 +14,14 @@ install: .venv/installed
 quickstart: install  ## the main job: 2 tasks x 2 seeds, the results table
 	$(BIN)/aepo quickstart
 
-test: install check  ## the whole test suite
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+test: install check  ## all tests but the slow ones
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+
+test-slow: install  ## the tests marked `slow`: every documented command, hundreds of odd inputs, long training
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
+
+test-fast: install  ## tests that need neither Ray nor training
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow and not ray and not trains"
 
 check: install  ## style, types, who may import whom
 	$(BIN)/ruff check .
