@@ -1,5 +1,6 @@
 """The recipes of docs/extending.md, each followed to the letter from a folder of the test's own."""
 
+import importlib
 import json
 import os
 import re
@@ -10,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from aepo import run
+from aepo import cli, pipeline, presets, run, tasks, toy
+from aepo.stages import targets
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 SMALL = [
@@ -123,7 +126,7 @@ def test_a_method_of_another_package_is_benched(package):
         "--json",
     )
     rows = {row["work"]: row for row in json.loads(done.stdout)["rows"]}
-    assert rows["sarsa step"]["ratio"] is None
+    assert rows["sarsa step, expectile"]["ratio"] is None
     assert rows["clone step"]["of_floor"] > 0
 
 
@@ -157,3 +160,99 @@ def test_a_method_of_another_package_is_swept_searched_and_reported(package, mak
         *SMALL,
     )
     assert (found / "found.toml").exists()
+
+
+@pytest.fixture
+def target():
+    """The page's target, registered; taken away again."""
+    exec(compile(block("python", "# target.py"), str(PAGE), "exec"), {})
+    yield "upper"
+    targets.unregister("upper")
+
+
+def test_a_target_from_outside_trains_guides_and_is_compared(target, tiny_config, transitions):
+    config = tiny_config(energy__target=target)
+    *_, last = pipeline.train(config, transitions, device=torch.device("cpu"))
+    assert (last.stage, last.step) == ("energy", 60)
+    assert 0 < last.metrics["energy/loss"] < 100
+    bench = toy.Bench("moons", steps=20, seed=0, betas=(1.0,))
+    assert bench.compare(target)[0]["beta"] == 1.0
+
+
+class Instead:
+    """Files of the package, of which one has more lines."""
+
+    def __init__(self, name, lines):
+        own = Path(presets.__file__).parent.joinpath(name).read_text()
+        self._name, self._text = name, own.rstrip("\n") + "\n" + lines
+
+    def joinpath(self, *names):
+        assert names == (self._name,)
+        return self
+
+    def read_text(self, encoding=None):
+        return self._text
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """The page's rows of tasks.csv and settings.csv, below their headers."""
+    for module, name, begin in ((tasks, "tasks.csv", "task,suite"), (presets, "settings.csv", "suite,method")):
+        header, _, lines = block("csv", begin).partition("\n")
+        assert header == Path(presets.__file__).parent.joinpath(name).read_text().splitlines()[0]
+        monkeypatch.setattr(module, "files", lambda _, name=name, lines=lines: Instead(name, lines))
+    caches = (tasks.rows, tasks.table, presets._of_suite)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_a_task_and_a_suite_are_rows(rows, make_dataset, tmp_path, capsys):
+    dataset = make_dataset(references=False)
+    task = tasks.find("pendulum-random")
+    assert (task.dataset, task.suite) == (dataset, "pendulum")
+    assert [row.task for row in tasks.of_suite("pendulum")] == ["pendulum-random"]
+    assert presets.preset("best", task, 0).sampling.guidance_scale == 2
+    assert presets.preset("iql", task, 0).critic.expectile == 0.9
+    assert cli.run(["data", "list", "--json"]) == 0
+    assert "pendulum-random" in capsys.readouterr().out
+    small = [f"{stage}.steps=20" for stage in ("behavior", "critic", "energy")]
+    words = [
+        "train",
+        "--task",
+        "pendulum-random",
+        "--preset",
+        "smoke",
+        "--out",
+        str(tmp_path),
+        "--json",
+        "--set",
+        *small,
+    ]
+    assert cli.run(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["score"] == pytest.approx(100 * (found["return_mean"] + 1200) / (1200 - 150))
+
+
+def test_a_command_is_a_class_and_a_line(make_dataset, tmp_path, monkeypatch, capsys):
+    make_dataset()
+    (tmp_path / "count.py").write_text(block("python", "# count.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, entry in importlib.import_module("count").COMMANDS.items():
+        monkeypatch.setitem(cli.COMMANDS, name, entry)
+    assert cli.run(["count", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"datasets": 1}
+
+
+def test_a_tracker_reads_folders(make_dataset, tiny_config, tmp_path):
+    names = {}
+    exec(compile(block("python", "# tracker.py"), str(PAGE), "exec"), names)
+    config = tiny_config(make_dataset(), method="iql")
+    folder = tmp_path / "runs" / "one"
+    run.execute(config, folder, run.FolderStore(folder), device=torch.device("cpu"))
+    found = list(names["rows"](tmp_path))
+    assert {(name, stage) for name, stage, _, _ in found} == {("one", "critic"), ("one", "actor")}
+    assert any("actor/loss" in metrics for _, _, _, metrics in found)
