@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import tyro
-from aepo.data.commands import DATA
 
 from aepo import cli, tasks
 from aepo import config as configs
+from aepo.commands.data import DATA
 from aepo.presets import preset
-from tune.record import SCHEMA
+from aepo.results import schema
 from tune.spec import read_sweep_file
 
 FLAGS = {
@@ -107,7 +107,7 @@ def test_the_names_of_settings_stay(method):
 
 
 def test_columns_of_runs_stay():
-    assert set(COLUMNS.split()) <= set(SCHEMA.names)
+    assert set(COLUMNS.split()) <= set(schema().names)
 
 
 def test_keys_of_json_and_the_place_of_the_cache_stay(make_dataset, tmp_path, capsys, monkeypatch):

@@ -1,16 +1,20 @@
 """A report from MLflow is the report from the folder: what `tune` sends is enough, page by page."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
+from aepo import config as configs
+from aepo import run
 from aepo.errors import ConfigError, DataError
 from analysis import tracked
 from analysis.load import evaluations, load_runs
 from analysis.report import write_report
 from tests import test_tracking
 from tests.test_analysis import report
-from tune.plan import run_folder
+from tune.plan import run_folder, write_manifest
 from tune.record import collect_rows, write_rows
 from tune.tracking import Tracker
 
@@ -32,6 +36,23 @@ def track(folder, plan, uri, *, close=True):
     return f"mlflow:aepo/{folder.name}"
 
 
+def test_variants_are_told_apart_in_mlflow_as_in_the_folder(make_dataset, tiny_config, uri, tmp_path):
+    base = tiny_config(make_dataset())
+    plan = [
+        dataclasses.replace(configs.with_overrides(base, {"sampling.guidance_scale": scale}), variant=f"w {scale}")
+        for scale in (1.0, 2.0)
+    ]
+    folder = tmp_path / "sweep"
+    write_manifest(folder, plan)
+    for config in plan:
+        place = run_folder(folder, config)
+        run.execute(config, place, run.FolderStore(place), device=torch.device("cpu"))
+    source = track(folder, plan, uri)
+    both = [load_runs(each, tracking_uri=uri) for each in (source, folder)]
+    assert [runs["variant"].to_list() for runs in both] == [["w 1.0", "w 2.0"]] * 2
+    assert both[0]["settings"].to_list() == both[1]["settings"].to_list()
+
+
 def test_mlflow_and_the_folder_say_the_same(sweep, uri, tmp_path, monkeypatch):
     folder, plan = sweep
     source = track(folder, plan, uri)
@@ -42,6 +63,7 @@ def test_mlflow_and_the_folder_say_the_same(sweep, uri, tmp_path, monkeypatch):
         "fingerprint",
         "method",
         "preset",
+        "variant",
         "status",
         "score",
         "return_mean",

@@ -14,10 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aepo import cli, run, tasks
+from aepo import cli, methods, run, tasks
 from aepo import config as configs
 from aepo.errors import ConfigError
-from aepo.presets import METHODS, preset
+from aepo.method_table import presets
+from aepo.presets import preset
 from tests import test_tracking
 from tune import commands
 from tune import sweep as sweeps
@@ -40,14 +41,14 @@ def config_of(method="iql", variant="", **overrides):
 # -- the name in a config ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", presets())
 def test_a_run_without_a_variant_is_the_run_from_before_there_were_variants(method):
     config = config_of(method)
     before = dataclasses.asdict(config)
     assert (before.pop("variant"), before.pop("rounds")) == ("", (1.0,))
     digest = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:12]
     assert config.name == f"maze2d-umaze-s0-{digest}"
-    assert configs.from_dict(before) == config
+    assert methods.from_dict(before) == config
     assert "variant" not in json.loads(settings_text(config))
     assert json.loads(settings_text(config_of(method, "w 3")))["variant"] == "w 3"
 
@@ -56,7 +57,7 @@ def test_a_variant_stands_in_the_name_of_its_run_and_is_part_of_what_the_run_is(
     plain, named, other = (config_of(variant=name) for name in ("", "w 3", "w 5"))
     assert named.name == f"maze2d-umaze-w-3-s0-{named.fingerprint}"
     assert len({config.fingerprint for config in (plain, named, other)}) == 3
-    assert configs.from_dict(json.loads(json.dumps(dataclasses.asdict(named)))) == named
+    assert methods.from_dict(json.loads(json.dumps(dataclasses.asdict(named)))) == named
 
 
 @pytest.mark.parametrize("variant", ["../../etc/passwd", "é" * 40, "x" * 40, "a/b\\c:d*e?", "-s1-", "$(rm)"])
