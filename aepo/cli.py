@@ -71,8 +71,11 @@ def run(argv: list[str]) -> int:
     try:
         module, _, attribute = COMMANDS[name][0].partition(":")
         command = parse(getattr(importlib.import_module(module), attribute), f"aepo {name}", rest)
-        with results_only():
-            return int(command.run())
+        try:
+            with results_only():
+                return int(command.run())
+        except SystemExit as error:  # of a library or an environment, whose status would be taken for ours
+            raise RuntimeError(f"something asked Python to exit with {error.code!r}") from error
     except BrokenPipeError:  # `aepo ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -90,7 +90,7 @@ def make_environment(dataset: Any, *, env_id: str = "", horizon: int = 0) -> gym
             return dataset.recover_environment(eval_env=eval_env, **kwargs)  # type: ignore[no-any-return]
         except MemoryError:
             raise
-        except Exception as error:  # an environment's own code, or that of a wrapper which cannot be made again
+        except (Exception, SystemExit) as error:  # of an environment, or of a wrapper which cannot be made again
             if metadata.get("env_spec") is None and not env_id:
                 raise DataError(f"{dataset.id} names no environment, so no policy can be evaluated on it") from error
             raise ResourceError(

@@ -144,7 +144,7 @@ def naming(env_id: str) -> Iterator[None]:
         yield
     except (AEPOError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # which an environment's own code may raise
         raise TrainingError(f"the environment {env_id} failed: {type(error).__name__}: {error}") from error
 
 
@@ -318,7 +318,7 @@ def serve(connection: Connection, site: Site, float_modes: bytes) -> None:
         try:
             slots, ready = Slots(site), None
             register_robotics()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             ready = _sendable(error)
         ctypes.CDLL(None).fesetenv(float_modes)
         connection.send(ready)
@@ -326,17 +326,18 @@ def serve(connection: Connection, site: Site, float_modes: bytes) -> None:
             method, argument = connection.recv()
             try:
                 answer = getattr(slots, method)(argument)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 answer = _sendable(error)
             connection.send(answer)
     if slots is not None:
         slots.close()
 
 
-def _sendable(error: Exception) -> Exception:
+def _sendable(error: BaseException) -> Exception:
     """Return an error as it can be sent: others than these may not survive it."""
-    known = isinstance(error, AEPOError | MemoryError | OSError)
-    return error if known else TrainingError(f"an environment cannot be made: {type(error).__name__}: {error}")
+    if isinstance(error, AEPOError | MemoryError | OSError):
+        return error
+    return TrainingError(f"an environment cannot be made: {type(error).__name__}: {error}")
 
 
 def _float_modes() -> bytes:

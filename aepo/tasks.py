@@ -32,6 +32,10 @@ ReturnRule = Literal["sum", "goal", "subtasks"]
 subtasks: the distinct ones that its environment reports as done (Kitchen, which pays each step while one holds)."""
 
 
+MIN_DIFFERENCE = 1e-30
+"""Two reference returns are at least as far apart: processes that train take still smaller numbers for 0."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """One row: the data of one source and the rules by which they are read and scored."""
@@ -95,8 +99,8 @@ class Task:
 
 
 def check_references(name: str, ref_min: float, ref_max: float) -> None:
-    """Raise a ConfigError unless two reference returns are finite and ascending."""
-    if not (math.isfinite(ref_min) and math.isfinite(ref_max) and ref_min < ref_max):
+    """Raise a ConfigError unless two reference returns are finite and ascending, and so is their difference."""
+    if not (math.isfinite(ref_min) and math.isfinite(ref_max) and MIN_DIFFERENCE < ref_max - ref_min < math.inf):
         raise ConfigError(f"{name}: reference returns {ref_min} and {ref_max}, wanted two finite ones, ascending")
 
 

@@ -54,6 +54,7 @@ def write_pendulum(
     references: bool = True,
     edit: Callable[[dict[str, np.ndarray]], None] | None = None,
     edit_all: Callable[[dict[str, np.ndarray]], None] | None = None,
+    data_format: str = "hdf5",
 ) -> str:
     """Write episodes of 40 steps; `edit` may spoil the last episode's arrays, `edit_all` those of each."""
     import gymnasium
@@ -94,6 +95,7 @@ def write_pendulum(
         author_email="t@example.org",
         code_permalink="tests",
         description="random actions",
+        data_format=data_format,
         **kwargs,
     )
     env.close()

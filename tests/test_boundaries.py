@@ -37,6 +37,10 @@ def test_importing_aepo_is_quick_and_loads_neither_scheduler_nor_tracker():
         ("import analysis.report, analysis.load", {"torch", "ray", "mlflow"}),
         ("import tune.commands, tune.quickstart", {"torch", "ray", "mlflow"}),
         ("import cluster.doctor", {"torch", "ray"}),
+        (
+            "from aepo.config import EnergyConfig as E; E(steps=1, batch_size=1, hidden_size=1, num_layers=1)",
+            {"torch", "numpy", "ray", "mlflow"},
+        ),
     ],
 )
 def test_heavy_libraries_are_loaded_only_where_they_are_used(statement, forbidden):

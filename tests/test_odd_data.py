@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
+from pathlib import Path
 
 import gymnasium
 import h5py
@@ -20,11 +22,12 @@ from aepo import cli, tasks
 from aepo.data.episodes import accepted, doubt_pictures
 from aepo.data.library import open_dataset
 from aepo.data.transitions import MAX_SPREADS, Spaces, load_transitions
-from aepo.errors import DataError, TrainingError
+from aepo.errors import ConfigError, DataError, TrainingError
 from aepo.evaluate import Evaluator
 from aepo.policy import Policy
 from aepo.presets import preset
 from aepo.samplers import Sampler
+from aepo.verify import verify
 from tests import follow
 
 NAME = "own/odd-v0"
@@ -429,3 +432,100 @@ def test_pictures_are_a_doubt(capsys):
     assert doubt_pictures(open_dataset(NAME)) == [
         "observations are arrays of 4 x 4 x 3: networks get 48 numbers in a row, which is no way to learn from pictures"
     ]
+
+
+# -- Arrow, flags, subnormal numbers -----------------------------------------------------------------------
+
+
+def folder_of(name):
+    return Path(open_dataset(name).storage.data_path)
+
+
+def test_an_episode_of_arrow_that_is_changed_in_place_is_other_data(make_dataset):
+    name, other = (make_dataset(f"tests/{each}/arrow-v0", data_format="arrow") for each in ("one", "other"))
+    make_dataset("tests/other/arrow2-v0", data_format="arrow", edit_all=lambda arrays: arrays["rewards"].__imul__(2))
+    before = load_transitions(name).digest
+    assert load_transitions(other).digest == before
+    shutil.rmtree(folder_of(name) / "1")
+    shutil.copytree(folder_of("tests/other/arrow2-v0") / "1", folder_of(name) / "1")
+    assert load_transitions(name).digest != before
+
+
+@pytest.mark.parametrize("spoil", [shutil.rmtree, lambda folder: (folder / "part-0.arrow").write_bytes(b"ARROW1")])
+def test_an_episode_of_arrow_that_is_torn_or_gone_is_named(spoil, make_dataset):
+    name = make_dataset("tests/torn/arrow-v0", data_format="arrow")
+    spoil(folder_of(name) / "2")
+    with pytest.raises(DataError, match=r"arrow-v0/data: episode \d cannot be read: .*; bring it again"):
+        load_transitions(name)
+    _, problems, _ = verify(tasks.for_dataset(name))
+    assert any("cannot be read" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("flag", ["terminations", "truncations"])
+@pytest.mark.parametrize("value", [-7, 0.5, 2, 1e-3])
+def test_a_flag_that_is_neither_0_nor_1_is_refused(flag, value, make_dataset):
+    name = make_dataset("tests/flags/odd-v0")
+    with h5py.File(folder_of(name) / "main_data.hdf5", "r+") as file:
+        group = file["episode_2"]
+        flags = np.zeros(40)
+        flags[-1] = value
+        del group[flag]
+        group[flag] = flags
+    with pytest.raises(DataError, match=f"{flag}: {value:g} at step 39, wanted 0 or 1"):
+        load_transitions(name)
+    _, problems, _ = verify(tasks.for_dataset(name))
+    assert any(f"{flag}: {value:g} at step 39, wanted 0 or 1" in problem for problem in problems)
+
+
+def test_data_do_not_depend_on_how_the_process_takes_subnormal_numbers(make_dataset, tmp_path, monkeypatch):
+    def tiny(arrays):
+        arrays["observations"] = arrays["observations"].astype(np.float64)
+        arrays["observations"][::3, 0], arrays["observations"][1::3, 1] = 1e-40, -3e-42
+        arrays["rewards"][::5] = 1e-39
+
+    name, digests = make_dataset("tests/tiny/odd-v0", edit_all=tiny), []
+    for flushes in (False, True):
+        monkeypatch.setenv("AEPO_CACHE", str(tmp_path / f"cache-{flushes}"))
+        torch.set_flush_denormal(flushes)
+        data = load_transitions(name)
+        digests.append((data.digest, data.rows_ND.numpy().tobytes(), data.shift_D.tolist(), data.scale_D.tolist()))
+    assert digests[0] == digests[1]
+    rows_ND = data.rows_ND.abs()
+    assert ((rows_ND == 0) | (rows_ND >= torch.finfo(torch.float32).tiny)).all()
+
+
+@pytest.mark.parametrize("refs", [(0.0, 1e-320), (0.0, 5e-324), (0.0, 1e-31), (-1.7e308, 1.7e308), (1.0, 1.0)])
+def test_references_without_a_usable_difference_are_refused(refs):
+    with pytest.raises(ConfigError, match="wanted two finite ones, ascending"):
+        tasks.check_references("mine", *refs)
+
+
+def test_observations_that_overflow_in_squares_are_refused_before_training(make_dataset):
+    name = make_dataset(
+        "tests/huge/odd-v0",
+        edit=lambda arrays: arrays.update(observations=arrays["observations"].astype(np.float64) * 1e37),
+    )
+    with pytest.raises(DataError, match=r"wanted at most 1e\+30: store it in other units"):
+        load_transitions(name)
+
+
+def test_rewards_too_small_to_scale_teach_nothing_and_that_is_said(make_dataset):
+    name = make_dataset(
+        "tests/small/odd-v0", edit_all=lambda arrays: arrays.update(rewards=1e-36 * np.sign(arrays["rewards"]))
+    )
+    data = load_transitions(name)
+    assert torch.isfinite(data.scale_D).all()
+    assert "rewards teach nothing" in data.doubt
+
+
+def test_a_number_of_steps_that_is_none_is_refused(make_dataset):
+    name = make_dataset("tests/count/odd-v0")
+    path = folder_of(name) / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"total_steps": math.nan}))
+    with pytest.raises(DataError, match=r"cannot be read in .*NaN"):
+        open_dataset(name)
+
+
+def test_entries_of_an_observation_that_has_none_cannot_be_chosen(make_dataset):
+    with pytest.raises(DataError, match=r"without entries to choose from: leave data\.observation_keys out, got a b"):
+        load_transitions(make_dataset("tests/box/odd-v0"), observation_keys=("a", "b"))

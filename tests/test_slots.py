@@ -206,6 +206,7 @@ def test_processes_end_with_the_one_that_started_them_even_if_it_is_killed(make_
     ("deed", "rule", "error"),
     [
         ("raise", "sum", TrainingError("the environment Unruly-v0 failed: ZeroDivisionError: in the simulator")),
+        ("leave", "sum", TrainingError("the environment Unruly-v0 failed: SystemExit: 0")),
         ("disk", "sum", TrainingError("the environment Unruly-v0 failed: OSError: [Errno 5] Input/output error")),
         ("nan", "sum", TrainingError("the environment Unruly-v0 gave an observation that is not finite")),
         ("", "subtasks", DataError("the environment Unruly-v0 reports no sub-tasks; --set data.return_rule=sum")),
@@ -219,6 +220,11 @@ def test_what_an_environment_raises_is_the_same_from_every_process(deed, rule, e
             evaluator.run(Watching(), num_episodes=4, seed=0)
         evaluator.close()
         assert (type(raised.value), str(raised.value)) == (type(error), str(error)), processes
+
+
+def test_an_environment_that_ends_python_when_it_is_made_is_refused(unruly):
+    with pytest.raises(ResourceError, match=r"cannot be made here \(SystemExit: 3\)"):
+        Evaluator(unruly("leave-early"))
 
 
 @pytest.mark.parametrize(

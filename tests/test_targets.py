@@ -2,12 +2,14 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from aepo import checkpoint, cli, config, parallel, pipeline, toy
-from aepo.config import ENERGY_TARGETS, EnergyTarget, with_overrides
+from aepo.config import CRITIC_LEARNERS, ENERGY_TARGETS, EnergyTarget, with_overrides
 from aepo.errors import ConfigError
 from aepo.stages import energy, targets
 from tests.test_stages import CPU, finish, same
@@ -41,7 +43,7 @@ def test_a_new_target_trains_resumes_bit_for_bit_and_learns(tiny_config, transit
     losses, saved = [], None
     for progress in pipeline.train(cfg, transitions, device=CPU):
         if (progress.stage, progress.step) == ("energy", 200):
-            saved = copy.deepcopy(checkpoint.collect(progress.state))
+            saved = copy.deepcopy(checkpoint.collect(progress.states))
         losses += [progress.metrics["energy/loss"]] if "energy/loss" in progress.metrics else []
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
     assert same(finish(cfg, transitions), finish(cfg, transitions, saved))
@@ -117,3 +119,11 @@ def test_a_target_is_given_what_it_asks_for_and_nothing_else(name, tiny_config, 
     asked = set().union(*(fields.get(ask, set()) for ask in ENERGY_TARGETS[name].asks))
     assert given == {"states_BS", "actions_BA", "t_B", "a_t_BA", "beta_B"} | asked
     assert x.num_actions == (cfg.energy.num_samples if "support" in ENERGY_TARGETS[name].asks else 1)
+
+
+def test_who_asks_of_a_stage_names_neither_target_nor_learner():
+    root = Path(__file__).parent.parent
+    for path in ("aepo/parallel.py", "aepo/toy.py", "aepo/stages/energy.py", "tune/estimate.py"):
+        text = (root / path).read_text()
+        assert not [name for name in (*ENERGY_TARGETS, *CRITIC_LEARNERS) if f'"{name}"' in text], path
+        assert not re.search(r"isinstance\(\w+, \w*Config", text), path

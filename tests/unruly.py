@@ -23,6 +23,8 @@ class Unruly(gymnasium.Env[Any, Any]):
         self._deed = "" if elsewhere and multiprocessing.parent_process() is None else deed
         if self._deed == "refuse":
             raise TypeError("no such maze")
+        if self._deed == "leave-early":
+            raise SystemExit(3)
         self._steps = 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
@@ -47,6 +49,8 @@ class Unruly(gymnasium.Env[Any, Any]):
                 raise OSError(5, "Input/output error")
             if self._deed == "exit":
                 os._exit(3)
+            if self._deed == "leave":
+                raise SystemExit(0)
             if self._deed == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             observation = np.full(3, np.nan) if self._deed == "nan" else observation

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def seconds_per_run(plan: Sequence[RunConfig], *, cpus: float, gpus: float) -> d
 
     One run of each kind is measured: same settings, same dimensions of states and actions.
     """
-    run.set_up_torch(max(1, int(cpus)))
+    run.set_up_torch(max(1, min(int(cpus), os.cpu_count() or 1)))
     device = run.select_device("auto" if gpus else "cpu")
     kinds: dict[Any, list[RunConfig]] = {}
     datasets: dict[Any, Transitions] = {}

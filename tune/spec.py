@@ -21,6 +21,8 @@ from aepo.documents import read_toml
 from aepo.errors import AEPOError, ConfigError
 
 Runner = Literal["train", "inline"]
+MAX_CPUS = 10_000
+"""Cores of a run."""
 Parsed = TypeVar("Parsed")
 
 
@@ -182,9 +184,10 @@ class Place:
     def check(self) -> None:
         """Raise a ConfigError unless the numbers are finite and in their ranges."""
         others = (self.gpus, self.max_concurrent, self.checkpoint_s)
-        if not (0 < self.cpus < math.inf and all(0 <= value < math.inf for value in others)):
+        if not (0 < self.cpus <= MAX_CPUS and all(0 <= value < math.inf for value in others)):
             raise ConfigError(
-                "--cpus must be a number above 0; --gpus, --max-concurrent and --checkpoint-s numbers not below it; "
+                f"--cpus must be a number above 0, at most {MAX_CPUS:,}; --gpus, --max-concurrent and --checkpoint-s "
+                "numbers not below it; "
                 f"got {self.cpus:g}, {self.gpus:g}, {self.max_concurrent} and {self.checkpoint_s:g}"
             )
 

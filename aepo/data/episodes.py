@@ -17,7 +17,10 @@ ACTION_TOLERANCE = 1e-4
 """Share of the action range that float32 and a recorder's rounding may lie outside of it."""
 MIN_ACTION_RANGE, MAX_ACTION = 1e-4, 1e30
 """The range of an action is at least this share of its bounds' magnitude; the second is the largest bound."""
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+"""Of the numbers that single precision holds to its full precision."""
+MAX_OBSERVATION, MIN_RANGE = 1e30, 1e-30
+"""Sums and squares of larger numbers, and quotients by smaller ranges, leave single precision."""
 VECTORS = ("Box", "MultiBinary", "MultiDiscrete")
 """Spaces whose values are arrays of numbers."""
 MAX_SHOWN = 200
@@ -27,8 +30,10 @@ DAMAGE = (OSError, KeyError, ValueError, RuntimeError, AssertionError, Attribute
 
 
 def data_file(dataset: Any) -> Path:
-    """Return the file that holds a Minari data set's episodes."""
-    return Path(dataset.storage.data_path) / "main_data.hdf5"
+    """Return the file that holds a Minari data set's episodes, or the folder of an Arrow one's."""
+    folder = Path(dataset.storage.data_path)
+    file = folder / "main_data.hdf5"
+    return file if file.exists() or not (folder / "0").is_dir() else folder
 
 
 def read_episode(dataset: Any, index: int) -> Any:
@@ -47,9 +52,10 @@ def read_episode(dataset: Any, index: int) -> Any:
 
 def read_episodes(dataset: Any) -> Iterator[Any]:
     """Yield all episodes in order, the file opened once; errors as in `read_episode`."""
-    episodes = dataset.iterate_episodes()
+    episodes = None
     for index in dataset.episode_indices:
         try:
+            episodes = dataset.iterate_episodes() if episodes is None else episodes  # Arrow's files are opened here
             episode = next(episodes)
         except DAMAGE as error:
             raise DataError(
@@ -73,7 +79,8 @@ def action_bounds(dataset: Any, *, name: str = "") -> tuple[NDArray[Any], NDArra
         raise DataError(f"{name}: actions must have finite bounds, low below high, got {_shown(space)}")
     low_A, high_A = space.low.astype(np.float64), space.high.astype(np.float64)
     magnitude_A = np.maximum(np.abs(low_A), np.abs(high_A))
-    if (high_A - low_A < MIN_ACTION_RANGE * magnitude_A).any() or magnitude_A.max() > MAX_ACTION:
+    range_A = high_A - low_A
+    if (range_A < np.maximum(MIN_ACTION_RANGE * magnitude_A, MIN_RANGE)).any() or magnitude_A.max() > MAX_ACTION:
         raise DataError(f"{name}: actions must have bounds that float32 tells apart, got {_shown(space)}; shift them")
     return space.low.copy(), space.high.copy()
 
@@ -91,6 +98,11 @@ def check_observations(dataset: Any, keys: tuple[str, ...] = ()) -> None:
         dataset: what `open_dataset` returns.
         keys: entries of a Dict that are used; () = all.
     """
+    if keys and type(dataset.observation_space).__name__ != "Dict":
+        raise DataError(
+            f"{dataset.id}: observations are {_shown(dataset.observation_space)}, without entries to choose from: "
+            f"leave data.observation_keys out, got {' '.join(keys)}"
+        )
     for name, space in named_spaces("observations", dataset.observation_space, keys):
         if (kind := type(space).__name__) not in VECTORS:
             raise DataError(
@@ -198,6 +210,15 @@ def find_problems(
         elif array.dtype.itemsize >= 4 and (large := np.abs(array) > LARGEST).any():
             where = np.argwhere(large)[0]
             problems.append(f"{name}: {array[tuple(where)]:g} at step {where[0]} is beyond float32 (3.4e38)")
+        elif name.startswith("observations") and (large := np.abs(array.astype(np.float64)) > MAX_OBSERVATION).any():
+            where = np.argwhere(large)[0]
+            problems.append(
+                f"{name}: {array[tuple(where)]:g} at step {where[0]}, wanted at most {MAX_OBSERVATION:g}: store it in "
+                "other units"
+            )
+        elif name in ("terminations", "truncations") and (other := (array != 0) & (array != 1)).any():
+            where = np.argwhere(other)[0]
+            problems.append(f"{name}: {array[tuple(where)]:g} at step {where[0]}, wanted 0 or 1")
     if problems:
         return problems
     low_A, high_A = action_low_A.astype(np.float64), action_high_A.astype(np.float64)

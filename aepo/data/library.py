@@ -26,7 +26,9 @@ def open_dataset(dataset_id: str) -> Any:
 
     folder = get_dataset_path("")
     try:
-        return minari.load_dataset(dataset_id)
+        dataset = minari.load_dataset(dataset_id)
+        _ = dataset.total_steps, dataset.total_episodes  # which raise where the metadata hold no number
+        return dataset
     except DAMAGE as error:
         reason = "it is not there" if isinstance(error, FileNotFoundError) else one_line(error)
         raise DataError(

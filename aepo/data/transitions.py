@@ -23,6 +23,8 @@ from torch import Tensor
 
 from aepo.console import err, warn
 from aepo.data.episodes import (
+    MIN_RANGE,
+    SMALLEST,
     accepted,
     action_bounds,
     check_episode,
@@ -39,7 +41,7 @@ from aepo.errors import DataError, ResourceError
 from aepo.rundir import replacing
 from aepo.tasks import RewardRule
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 MIN_STD = 1e-3
 """A smaller standard deviation of a state's entry counts as this one, in the entry's own units."""
 MAX_SPREADS = 1000.0
@@ -266,10 +268,11 @@ def cache_folder() -> Path:
 def content_digest(dataset: Any) -> str:
     """Return a digest of the bytes of a data set's files: what is decoded of them depends on nothing else."""
     digest = hashlib.sha256()  # which processors have instructions for
-    for path in sorted(Path(dataset.storage.data_path).iterdir()):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    folder = Path(dataset.storage.data_path)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):  # Arrow's episodes are folders
+        with path.open("rb") as file:
+            name = path.relative_to(folder).as_posix()
+            digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
@@ -307,8 +310,8 @@ def _state_map(facts: dict[str, str], mean_S: Tensor) -> tuple[Tensor, Tensor]:
 def _reward_map(rule: RewardRule, facts: dict[str, str]) -> tuple[float, float, str, str]:
     """Return (shift, scale) of r -> (r - shift) * scale, and the note and the doubt that go with it."""
     low, high = float(facts["return_min"]), float(facts["return_max"])
-    if rule == "by_data" and facts["ends_at_success"] == "yes":
-        fail, success = float(facts["reward_min"]), float(facts["reward_max"])
+    fail, success = float(facts["reward_min"]), float(facts["reward_max"])
+    if rule == "by_data" and facts["ends_at_success"] == "yes" and success - fail >= MIN_RANGE:
         note = (
             f"its episodes stop at the first reward of {success:g}, all others are {fail:g}: that step is taken for "
             "success, which ends an episode, and each other one costs 1 (--set data.reward_rule=return_range "
@@ -317,7 +320,7 @@ def _reward_map(rule: RewardRule, facts: dict[str, str]) -> tuple[float, float, 
         return success, 1.0 / (success - fail), note, ""
     if rule in ("return_range", "by_data"):
         largest = max(abs(low), abs(high))
-        if largest == 0:
+        if largest < MIN_RANGE:
             return 0.0, 1.0, "", "all its episodes have the return 0, so rewards teach nothing"
         if high - low >= MIN_RETURN_RANGE * largest:
             return 0.0, 1000.0 / (high - low), "", ""
@@ -385,9 +388,10 @@ def _decode(
         if ends == "until_goal" and (rewards > 0).any():
             steps = int(np.argmax(rewards > 0)) + 1
             terminals[steps - 1] = 1.0
-        states = states if offset_S is None else states - offset_S
+        states = _normal(states if offset_S is None else states - offset_S)
+        rewards = _normal(rewards)
         low_S, high_S = np.minimum(low_S, states.min(axis=0)), np.maximum(high_S, states.max(axis=0))
-        actions = np.asarray(episode.actions, dtype=np.float32)
+        actions = _normal(np.asarray(episode.actions, dtype=np.float32))
         parts: list[NDArray[Any]] = [states[:-1], actions, rewards[:, None], terminals[:, None], states[1:]]
         np.concatenate([part[:steps] for part in parts], axis=1, out=rows[end : end + steps])
         returns.append(float(np.sum(rewards[:steps])))
@@ -427,6 +431,14 @@ def _decode(
         "state_offset": json.dumps(offset_S.tolist()),
     }
     return torch.from_numpy(rows), torch.tensor(ends_E), facts
+
+
+def _normal(array: NDArray[Any]) -> NDArray[Any]:
+    """Return an array with 0, or -0, for numbers that single precision holds as subnormal ones.
+
+    Processes that train take these for 0 and others do not: data would depend on which decodes them first.
+    """
+    return np.where(np.abs(array) < SMALLEST, np.copysign(array.dtype.type(0), array), array)
 
 
 def _ends_at_success(rewards_N: NDArray[np.float32], ends_E: NDArray[np.int64]) -> bool:

@@ -280,12 +280,13 @@ def _draw_support(state: EnergyState, config: EnergyConfig, data: Transitions, s
     t_S = draw_times(num_states, generator)
     a_t_SKA = _add_noise(actions_SKA.flatten(0, 1), t_S.repeat_interleave(num), generator).view_as(actions_SKA)
     beta_S = _draw_betas(config, num_states, generator)
-    pick_S, a_t_SKA, t_S, beta_S = share(pick_S), share(a_t_SKA), share(t_S), share(beta_S)
+    pick_S, actions_SKA, a_t_SKA = share(pick_S), share(actions_SKA), share(a_t_SKA)
+    t_S, beta_S = share(t_S), share(beta_S)
     states_S = data.take(state.support_index_M[pick_S]).states_BS
     states_BS, t_B, beta_B = (part.repeat_interleave(num, dim=0) for part in (states_S, t_S, beta_S))
     return Sample(
         states_BS=states_BS,
-        actions_BA=state.support_MKA[pick_S].flatten(0, 1),
+        actions_BA=actions_SKA.flatten(0, 1),
         t_B=t_B,
         a_t_BA=a_t_SKA.flatten(0, 1),
         beta_B=beta_B,
