@@ -153,8 +153,6 @@ class Result:
     """UTC, ISO 8601."""
     folder: str = ""
     """Folder of the run; in runs.parquet relative to the sweep's."""
-    variant: str = ""
-    """Name of the method's settings where a sweep has several; empty where it has one."""
 
     @classmethod
     def unended(cls, **known: Any) -> Self:
@@ -176,6 +174,8 @@ class Row(Result):
     mlflow_run_id: str | None
     settings: str | None = None
     """The whole config but its seed, as a JSON object of texts, equal for equal settings."""
+    variant: str = ""
+    """Name of the method's settings where a sweep has several; empty where it has one."""
 
 
 @cache

@@ -174,7 +174,6 @@ def describe(config: RunConfig, folder: Path) -> Result:
         fingerprint=config.fingerprint,
         method=config.method,
         preset=config.preset,
-        variant=config.variant,
         commit=commit(),
         version=__version__,
         machine=f"{platform.processor() or platform.machine()}, torch {version('torch')}",

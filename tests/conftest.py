@@ -17,10 +17,17 @@ hypothesis.settings.register_profile("aepo", hypothesis.settings(), deadline=Non
 hypothesis.settings.load_profile("aepo")
 
 
+TRAINS = """bench cluster diffusion energy extending families folders fuzz golden growth kernels learning odd_data page
+parallel pointmaze ray rebrac rounds run search slots stages store sweep targets toy tracked tracking tune variants"""
+"""Test files that train networks, roll out policies or start servers."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist, which writes the group into the name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let one process run all tests that start a Ray, one after the other: they count its processes."""
     for item in items:
+        if item.path.stem.removeprefix("test_") in TRAINS.split():
+            item.add_marker(pytest.mark.trains)
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))
 

@@ -4,6 +4,7 @@ A mutation takes an input's `Box` and what it mutates, and returns what it did i
 used.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -324,7 +325,9 @@ def _loaded(path: Path) -> dict[str, Any] | None:
 
 
 def _episodes(file: h5py.File) -> list[str]:
-    return sorted((name for name in file if name.startswith("episode_")), key=lambda name: int(name[8:]))
+    """Return the groups of episodes by number, without those that another mutation has spoiled."""
+    whole = (name for name in file if name.startswith("episode_") and isinstance(file[name], h5py.Group))
+    return sorted((name for name in whole if "rewards" in file[name]), key=lambda name: int(name[8:]))
 
 
 def _leaf(group: Any, name: str, pick: random.Random) -> tuple[Any, str] | None:
@@ -843,7 +846,8 @@ def d4rl(box: Box) -> None:
     box.done.append(f"D4RL file of {task}")
     for _ in range(1 + (pick.random() < 0.25)):
         mutation = pick.choice(D4RL_MILD if pick.random() < 0.5 else D4RL_SEVERE)
-        box.done.append(mutation(box, path))
+        with contextlib.suppress(OSError):  # of a file that the first mutation has spoiled
+            box.done.append(mutation(box, path))
     words = ["data", "import", "d4rl", pick.choice(["file.hdf5", str(path)]), "--task", task, "--json"]
     box.commands.append(words + (["--clip-actions"] if pick.random() < 0.3 else []))
     method = pick.choice(METHODS)

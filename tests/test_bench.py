@@ -94,6 +94,7 @@ def argv_of(*words, seconds="0.02"):
     return ["bench", "--preset", "smoke", "--transitions", "2000", "--seconds", seconds, "--json", *words]
 
 
+@pytest.mark.slow
 def test_every_part_gives_its_rows(capsys):
     assert cli.run(argv_of("--task", "maze2d-umaze-v1", "--shape", "81x9", "--processes", "1", "2")) == 0
     found = json.loads(capsys.readouterr().out)

@@ -58,6 +58,7 @@ def aepo(*words):
     assert ended.returncode == 0, (words, ended.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_every_command_of_the_readme_runs(make_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

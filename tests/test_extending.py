@@ -130,6 +130,7 @@ def test_a_method_of_another_package_is_benched(package):
     assert rows["clone step"]["of_floor"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_method_of_another_package_is_swept_searched_and_reported(package, make_dataset, tmp_path):
     dataset, out = make_dataset(), str(tmp_path / "sweep")

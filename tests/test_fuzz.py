@@ -34,6 +34,7 @@ def rows(tmp_path_factory):
     return json.loads(out.read_text())["inputs"], f"AEPO_FUZZ_SEED={seed}; python -m tests.fuzz --seed {seed} --only"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["data", "settings", "folders"])
 def test_odd_inputs_end_in_a_result_or_in_one_line_with_its_exit_status(kind, rows):
     inputs, command = rows
@@ -42,11 +43,13 @@ def test_odd_inputs_end_in_a_result_or_in_one_line_with_its_exit_status(kind, ro
     assert not failed, f"{command} {' '.join(row['input'] for row in failed)}\n{said}"
 
 
+@pytest.mark.slow
 def test_many_mutations_of_data_leave_what_can_be_used(rows):
     outcomes = [row["outcome"] for row in rows[0] if row["kind"] == "data"]
     assert outcomes.count("result") >= len(outcomes) / 5, rows[1]  # a third of many
 
 
+@pytest.mark.slow
 def test_an_input_is_made_by_its_seed_and_name(rows):
     inputs = rows[0]
     for name in AGAIN:

@@ -42,6 +42,7 @@ def bandit(num=20_000):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "beta", "scale", "precision"),
     [

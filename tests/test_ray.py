@@ -180,6 +180,7 @@ def test_a_sweep_that_is_asked_to_stop_ends_at_checkpoints_and_goes_on(whole):
     assert any("continues behind behavior step 1,500" in text for text in logs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--runner", "inline"), ("--workers-per-run", "2")])
 def test_the_other_ways_to_run_give_the_same_rows(whole, flags):
     home, dataset_id, rows = whole

@@ -310,8 +310,8 @@ def test_arms_stand_in_the_order_of_methods_and_of_numbers():
 
 
 def test_every_known_method_has_a_label_and_a_colour_of_its_own():
-    assert all(re.fullmatch("#[0-9A-F]{6}", each.colour) and each.label and each.name for each in known())
-    for column in zip(*known(), strict=True):
+    assert all(re.fullmatch("#[0-9A-F]{6}", each.colour) and each.label and each.method for each in known())
+    for column in zip(*((each.method, each.label, each.colour) for each in known()), strict=True):
         assert len(set(column)) == len(column)
 
 

@@ -307,6 +307,7 @@ def aepo(*flags):
     return ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_search_from_the_first_draw_to_the_report_and_on(make_dataset, tmp_path, capsys):
     folder = tmp_path / "search"
@@ -374,6 +375,7 @@ def count_confirmed(folder):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_killed_in_mid_search_it_goes_on_from_the_record(make_dataset, tmp_path):
     dataset, folder = make_dataset(), tmp_path / "search"
@@ -403,6 +405,7 @@ def test_killed_in_mid_search_it_goes_on_from_the_record(make_dataset, tmp_path)
     assert {path.name for path in (folder / RUN_FOLDERS).iterdir()} == set(names)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_trials_that_fail_are_told_and_the_rest_goes_on(make_dataset, tmp_path, capsys):
     folder, dataset = tmp_path / "search", make_dataset()

@@ -610,6 +610,7 @@ def append_rows(folder, config, steps):
             file.write(json.dumps(row).encode() + b"\n")
 
 
+@pytest.mark.slow
 def test_a_server_killed_amid_a_shipment_has_every_row_once_and_in_order_in_the_end(tmp_path):
     from mlflow import MlflowClient
 

@@ -378,6 +378,7 @@ def test_the_sweep_file_of_the_operations_page_is_carried_out(make_dataset, tmp_
     assert all(entry.params["variant"] == entry.tags["aepo.variant"] for entry in found)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_sweep_file_of_the_operations_page_runs_on_ray(make_dataset, tmp_path):
     words = [sys.executable, "-m", "aepo", "sweep", *tiny_file(tmp_path, make_dataset()), "--runner", "inline"]

@@ -58,6 +58,7 @@ def each_row(
             schema_version=SCHEMA_VERSION,
             mlflow_run_id=(mlflow_run_ids or {}).get(config.name),
             settings=settings_text(config),
+            variant=config.variant,
         )
 
 
