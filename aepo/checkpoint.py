@@ -46,6 +46,7 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
         part = saved[name]
         try:
             if isinstance(value, nn.Module | torch.optim.Optimizer):
+                _check_alike(value.state_dict(), part)  # an optimizer itself takes anything
                 value.load_state_dict(part)
             elif isinstance(value, torch.Generator):
                 value.set_state(part)
@@ -58,6 +59,22 @@ def restore(state: Any, saved: dict[str, Any]) -> None:
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"checkpoint does not fit this run at {name!r}: {reason}") from error
+
+
+def _check_alike(ours: Any, theirs: Any) -> None:
+    """Raise a ValueError, TypeError or LookupError unless a saved value has our tensors and numbers at their places."""
+    if isinstance(ours, Tensor):
+        if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
+            got = f"a tensor {tuple(theirs.shape)}" if isinstance(theirs, Tensor) else f"a {type(theirs).__name__}"
+            raise ValueError(f"{got}, wanted a tensor {tuple(ours.shape)}")
+    elif isinstance(ours, dict):
+        for key, value in ours.items():
+            _check_alike(value, theirs[key])
+    elif isinstance(ours, list | tuple):
+        for one, other in zip(ours, theirs, strict=True):
+            _check_alike(one, other)
+    elif isinstance(ours, int | float) and not isinstance(theirs, int | float):
+        raise TypeError(f"a {type(theirs).__name__}, wanted a number")
 
 
 def _parts(state: Any) -> dict[str, Any]:

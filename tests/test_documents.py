@@ -1,5 +1,6 @@
 """Files of a run or sweep and settings, whatever stands in them: they are taken, or refused by an error of ours."""
 
+import copy
 import dataclasses
 import json
 import struct
@@ -281,6 +282,20 @@ def test_a_checkpoint_with_any_value_anywhere_is_restored_or_refused(data):
         del node[key]
     _, said = outcome(lambda: checkpoint.restore(state, saved))
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
+@pytest.mark.parametrize("value", [[0.0], 0.0, None, torch.zeros(7, 7)])
+def test_an_optimizer_takes_no_means_of_another_kind_or_shape(name, value):
+    from aepo.stages.behavior import start
+    from tests.conftest import random_transitions
+
+    small = dataclasses.replace(config_of("best").behavior, hidden_size=4, num_layers=1)
+    state = start(small, random_transitions(20), torch.Generator().manual_seed(0))
+    saved = copy.deepcopy(checkpoint.collect(state))
+    saved["optimizer"]["state"][3][name] = value
+    with pytest.raises(CheckpointError, match=r"does not fit this run at 'optimizer': a .*, wanted a tensor"):
+        checkpoint.restore(state, saved)
 
 
 def places_of_dicts(node):
