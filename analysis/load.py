@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -228,14 +229,25 @@ def _check_settings(runs: pd.DataFrame) -> None:
     keys = ["task", "method", "variant"]
     kinds = runs.drop_duplicates([*keys, "settings"])
     for (task, *own), group in kinds[kinds.duplicated(keys, keep=False)].groupby(keys):
-        one, other = (json.loads(text) for text in group["settings"].iloc[:2])
+        first, second = group["run"].iloc[:2]
+        one, other = map(_settings, group["run"].iloc[:2], group["settings"].iloc[:2])
         names = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
         values = [f"{name} ({one.get(name, 'none')} and {other.get(name, 'none')})" for name in names]
-        first, second = group["run"].iloc[:2]
         raise DataError(
             f"the runs of {task} {Arm(*map(str, own))} differ in settings, {first} and {second} in {_named(values)}; "
             "a mean needs equal ones: report them one by one"
         )
+
+
+def _settings(run: str, text: str) -> dict[str, Any]:
+    """Return a run's settings of the table."""
+    try:
+        settings = json.loads(text)
+        if isinstance(settings, dict):
+            return settings
+    except (ValueError, RecursionError):
+        pass
+    raise DataError(f"run {run} has settings {text[:40]!r} in the table, wanted a JSON object; repeat `aepo sweep`")
 
 
 def _check_results(finished: pd.DataFrame) -> None:

@@ -592,3 +592,10 @@ def test_an_interval_at_the_end_of_its_axis_is_seen_whole(tmp_path, monkeypatch)
         left, right = axes.get_xlim()
         assert left < 9.5
         assert right > 92.5
+
+
+@pytest.mark.parametrize("text", ["x", "[1]", "", "[" * 100_000])
+def test_settings_that_are_no_object_are_refused(text, tmp_path):
+    rows = [row(seed=seed) | {"settings": settings} for seed, settings in ((0, text), (1, "{}"))]
+    with pytest.raises(DataError, match=r"has settings .* in the table, wanted a JSON object"):
+        load_runs(write(tmp_path, *rows, schema=SCHEMA))
