@@ -103,7 +103,7 @@ OBSERVATIONS: dict[str, Callable[[], spaces.Space[Any]]] = {
     "dict with discrete": lambda: spaces.Dict({"a": _box(-1, 1, (2,)), "b": spaces.Discrete(3)}),
     "dict with text": lambda: spaces.Dict({"a": _box(-1, 1, (2,)), "mission": spaces.Text(6)}),
     "dict with odd names": lambda: spaces.Dict(
-        {"a b": _box(-1, 1, (2,)), "ü": _box(-1, 1, (1,)), "": _box(0, 1, (1,))}
+        {"a b": _box(-1, 1, (2,)), "ü": _box(-1, 1, (1,)), "%": _box(0, 1, (1,))}
     ),
     "dict in tuple": lambda: spaces.Tuple([spaces.Dict({"a": _box(-1, 1, (2,))}), _box(0, 1, ())]),
 }
