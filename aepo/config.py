@@ -502,10 +502,16 @@ def parse(config_class: type[Config], values: Mapping[str, Any]) -> Config:
         return parser.validate_python(dict(values))
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}"
+            f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}{_got(item)}"
             for item in error.errors()
         ]
         raise ConfigError("; ".join(problems)) from None
+
+
+def _got(problem: Mapping[str, Any]) -> str:
+    """Return in words what was given, where a message does not say so itself."""
+    says = problem["type"] in ("value_error", "missing", "extra_forbidden") or isinstance(problem["input"], Mapping)
+    return "" if says else f", got {str(problem['input'])[:40]!r}"
 
 
 @cache

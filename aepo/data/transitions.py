@@ -398,7 +398,9 @@ def _decode(
         end += steps
         ends_E.append(end)
     if rows is None or read != num_steps:
-        raise DataError(f"{dataset.id} holds {read} steps, its metadata state {num_steps}")
+        raise DataError(
+            f"{dataset.id} holds {read} steps, its metadata state {num_steps}: bring it again, or mend the metadata"
+        )
     range_S, magnitude_S = high_S - low_S, np.maximum(np.abs(low_S), np.abs(high_S))
     constant_S = range_S <= CONSTANT * magnitude_S
     far_S = ~constant_S & (range_S < FAR * magnitude_S)
