@@ -61,6 +61,20 @@ BUDGETS = {
 }
 
 
+def joint(task: Task, budget: Budget) -> dict[str, Any]:
+    """Return the settings of a method's only stage, which takes the steps that others spend on three."""
+    critic = budget.critic
+    return {
+        "steps": budget.behavior.steps + critic.steps + budget.energy.steps,
+        "batch_size": critic.batch_size,
+        "hidden_size": critic.hidden_size,
+        "num_layers": critic.num_layers,
+        "learning_rate": critic.learning_rate,
+        "discount": task.discount,
+        "target_rate": critic.target_rate,
+    }
+
+
 def common(task: Task, seed: int, budget: Budget) -> dict[str, Any]:
     """Return the fields of a run's config that all methods have, but for its name."""
     return {

@@ -14,7 +14,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from aepo.budgets import Budget, common
+from aepo.budgets import Budget, common, joint
 from aepo.config import RunConfig, TwinDelayedConfig, setting
 from aepo.data.transitions import After, Batch, Transitions
 from aepo.methods import Method
@@ -96,17 +96,7 @@ def make_step(config: ReBRACStage, states: States, data: Transitions) -> Step:
 
 def preset(task: Task, seed: int, budget: Budget) -> ReBRACConfig:
     """Return ReBRAC's config; its one stage takes the steps of all stages of the others."""
-    critic = budget.critic
-    stage = ReBRACStage(
-        steps=budget.behavior.steps + critic.steps + budget.energy.steps,
-        batch_size=critic.batch_size,
-        hidden_size=critic.hidden_size,
-        num_layers=critic.num_layers,
-        learning_rate=critic.learning_rate,
-        discount=task.discount,
-        target_rate=critic.target_rate,
-    )
-    return ReBRACConfig(method="rebrac", rebrac=stage, **common(task, seed, budget))
+    return ReBRACConfig(method="rebrac", rebrac=ReBRACStage(**joint(task, budget)), **common(task, seed, budget))
 
 
 def sampler(config: ReBRACConfig, state_dim: int, action_dim: int) -> ActorSampler:

@@ -6,7 +6,7 @@ The losses are in aepo/stages/actor_critic.py.
 import dataclasses
 from typing import TYPE_CHECKING
 
-from aepo.budgets import Budget, common
+from aepo.budgets import Budget, common, joint
 from aepo.config import ActorCriticConfig, RunConfig
 from aepo.methods import Method
 from aepo.tasks import Task
@@ -25,17 +25,9 @@ class TD3BCConfig(RunConfig):
 
 def preset(task: Task, seed: int, budget: Budget) -> TD3BCConfig:
     """Return TD3+BC's config; its one stage takes the steps of all stages of the others."""
-    critic = budget.critic
-    actor_critic = ActorCriticConfig(
-        steps=budget.behavior.steps + critic.steps + budget.energy.steps,
-        batch_size=critic.batch_size,
-        hidden_size=critic.hidden_size,
-        num_layers=critic.num_layers,
-        learning_rate=critic.learning_rate,
-        discount=task.discount,
-        target_rate=critic.target_rate,
+    return TD3BCConfig(
+        method="td3bc", actor_critic=ActorCriticConfig(**joint(task, budget)), **common(task, seed, budget)
     )
-    return TD3BCConfig(method="td3bc", actor_critic=actor_critic, **common(task, seed, budget))
 
 
 def stages() -> "tuple[Stage, ...]":
