@@ -60,10 +60,10 @@ class CriticLearner:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EnergyTarget:
-    """What the energy network may learn; its loss is in aepo/stages/targets.py."""
+    """An energy target says what stage 3 learns; its loss is in aepo/stages/targets.py."""
 
     asks: tuple[Ask, ...] = ()
-    """What the loss is given."""
+    """The loss is given these quantities of a batch."""
     takes_beta: bool = True
     """Whether beta is an input of the network, which then knows the range trained.
 
@@ -291,7 +291,7 @@ class EnergyConfig(StageConfig):
 
     @property
     def facts(self) -> EnergyTarget:
-        """What the target asks for, and whether it takes beta."""
+        """The target's row of ENERGY_TARGETS: what it asks for, and whether it takes beta."""
         return ENERGY_TARGETS[self.target]
 
     @property
@@ -333,9 +333,9 @@ class TwinDelayedConfig(StageConfig):
     target_rate: float = setting(0.005, "(0, 1]")
     """Soft update of the targets, whenever the actor is."""
     activation: Activation = "silu"
-    """Of the actor and both Q; published TD3+BC and ReBRAC have relu."""
+    """The actor and both Q have this activation; published TD3+BC and ReBRAC have relu."""
     layer_norm: bool = True
-    """Before each activation of Q. Published TD3+BC has none."""
+    """Q normalises each layer before its activation. Published TD3+BC does not."""
     policy_noise: float = setting(0.2, "[0, inf)")
     """Standard deviation of the noise on the target's action."""
     noise_clip: float = setting(0.5, "[0, inf)")
@@ -501,11 +501,15 @@ def parse(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     try:
         return parser.validate_python(dict(values))
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}{_got(item)}"
-            for item in error.errors()
-        ]
-        raise ConfigError("; ".join(problems)) from None
+        raise ConfigError(described(error)) from None
+
+
+def described(error: ValidationError) -> str:
+    """Return in one line what pydantic found wrong: the setting, what was wanted, what was got."""
+    return "; ".join(
+        f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}{_got(item)}"
+        for item in error.errors()
+    )
 
 
 def _got(problem: Mapping[str, Any]) -> str:

@@ -268,10 +268,7 @@ def read_sweep_file(file: Path) -> tuple[SweepSpec, Execution]:
         execution = {name: value for name, value in values.items() if name in of_execution}
         return TypeAdapter(SweepSpec).validate_python(spec), TypeAdapter(Execution).validate_python(execution)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors()
-        ]
-        raise ConfigError(f"{file}: {'; '.join(problems)}") from None
+        raise ConfigError(f"{file}: {configs.described(error)}") from None
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
 

@@ -278,7 +278,10 @@ def import_file(file: Path, task: Task, *, overwrite: bool = False, clip_actions
             arrays["actions"] = arrays["actions"].clip(low_A, high_A)
         bounds = episode_bounds(arrays["terminals"], arrays.get("timeouts"), task.horizon)
         if not bounds:
-            raise DataError(f"{file}: no transition: its {len(arrays['rewards'])} rows have no successor")
+            raise DataError(
+                f"{file}: no transition: its {len(arrays['rewards'])} rows have no successor; wanted two rows of an "
+                "episode at least, get the file again"
+            )
         doubts = _doubts(task, layout, arrays, env)
         for doubt in doubts:
             warn(f"{file}: {doubt}")

@@ -18,7 +18,7 @@ ACTION_TOLERANCE = 1e-4
 MIN_ACTION_RANGE, MAX_ACTION = 1e-4, 1e30
 """The range of an action is at least this share of its bounds' magnitude; the second is the largest bound."""
 LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
-"""Of the numbers that single precision holds to its full precision."""
+"""The largest and smallest magnitudes that single precision holds with all its digits."""
 MAX_OBSERVATION, MIN_RANGE = 1e30, 1e-30
 """Sums and squares of larger numbers, and quotients by smaller ranges, leave single precision."""
 VECTORS = ("Box", "MultiBinary", "MultiDiscrete")

@@ -74,7 +74,7 @@ class Pairs(NamedTuple):
 
 
 class After(NamedTuple):
-    """What the data did after some transitions of an episode."""
+    """The actions that the data took after some transitions."""
 
     actions_BA: Tensor
     """The next action; where there is none, the transition's own."""
