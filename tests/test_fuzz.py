@@ -1,8 +1,10 @@
-"""Sixty odd inputs of a new seed each time; and that the fuzz takes for a failure what is one."""
+"""Sixty odd inputs, the same in every run; and that the fuzz takes for a failure what is one.
+
+`python -m tests.fuzz` draws new ones: what it finds is mended with a test, and never stops somebody else's change.
+"""
 
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -23,9 +25,9 @@ AGAIN = ["data-0", "settings-0", "folders-0"]
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """The rows of the inputs, and of some made a second time."""
-    seed = int(os.environ.get("AEPO_FUZZ_SEED") or secrets.randbelow(2**31))
+    seed = os.environ.get("AEPO_FUZZ_SEED", "550049340")
     out = tmp_path_factory.mktemp("fuzz") / "rows.json"
-    words = [sys.executable, "-m", "tests.fuzz", "--seed", str(seed), "--out", str(out)]
+    words = [sys.executable, "-m", "tests.fuzz", "--seed", seed, "--out", str(out)]
     words += ["--only", *fuzz.input_names(COUNTS), *AGAIN]
     ended = subprocess.run(
         words, cwd=Path(__file__).parents[1], capture_output=True, text=True
