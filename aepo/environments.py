@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib
-import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 import gymnasium
 
+from aepo.documents import parse_json
 from aepo.errors import DataError, ResourceError
 from aepo.tasks import check_references
 
@@ -102,7 +102,7 @@ def make_environment(dataset: Any, *, env_id: str = "", horizon: int = 0) -> gym
 
 def _walls_differ(metadata: Mapping[str, Any]) -> bool:
     """Return whether evaluation would be in another maze than the data's (so in Minari's AntMaze, its issue 304)."""
-    specs = [json.loads(metadata[name]) for name in ("env_spec", "eval_env_spec") if metadata.get(name)]
+    specs = [parse_json(metadata[name]) for name in ("env_spec", "eval_env_spec") if metadata.get(name)]
     maps = [spec.get("kwargs", {}).get("maze_map") for spec in specs]
     walls = [[[cell == 1 for cell in line] for line in maze_map] for maze_map in maps if maze_map]
     return len(walls) == 2 and walls[0] != walls[1]

@@ -21,6 +21,7 @@ import torch
 from aepo import checkpoint, kernels, methods, pipeline
 from aepo.config import RunConfig
 from aepo.console import say, warn
+from aepo.documents import parse_json
 from aepo.errors import CheckpointError
 from aepo.rundir import open_lock, try_lock, write_atomically
 from aepo.stages import States
@@ -216,7 +217,7 @@ class Reuse:
                 break
             checkpoint.restore(states[stage], found["state"])
             self.steps_taken += end - begin
-            taken += json.loads(found["rows"])
+            taken += parse_json(found["rows"])
         return taken
 
     def close(self) -> None:

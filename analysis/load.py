@@ -6,7 +6,6 @@ hole. A source is a sweep's folder, its runs.parquet, or `mlflow:EXPERIMENT`.
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aepo.documents import parse_json
 from aepo.errors import DataError
 from aepo.results import SCHEMA_VERSION, Row, optional, schema
 from analysis.labels import Arm, in_order
@@ -242,10 +242,10 @@ def _check_settings(runs: pd.DataFrame) -> None:
 def _settings(run: str, text: str) -> dict[str, Any]:
     """Return a run's settings of the table."""
     try:
-        settings = json.loads(text)
+        settings = parse_json(text)
         if isinstance(settings, dict):
             return settings
-    except (ValueError, RecursionError):
+    except ValueError:
         pass
     raise DataError(f"run {run} has settings {text[:40]!r} in the table, wanted a JSON object; repeat `aepo sweep`")
 

@@ -1,7 +1,6 @@
 """What a report says, built once from the runs; the renderers format it and decide nothing."""
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aepo.documents import parse_json
 from aepo.textfile import read_text
 from analysis.aggregate import Aggregate, Interval, Profile, aggregate, complete_scores, profile
 from analysis.compare import Difference, differences, missing, overall
@@ -271,7 +271,7 @@ def _manifests(sources: Sequence[Path], runs: "pd.DataFrame") -> dict[str, Any]:
     for path in sources:
         file = (path if path.is_dir() else path.parent) / MANIFEST
         try:
-            document = json.loads(read_text(file))
+            document = parse_json(read_text(file))
             first: dict[str, Any] = {}
             for name, settings in document["runs"].items():
                 first.setdefault(known.get(name, settings["method"]), {"run": name, **settings})

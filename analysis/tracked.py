@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import track
 
 from aepo.console import err
+from aepo.documents import parse_json
 from aepo.errors import ConfigError, DataError
 from aepo.results import SCHEMA_VERSION, CurvePoint, Evaluation, Row
 
@@ -186,20 +187,26 @@ def _not_begun(client: "MlflowClient", sweep: "Run", known: set[str], *, allow_m
         return []
     from mlflow.artifacts import load_text
 
-    document = json.loads(load_text(f"{sweep.info.artifact_uri}/{MANIFEST}"))
-    return [
-        Row.unended(
-            schema_version=SCHEMA_VERSION,
-            run=name,
-            **{key: config[key] for key in ("task", "suite", "seed", "method", "preset")},
-            variant=config.get("variant", ""),
-            fingerprint=name.rpartition("-")[2],
-            source=config["data"]["source"],
-            dataset=config["data"]["dataset"],
-        )
-        for name, config in document["runs"].items()
-        if name not in known
-    ]
+    try:
+        planned_runs = parse_json(load_text(f"{sweep.info.artifact_uri}/{MANIFEST}"))["runs"].items()
+        return [
+            Row.unended(
+                schema_version=SCHEMA_VERSION,
+                run=name,
+                **{key: config[key] for key in ("task", "suite", "seed", "method", "preset")},
+                variant=config.get("variant", ""),
+                fingerprint=name.rpartition("-")[2],
+                source=config["data"]["source"],
+                dataset=config["data"]["dataset"],
+            )
+            for name, config in planned_runs
+            if name not in known
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"the artifact {MANIFEST} of the sweep {sweep.info.run_name} is not a sweep's plan "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}), wanted runs by name; report its folder"
+        ) from error
 
 
 def _without_secrets(text: str, uri: str) -> str:

@@ -1,11 +1,11 @@
 """`aepo cluster doctor`: pass, warn or fail of what the nodes of a cluster see, with the remedy."""
 
 import ipaddress
-import json
 import secrets
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aepo.documents import parse_json
 from aepo.errors import DataError
 from cluster.doctor import FREE_DISK_GIB, Check, Status
 from cluster.probe import FACTS
@@ -32,7 +32,7 @@ def examine_cluster(client: "JobSubmissionClient", address: str, datasets: Seque
     if line is None:
         raise DataError("the job that looks at the nodes printed nothing; `ray job list` and its log say why")
     asks = requests.get(f"{address.rstrip('/')}/api/jobs/", timeout=20).status_code != 200
-    return judge(json.loads(line.removeprefix(FACTS)), asks_token=asks, datasets=datasets)
+    return judge(parse_json(line.removeprefix(FACTS)), asks_token=asks, datasets=datasets)
 
 
 def judge(facts: Sequence[Facts], *, asks_token: bool, datasets: Sequence[str] = ()) -> list[Check]:

@@ -28,6 +28,7 @@ from typing import Any
 
 from aepo import rundir
 from aepo.console import err
+from aepo.documents import parse_json
 from aepo.errors import AEPOError, ResourceError
 from cluster import services
 from cluster.services import ADMIN, AUTH_CONFIG, DATABASE, MLFLOW_SETTINGS, Place
@@ -83,7 +84,7 @@ class LocalCluster:
         After a reboot, or in another container, the processes are gone; their numbers may be anybody's.
         """
         try:
-            state = json.loads(self._state.read_text())
+            state = parse_json(self._state.read_text())
             assert isinstance(state["services"], dict)
         except FileNotFoundError:
             return None
@@ -99,7 +100,7 @@ class LocalCluster:
         if not path.exists():
             names = ("ray_token", "postgres_password", "mlflow_password", "mlflow_key")
             _write_secret(path, json.dumps({name: secrets.token_hex(32) for name in names}))
-        return dict(json.loads(path.read_text()))
+        return dict(parse_json(path.read_text()))
 
     def dashboard(self) -> str | None:
         """Return the address of the jobs server, None if there is no cluster."""

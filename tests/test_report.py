@@ -122,3 +122,11 @@ def store():
 
 if __name__ == "__main__":
     store()
+
+
+@pytest.mark.parametrize("manifest", ["[" * 100_000, '{"runs": {"a": "\\u0000"}}', "[]", "x", '{"runs": 1}'])
+def test_a_manifest_that_is_none_costs_no_report(manifest, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_sweeps(tmp_path)
+    (tmp_path / "sweeps" / "whole" / "sweep.json").write_text(manifest)
+    assert tell("whole", tmp_path)["report.html"]

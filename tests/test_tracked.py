@@ -96,6 +96,15 @@ def test_a_run_not_begun_is_a_hole_also_while_the_sweep_runs(sweep, uri, capsys)
     assert "warning" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("manifest", ["[" * 100_000, '{"runs": [1]}', "x", '{"runs": {"a": 1}}'])
+def test_a_plan_that_is_none_is_refused_in_one_line(manifest, sweep, uri, monkeypatch):
+    folder, plan = sweep
+    source = track(folder, plan, uri)
+    monkeypatch.setattr("mlflow.artifacts.load_text", lambda _: manifest)
+    with pytest.raises(DataError, match=r"sweep.json .* is not a sweep's plan \(.*\), wanted runs by name; report"):
+        load_runs(source, tracking_uri=uri)
+
+
 def test_a_failed_run_is_a_row_with_its_reason(sweep, uri, capsys):
     folder, plan = sweep
     test_tracking.set_result(folder, plan[0], status="failed", error="TrainingError: critic/loss is nan")

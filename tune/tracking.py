@@ -32,6 +32,7 @@ from rich.markup import escape
 from aepo import __version__, rundir
 from aepo.config import RunConfig, flatten
 from aepo.console import err
+from aepo.documents import parse_json
 from aepo.errors import AEPOError, ConfigError
 from aepo.results import SCHEMA_VERSION, Result
 from tune.plan import MANIFEST, PACKAGES, run_folder
@@ -513,7 +514,7 @@ def _commit_tags(commit: str | None) -> dict[str, str]:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        sent = json.loads((folder / OFFSET).read_text())
+        sent = parse_json((folder / OFFSET).read_text())
     except (FileNotFoundError, ValueError):
         return {}
     return sent if isinstance(sent, dict) else {}

@@ -1,7 +1,6 @@
 """`aepo data`: get, list, show and verify data sets."""
 
 import dataclasses
-import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -14,6 +13,7 @@ from aepo import tasks
 from aepo.console import emit_json, emit_table, err, say
 from aepo.data.episodes import action_bounds, check_episode, read_episodes, rewards_of, scalar_observations
 from aepo.data.library import local_datasets, open_dataset, remedy
+from aepo.documents import parse_json
 from aepo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -411,6 +411,6 @@ def _library() -> str:
 def _env_id(spec: str | None) -> str | None:
     """Return the id in an environment's specification, None if there is none."""
     try:
-        return None if spec is None else str(json.loads(spec)["id"])
+        return None if spec is None else str(parse_json(spec)["id"])
     except (ValueError, TypeError, KeyError):
         return None

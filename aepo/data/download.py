@@ -11,7 +11,6 @@ huggingface_hub 2.4, which deletes what an interrupted transfer has received.
 import dataclasses
 import hashlib
 import importlib
-import json
 import os
 import shutil
 import threading
@@ -35,6 +34,7 @@ from aepo.data.staging import (
     publish,
     say_left_alone,
 )
+from aepo.documents import parse_json
 from aepo.errors import AEPOError, ConfigError, DataError, ResourceError, lacks_space
 
 TIMEOUT_S = 10.0
@@ -262,7 +262,7 @@ def _check_metadata(dataset_id: str, path: Path, url: str) -> None:
     from minari import __version__, supported_dataset_versions
 
     try:
-        metadata = json.loads(path.read_text())
+        metadata = parse_json(path.read_text())
         found, version = metadata["dataset_id"], metadata["minari_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{url}: no metadata of a data set ({one_line(error)})") from error

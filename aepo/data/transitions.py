@@ -37,6 +37,7 @@ from aepo.data.episodes import (
     scalar_observations,
 )
 from aepo.data.library import open_dataset
+from aepo.documents import parse_json
 from aepo.errors import DataError, ResourceError
 from aepo.rundir import replacing
 from aepo.tasks import RewardRule
@@ -221,8 +222,8 @@ def load_transitions(
     rows_ND, ends_E, facts = found
     low_A, high_A = map(torch.from_numpy, bounds)
     state_dim, action_dim = (rows_ND.shape[1] - len(low_A) - 2) // 2, len(low_A)
-    mean_S = torch.tensor(json.loads(facts["state_mean"]), dtype=torch.float64)
-    offset_S = torch.tensor(json.loads(facts["state_offset"]), dtype=torch.float64)
+    mean_S = torch.tensor(parse_json(facts["state_mean"]), dtype=torch.float64)
+    offset_S = torch.tensor(parse_json(facts["state_offset"]), dtype=torch.float64)
     state_scale_S, state_bound_S = _state_map(facts, mean_S)
     reward_shift, reward_scale, note, doubt = _reward_map(reward_rule, facts)
     shift_D = torch.cat(
@@ -281,7 +282,7 @@ def _digest_of(facts: dict[str, str], shift_D: Tensor, scale_D: Tensor, *, alike
 
     Those read odd data differently, and what was trained on either reading is never mixed with the other.
     """
-    std_S = torch.tensor(json.loads(facts["state_std"]))
+    std_S = torch.tensor(parse_json(facts["state_std"]))
     varies_S = scale_D[: len(std_S)] != 0  # a constant trains nothing in any version
     same = torch.equal(scale_D[: len(std_S)][varies_S], 1.0 / std_S[varies_S].clamp(min=MIN_STD))
     if same and not alike and facts["half_rewards"] == "no":
@@ -297,9 +298,9 @@ def _state_map(facts: dict[str, str], mean_S: Tensor) -> tuple[Tensor, Tensor]:
     data is more than 1,000 spreads from the mean. An entry that is constant counts for nothing. Evaluation may go 10
     standard deviations from the mean, or as far as the data go.
     """
-    low_S, high_S = (torch.tensor(json.loads(facts[key]), dtype=torch.float64) for key in ("state_low", "state_high"))
-    std_S = torch.tensor(json.loads(facts["state_std"]))
-    constant_S = torch.tensor(json.loads(facts["state_constant"]), dtype=torch.bool)
+    low_S, high_S = (torch.tensor(parse_json(facts[key]), dtype=torch.float64) for key in ("state_low", "state_high"))
+    std_S = torch.tensor(parse_json(facts["state_std"]))
+    constant_S = torch.tensor(parse_json(facts["state_constant"]), dtype=torch.bool)
     farthest_S = torch.maximum(high_S - mean_S, mean_S - low_S).float()
     largest = std_S.masked_fill(constant_S, 0.0).max().item()
     smallest_S = (farthest_S / MAX_SPREADS).clamp(min=min(MIN_STD, largest) if largest > 1e-30 else MIN_STD)
