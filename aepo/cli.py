@@ -8,10 +8,9 @@ from difflib import get_close_matches
 from typing import Any
 
 import tyro
-from rich.markup import escape
 
 from aepo import __version__
-from aepo.console import err, results_only
+from aepo.console import err, results_only, warn
 from aepo.errors import AEPOError, ResourceError, from_machine
 
 COMMANDS = {
@@ -66,7 +65,7 @@ def run(argv: list[str]) -> int:
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMMANDS)}"
-        err.print(f"[red]error:[/] no command {name!r}; {hint}", soft_wrap=True)
+        warn(f"no command {name!r}; {hint}", kind="error", style="red")
         return 2
     try:
         module, _, attribute = COMMANDS[name][0].partition(":")
@@ -84,10 +83,10 @@ def run(argv: list[str]) -> int:
             raise
         if known := _as_known(error):
             line = str(known).replace("\n", "\\n")  # names of files may have such
-            err.print(f"[red]error:[/] {escape(line)}", soft_wrap=True)
+            warn(line, kind="error", style="red")
             return known.exit_status
-        text = escape(f"{type(error).__name__}: {' '.join(str(error).split())}")
-        err.print(f"[red]unexpected error:[/] {text} (--debug shows where)", soft_wrap=True)
+        text = f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
+        warn(text, kind="unexpected error", style="red")
         return 1
     except KeyboardInterrupt:
         err.print("stopped; the same command continues where this one ended")

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -24,9 +23,9 @@ def say(text: str) -> None:
     err.print(text, markup=False, soft_wrap=True)
 
 
-def warn(text: str) -> None:
-    """Print a warning on standard error, brackets as they are."""
-    err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+def warn(text: str, *, kind: str = "warning", style: str = "yellow") -> None:
+    """Print a message behind a coloured word on standard error, brackets and backslashes as they are."""
+    err.print(Text.assemble((f"{kind}:", style), " ", text), soft_wrap=True)
 
 
 _results: TextIO | None = None
@@ -59,7 +58,7 @@ def emit_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[
     table = Table(title=Text(title), title_justify="left", title_style="bold")
     for column in columns:
         numeric = bool(rows) and all(isinstance(row[column], int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_shown(row[column]) for column in columns))
     console = Console(file=_results, highlight=False, emoji=False, soft_wrap=True)
@@ -72,8 +71,8 @@ def emit_text(text: str) -> None:
     print(text, file=_results, flush=True)
 
 
-def _shown(value: Any) -> Text | str:
-    return value if isinstance(value, Text) else escape(_cell(value))
+def _shown(value: Any) -> Text:
+    return value if isinstance(value, Text) else Text(_cell(value))
 
 
 def _cell(value: Any) -> str:

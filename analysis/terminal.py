@@ -1,8 +1,5 @@
 """A report on the terminal: the tables and their notes, on standard output."""
 
-from collections.abc import Mapping, Sequence
-
-from rich.markup import escape
 from rich.text import Text
 
 from aepo.console import emit_table, emit_text
@@ -15,7 +12,7 @@ def print_report(data: ReportData) -> None:
     emit_table(TITLE, _rows(data.table))
     emit_text("\n".join(f"{mark} {text}".strip() for mark, text in data.table.notes))
     if data.aggregates:
-        emit_table(AGGREGATE_TITLE, _plain(aggregate_rows(data.aggregates)))
+        emit_table(AGGREGATE_TITLE, aggregate_rows(data.aggregates))
 
 
 def print_comparison(data: Comparison) -> None:
@@ -30,7 +27,7 @@ def _rows(table: Results) -> list[dict[str, str | Text]]:
     with_runs = any(row.runs for row in table.rows)
     heads: dict[str, Column] = {}
     for column in table.columns:
-        head = escape(column.label)
+        head = column.label
         while head in heads or head in ("suite", "task", "runs"):  # equal labels are columns of their own
             head += " "
         heads[head] = column
@@ -51,8 +48,3 @@ def _cell(cell: Cell | None, column: Column) -> Text:
     marks = "".join(f" [{mark}]" if mark.isalpha() else mark for mark in cell.marks)
     style = "bold green" if cell.is_best else "yellow" if PARTIAL in cell.marks else ""
     return Text(cell.text + marks, style=style or ("dim" if column.is_published else ""))
-
-
-def _plain(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Return rows whose heads, which may hold a variant's name, are no markup."""
-    return [{escape(head): text for head, text in row.items()} for row in rows]

@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.progress import track
 
-from aepo.console import err
+from aepo.console import err, warn
 from aepo.documents import parse_json
 from aepo.errors import ConfigError, DataError
 from aepo.results import SCHEMA_VERSION, CurvePoint, Evaluation, Row
@@ -183,7 +182,7 @@ def _not_begun(client: "MlflowClient", sweep: "Run", known: set[str], *, allow_m
             )
             if not allow_missing:
                 raise DataError(f"{fault}; wait, report its folder, or report with --allow-missing")
-            err.print(f"[yellow]warning:[/] {escape(fault)}", soft_wrap=True)
+            warn(fault)
         return []
     from mlflow.artifacts import load_text
 

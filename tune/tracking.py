@@ -27,11 +27,10 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import psutil
-from rich.markup import escape
 
 from aepo import __version__, rundir
 from aepo.config import RunConfig, flatten
-from aepo.console import err
+from aepo.console import warn
 from aepo.documents import parse_json
 from aepo.errors import AEPOError, ConfigError
 from aepo.results import SCHEMA_VERSION, Result
@@ -288,7 +287,7 @@ class Tracker:
         return self._is_connected
 
     def _warn(self, text: str) -> None:
-        err.print(f"[yellow]warning:[/] MLflow at {escape(_without_secrets(self.uri))} {escape(text)}", soft_wrap=True)
+        warn(f"MLflow at {_without_secrets(self.uri)} {text}")
 
     def _connect(self) -> None:
         """Find the experiment, the sweep's run and all others in it, and make what is missing."""

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
-from rich.markup import escape
 from rich.progress import track
 
 from aepo import tasks
-from aepo.console import emit_json, emit_table, err, say
+from aepo.console import emit_json, emit_table, err, say, warn
 from aepo.data.episodes import action_bounds, check_episode, read_episodes, rewards_of, scalar_observations
 from aepo.data.library import local_datasets, open_dataset, remedy
 from aepo.documents import parse_json
@@ -275,7 +274,7 @@ class Verify:
         else:
             _emit(facts["dataset"], facts, as_json=False)
             for doubt in doubts:
-                err.print(f"[yellow]doubt:[/] {escape(doubt)}", soft_wrap=True)
+                warn(doubt, kind="doubt")
             for problem in problems:
                 say(problem)
         if problems:

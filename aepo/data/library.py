@@ -4,10 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from aepo import tasks
-from aepo.console import err
+from aepo.console import warn
 from aepo.data.episodes import DAMAGE, one_line
 from aepo.errors import DataError
 
@@ -55,7 +53,7 @@ def local_datasets() -> dict[str, dict[str, Any]]:
             try:
                 found[dataset_id] = dict(open_dataset(dataset_id).storage.metadata)
             except DataError as error:
-                err.print(f"[yellow]warning:[/] {escape(str(error))}", soft_wrap=True)
+                warn(str(error))
     return found
 
 
