@@ -34,7 +34,9 @@ def test_transitions_are_the_episodes_in_order(make_dataset):
 
 def test_pairs_are_the_states_and_actions_of_a_batch(transitions):
     width = transitions.rows_ND.shape[1]
-    data = dataclasses.replace(transitions, shift_D=torch.randn(width), scale_D=torch.rand(width) + 0.5)
+    draws = torch.Generator().manual_seed(0)
+    shift_D, scale_D = torch.randn(width, generator=draws), 2.0 * torch.rand(width, generator=draws) + 0.5
+    data = dataclasses.replace(transitions, shift_D=shift_D, scale_D=scale_D)
     index, before = torch.tensor([4, 0, 4, 499]), data.rows_ND.clone()
     batch = data.take(index)
     assert all(map(torch.equal, data.take_pairs(index), (batch.states_BS, batch.actions_BA)))
