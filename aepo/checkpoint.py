@@ -145,7 +145,9 @@ def from_bytes(data: bytes, path: Path) -> dict[str, Any]:
     if not data.startswith(MAGIC):
         raise CheckpointError(f"{path} is not a checkpoint of this version of aepo")
     if hashlib.sha256(data[start:]).digest() != data[len(MAGIC) : start]:
-        raise CheckpointError(f"{path} is torn or changed ({len(data):,} bytes)")
+        raise CheckpointError(
+            f"{path} is torn or changed ({len(data):,} bytes); delete it, and the one before it is used"
+        )
     content = torch.load(io.BytesIO(data[start:]), map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, wanted a dict")

@@ -181,7 +181,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check(self)
         if (self.ref_min is None) != (self.ref_max is None):
-            raise ConfigError("DataConfig: ref_min and ref_max are given together or not at all")
+            raise ConfigError(
+                "DataConfig: ref_min and ref_max are given together or not at all, "
+                f"got {self.ref_min} and {self.ref_max}"
+            )
         if self.ref_min is not None and self.ref_max is not None:
             check_references("DataConfig", self.ref_min, self.ref_max)
 
@@ -399,7 +402,11 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         _check(self)
         if bool(self.grid_beta) != bool(self.grid_guidance_scale):
-            raise ConfigError("a heat map wants both evaluation.grid_beta and evaluation.grid_guidance_scale")
+            raise ConfigError(
+                "a heat map wants both evaluation.grid_beta and evaluation.grid_guidance_scale, "
+                f"got {self.grid_beta or 'none'} and "
+                f"{self.grid_guidance_scale or 'none'}"
+            )
         betas, scales = self.grid_beta, self.grid_guidance_scale
         if not all(0 < beta < math.inf for beta in betas) or not all(0 <= scale < math.inf for scale in scales):
             raise ConfigError("evaluation.grid_beta must be above 0 and evaluation.grid_guidance_scale not below it")
@@ -545,7 +552,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     known = settings(config)
     for key, value in overrides.items():
         if key not in known:
-            near = get_close_matches(key, known, n=3) or known
+            near = get_close_matches(key, known, n=3) or groups_of(known)
             raise ConfigError(f"{config.method} has no setting {key!r}; did you mean {' or '.join(near)}?")
         group, _, field = key.partition(".")
         old = values[group][field]
@@ -569,6 +576,11 @@ def settings(config: RunConfig) -> list[str]:
     """Return the dotted keys that `with_overrides` takes."""
     groups = dataclasses.asdict(config).items()
     return [f"{group}.{field}" for group, fields in groups if isinstance(fields, Mapping) for field in fields]
+
+
+def groups_of(keys: Iterable[str]) -> list[str]:
+    """Return `critic.*` for all settings of a group, each group once: for a message that names what there is."""
+    return list(dict.fromkeys(f"{key.partition('.')[0]}.*" for key in keys))
 
 
 def used_settings(config: RunConfig, overrides: Iterable[str] = ()) -> list[str]:

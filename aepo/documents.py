@@ -39,13 +39,15 @@ def read_toml(path: Path, *, kind: str) -> dict[str, Any]:
     except ConfigError:  # which is a ValueError
         raise
     except ValueError as error:
-        raise ConfigError(f"{path} is no TOML: {error}") from error
+        raise ConfigError(f"{path} is no TOML: {error}; mend it there") from error
     return document
 
 
 def _parsed(parse: Callable[[Any], Any], text: str | bytes) -> Any:
     try:
         document = parse(text)
+    except ValueError as error:
+        raise ValueError(str(error).partition("; use sys.")[0]) from error  # Python's advice to a programmer
     except RecursionError:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from None
     level = [document]

@@ -44,7 +44,8 @@ def references(dataset: Any) -> References | None:
     except (TypeError, ValueError, OverflowError):  # a ConfigError is a ValueError
         raise DataError(
             f"{dataset.id}: reference scores {low!r} and {high!r} (ref_min_score, ref_max_score in its metadata), "
-            "wanted two finite numbers, ascending, or neither"
+            "wanted two finite numbers, ascending, or neither; "
+            "mend them, or give --set data.ref_min=LOW data.ref_max=HIGH"
         ) from None
     return refs
 
@@ -96,7 +97,8 @@ def make_environment(dataset: Any, *, env_id: str = "", horizon: int = 0) -> gym
             raise ResourceError(
                 f"the environment of {dataset.id} cannot be made here "
                 f"({type(error).__name__}: {' '.join(str(error).split())}); "
-                f"it asks for {metadata.get('requirements') or 'unknown packages'}"
+                f"install what it needs ({metadata.get('requirements') or 'its metadata name no packages'}), "
+                "or mend its env_spec"
             ) from error
 
 

@@ -86,7 +86,10 @@ def lacks_space(error: BaseException) -> bool:
 def from_machine(error: BaseException) -> AEPOError | None:
     """Return in one line what the machine has refused: memory, space, a file; None for an error of another kind."""
     if is_out_of_memory(error):
-        return ResourceError(f"out of memory: {' '.join(str(error).split())[:200] or 'nothing more is known'}")
+        return ResourceError(
+            f"out of memory: {' '.join(str(error).split())[:200] or 'nothing more is known'}; "
+            "end other programs or take a larger machine"
+        )
     if not isinstance(error, OSError):
         return None
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "

@@ -105,9 +105,14 @@ class Policy:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read as a policy: {error}") from error
+            raise CheckpointError(
+                f"{path} cannot be read as a policy: {error}; bring it again, or train the run again"
+            ) from error
         if FORMAT not in metadata:
-            raise CheckpointError(f"{path} is no {FORMAT}: its metadata hold {sorted(metadata) or 'nothing'}")
+            raise CheckpointError(
+                f"{path} is no {FORMAT}: its metadata hold {sorted(metadata) or 'nothing'}; "
+                "train the run with this version"
+            )
         try:
             facts = parse_json(metadata[FORMAT])
             if facts["digest"] != _digest(tensors):
@@ -118,7 +123,9 @@ class Policy:
             policy.sampler.load_state_dict(tensors)
         except (ConfigError, ValueError, TypeError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{path} does not hold the policy that it names: {reason}") from error
+            raise CheckpointError(
+                f"{path} does not hold the policy that it names: {reason}; train the run again"
+            ) from error
         policy.sampler.to(device)
         return policy
 

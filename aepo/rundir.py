@@ -141,18 +141,24 @@ def read_document(path: Path, *, kind: str, version: int, field: str) -> dict[st
     Raises:
         CheckpointError: if there is none, or of another version.
     """
+    command = {"run": "train"}.get(kind, kind)
+    again = f"bring the file again, or repeat `aepo {command}` into another folder"
     try:
         document: dict[str, Any] = parse_json(path.read_bytes())
         assert document["format"] == version, f"format {document['format']}, wanted {version}"
         len(document[field])
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is not a {kind}: it has no {path.name}") from None
+        raise CheckpointError(
+            f"{path.parent} is not a {kind}: it has no {path.name}; wanted the folder that `aepo {command} --out` made"
+        ) from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}; see to its permissions, or bring it again"
+        ) from error
     except KeyError as error:
-        raise CheckpointError(f"{path} is not a {kind} of this version: it has no {error}") from error
+        raise CheckpointError(f"{path} is not a {kind} of this version: it has no {error}; {again}") from error
     except (ValueError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{path} is not a {kind} of this version: {error}") from error
+        raise CheckpointError(f"{path} is not a {kind} of this version: {error}; {again}") from error
     return document
 
 

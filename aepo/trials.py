@@ -205,7 +205,10 @@ def read_search(search: Path) -> SearchFile:
     try:
         return TypeAdapter(SearchFile).validate_json(path.read_bytes())
     except ValidationError as error:
-        raise CheckpointError(f"{path} is not a search of this version: {first_fault(error)}") from None
+        raise CheckpointError(
+            f"{path} is not a search of this version: {first_fault(error)}; "
+            "bring it again, or search into another folder"
+        ) from None
 
 
 def count_steps(trials: Sequence[Trial]) -> tuple[int, int, int]:

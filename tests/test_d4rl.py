@@ -344,7 +344,7 @@ DAMAGED = {
     "flat": (instead("observations", np.zeros(300)), "observations: shape"),
     "of another task": (instead("observations", np.zeros((300, 17))), "have 17 entries, those of hopper-medium-v2"),
     "wide actions": (instead("actions", np.zeros((300, 6))), "actions have 6 entries"),
-    "strings": (instead("rewards", np.array([b"a"] * 300)), "rewards is not an array of numbers"),
+    "strings": (instead("rewards", np.array([b"a"] * 300)), "rewards is of type .S1, wanted an array of numbers"),
     "no transition": (instead("timeouts", np.ones(300, bool)), "no transition"),
 }
 

@@ -146,7 +146,7 @@ class _Settings:
         methods = ", ".join(dict.fromkeys(base.method for base in bases))
         if key in known:
             raise ConfigError(f"{where}: {methods} does not use {key} with its learner and target; leave {key} out")
-        near = get_close_matches(key, known, n=3) or known
+        near = get_close_matches(key, known, n=3) or configs.groups_of(known)
         raise ConfigError(f"{where}: {methods} has no setting {key!r}; did you mean {' or '.join(near)}?")
 
 
@@ -214,7 +214,9 @@ def read_manifest(sweep: Path) -> list[RunConfig]:
     try:
         return [methods.from_dict(values) for values in _document(sweep)["runs"].values()]
     except ConfigError as error:
-        raise CheckpointError(f"{sweep} holds a run that is not of this version: {error}") from error
+        raise CheckpointError(
+            f"{sweep} holds a run that is not of this version: {error}; bring {MANIFEST} again, or repeat the sweep"
+        ) from error
 
 
 def grow(sweep: Path, plan: Sequence[RunConfig], *, only: bool = False) -> tuple[list[RunConfig], list[RunConfig]]:
@@ -268,7 +270,9 @@ def read_planned(sweep: Path, name: str) -> RunConfig:
     try:
         return methods.from_dict(runs[name])
     except ConfigError as error:
-        raise CheckpointError(f"{sweep} holds a run that is not of this version: {error}") from error
+        raise CheckpointError(
+            f"{sweep} holds a run that is not of this version: {error}; bring {MANIFEST} again, or repeat the sweep"
+        ) from error
 
 
 def read_digests(sweep: Path) -> dict[str, str]:
@@ -286,9 +290,13 @@ def _document(sweep: Path) -> dict[str, Any]:
     document = rundir.read_document(path, kind="sweep", version=FORMAT, field="runs")
     digests = document.setdefault("data", {})
     if not isinstance(document["runs"], dict) or not isinstance(digests, dict):
-        raise CheckpointError(f"{path} is not a sweep of this version: runs and data are objects with names")
+        raise CheckpointError(
+            f"{path} is not a sweep of this version: runs and data are objects with names; bring it again"
+        )
     if odd := [name for name, digest in digests.items() if not isinstance(digest, str)]:
-        raise CheckpointError(f"{path} is not a sweep of this version: the digest of {odd[0]!r} is no text")
+        raise CheckpointError(
+            f"{path} is not a sweep of this version: the digest of {odd[0]!r} is no text; bring it again"
+        )
     return document
 
 

@@ -116,7 +116,9 @@ def _check_key(path: Path, key: str, bases: Sequence[RunConfig]) -> None:
     group, _, name = key.partition(".")
     for base in bases:
         if group in ("data", "evaluation") or name == "steps":
-            raise ConfigError(f"{path}: {key} is not searched: it would change what is compared, not how well it does")
+            raise ConfigError(
+                f"{path}: {key} is not searched: it would change what is compared, not how well it does; leave it out"
+            )
         if key not in configs.settings(base):
             try:
                 configs.with_overrides(base, {key: ""})
@@ -147,10 +149,10 @@ def _distribution(path: Path, key: str, wanted: Any, base: RunConfig) -> BaseDis
                 if not isinstance(present, int):
                     return FloatDistribution(low, high, log=kind == "log")
                 if not isinstance(low, int) or not isinstance(high, int):
-                    raise ValueError("whole numbers wanted")
+                    raise ValueError(f"whole numbers wanted, got {low!r} and {high!r}")
                 return IntDistribution(low, high, log=kind == "log")
             except (ValueError, TypeError) as error:
-                raise ConfigError(f"{path}: {key}: {error}") from None
+                raise ConfigError(f"{path}: {key} = {wanted}: {error}; wanted two numbers, ascending") from None
     raise ConfigError(
         f"{path}: {key} wants a list of values{', {log = [a, b]} or {uniform = [a, b]}' * (present is not None)}; "
         f"got {wanted!r}"

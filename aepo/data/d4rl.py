@@ -339,29 +339,38 @@ def read_file(file: Path) -> dict[str, Any]:
                 )
             for name in present:
                 if not isinstance(source[name], h5py.Dataset) or source[name].dtype.kind not in "fiub":
-                    raise DataError(f"{file}: {name} is not an array of numbers")
+                    kind = getattr(source[name], "dtype", type(source[name]).__name__)
+                    raise DataError(f"{file}: {name} is of type {kind}, wanted an array of numbers; get the file again")
             num_bytes = sum(source[name].size * max(4, source[name].dtype.itemsize) for name in present)
             if 2 * num_bytes > (free := psutil.virtual_memory().available):
                 raise ResourceError(
-                    f"{file} needs {2 * num_bytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
+                    f"{file} needs {2 * num_bytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; "
+                    "end other programs or take a larger machine"
                 )
             arrays = {name: source[name][()] for name in present}
     except DAMAGE as error:
         raise DataError(f"{file} cannot be read as HDF5 ({one_line(error)}); get the file again") from error
     num_rows = len(arrays["observations"]) if arrays["observations"].ndim == 2 else 0
     if num_rows == 0:
-        raise DataError(f"{file}: observations: shape {arrays['observations'].shape}, wanted (rows, entries)")
+        raise DataError(
+            f"{file}: observations: shape {arrays['observations'].shape}, wanted (rows, entries); get the file again"
+        )
     for name in ("rewards", "terminals", "timeouts"):
         if name in arrays and arrays[name].shape == (num_rows, 1):
             arrays[name] = arrays[name][:, 0]
     for name, array in arrays.items():
         wanted = (num_rows,) if name in ("rewards", "terminals", "timeouts") else (num_rows, *array.shape[1:2])
         if array.shape != wanted or (name not in ("rewards", "terminals", "timeouts") and array.ndim != 2):
-            raise DataError(f"{file}: {name}: shape {array.shape}, wanted {num_rows} rows as observations have")
+            raise DataError(
+                f"{file}: {name}: shape {array.shape}, wanted {num_rows} rows as observations have; get the file again"
+            )
         good_N = (np.abs(array.reshape(num_rows, -1)) <= np.finfo(np.float32).max).all(axis=1)
         if not good_N.all() and name != "infos/goal":
             row = np.argmin(good_N)
-            raise DataError(f"{file}: {name}: a value that is not finite, the first in row {row} (in float32)")
+            raise DataError(
+                f"{file}: {name}: a value that is not finite, the first in row {row} (in float32), wanted none; "
+                "get the file again"
+            )
         if name in ("terminals", "timeouts") and not np.isin(array, (0, 1)).all():
             odd = array[np.argmin(np.isin(array, (0, 1)))]
             raise DataError(f"{file}: {name}: {odd:g}, wanted 0 or 1")

@@ -72,11 +72,14 @@ def action_bounds(dataset: Any, *, name: str = "") -> tuple[NDArray[Any], NDArra
     """
     space, name = dataset.action_space, name or dataset.id
     if type(space).__name__ != "Box" or len(space.shape) != 1 or space.shape[0] < 1:
-        raise DataError(f"{name}: actions must be a Box of one axis, got {_shown(space)}")
+        raise DataError(f"{name}: actions must be a Box of one axis, got {_shown(space)}; store them so")
     if space.dtype.kind != "f":
-        raise DataError(f"{name}: actions must be real numbers (float32, float64), got {_shown(space)}")
+        raise DataError(f"{name}: actions must be real numbers (float32, float64), got {_shown(space)}; store them so")
     if not (np.isfinite(space.low).all() and np.isfinite(space.high).all() and (space.low < space.high).all()):
-        raise DataError(f"{name}: actions must have finite bounds, low below high, got {_shown(space)}")
+        raise DataError(
+            f"{name}: actions must have finite bounds, low below high, got {_shown(space)}; "
+            "give the space bounds that hold the actions"
+        )
     low_A, high_A = space.low.astype(np.float64), space.high.astype(np.float64)
     magnitude_A = np.maximum(np.abs(low_A), np.abs(high_A))
     range_A = high_A - low_A
@@ -163,7 +166,10 @@ def check_episode(
 ) -> None:
     """Raise a DataError with the first thing that is wrong with an episode; arguments as `find_problems`."""
     if problems := find_problems(episode, action_low_A, action_high_A, scalars=scalars):
-        raise DataError(f"{data_file(dataset)}: episode {episode.id}: {problems[0]}; aepo data verify {dataset.id}")
+        raise DataError(
+            f"{data_file(dataset)}: episode {episode.id}: {problems[0]}; "
+            f"`aepo data verify {dataset.id}` lists all, mend or drop these episodes"
+        )
 
 
 def find_problems(
@@ -206,7 +212,7 @@ def find_problems(
             problems.append(f"{name}: type {array.dtype}, wanted numbers")
         elif not (finite := np.isfinite(array)).all():
             row = int(np.argwhere(~finite)[0][0])
-            problems.append(f"{name}: a value that is not finite, the first at step {row}")
+            problems.append(f"{name}: a value that is not finite, the first at step {row}, wanted none")
         elif array.dtype.itemsize >= 4 and (large := np.abs(array) > LARGEST).any():
             where = np.argwhere(large)[0]
             problems.append(f"{name}: {array[tuple(where)]:g} at step {where[0]} is beyond float32 (3.4e38)")

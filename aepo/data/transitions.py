@@ -351,7 +351,9 @@ def _decode(
     """
     num_steps, action_dim = int(dataset.total_steps), len(action_low_A)
     if num_steps < 1:
-        raise DataError(f"{dataset.id} holds no transition")
+        raise DataError(
+            f"{dataset.id} holds {num_steps} transitions, wanted one at least; bring it again, or collect some"
+        )
     rows: NDArray[np.float32] | None = None
     end, read, ends_E, returns, half_rewards = 0, 0, [], [], False
     low_S, high_S = np.zeros(0), np.zeros(0)
