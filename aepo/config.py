@@ -100,15 +100,22 @@ ENERGY_TARGETS = {
 """The targets by name; `aepo.stages.targets.register` adds one with its loss."""
 
 
-def setting(default: Any = dataclasses.MISSING, interval: str = "", *, uses: Mapping[str, Choice] | None = None) -> Any:
+def setting(
+    default: Any = dataclasses.MISSING,
+    interval: str = "",
+    *,
+    uses: Mapping[str, Choice] | None = None,
+    later: bool = False,
+) -> Any:
     """Return a dataclass field and what is checked of its value.
 
     Args:
         default: the field's default; none given = the field must be.
         interval: where a number lies, as in "(0, 1]"; a whole number without an upper end has MAX_COUNT.
         uses: the values of a choice, each with the settings that it uses.
+        later: the field came after runs were made: at its default it changes no identity (`identity`).
     """
-    return dataclasses.field(default=default, metadata={"interval": interval, "uses": uses or {}})
+    return dataclasses.field(default=default, metadata={"interval": interval, "uses": uses or {}, "later": later})
 
 
 def _check(config: object, **intervals: str) -> None:
@@ -365,6 +372,10 @@ class SamplingConfig:
     """Inverse temperature of exp(beta Q) [M1], Q in units of the standard deviation of Q - V on the data."""
     guidance_scale: float = setting(3.0, "[0, inf)")
     """w of [M4]; 0 = diffusion behaviour cloning."""
+    nats: float = setting(0.0, "[0, inf)", later=True)
+    """What guidance may cost an action on the mean, as KL(guided || behaviour); an action may cost three times that.
+
+    0 = no bound. Above 0 the guidance scale is found after training, on states of the data [M16]."""
     num_steps: int = setting(6, "[1, 1000]")
     """Solver steps per action."""
     temperature: float = setting(1.0, "[0, 1]")
@@ -428,10 +439,10 @@ class RunConfig:
     """The preset from which the other fields came; a name, without effect."""
     data: DataConfig
     evaluation: EvaluationConfig
-    rounds: tuple[float, ...] = (1.0,)
+    rounds: tuple[float, ...] = setting((1.0,), later=True)
     """Share of every stage's steps that is taken by the end of each round, rising to 1. A round goes through all
     stages and ends with an evaluation, so that a search can compare runs early; one round is the paper's pipeline."""
-    variant: str = ""
+    variant: str = setting("", later=True)
     """Name of the settings by which a sweep tells runs of one method apart; "" = the method is run with one setting."""
 
     def __post_init__(self) -> None:
@@ -462,11 +473,7 @@ class RunConfig:
     @property
     def fingerprint(self) -> str:
         """12 hex digits of the whole config."""
-        values = dataclasses.asdict(self)
-        if self.rounds == (1.0,):
-            del values["rounds"]  # so that runs from before there were rounds go on
-        if not self.variant:
-            del values["variant"]  # so that runs from before there were variants go on
+        values = identity(self)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -493,6 +500,19 @@ class RunConfig:
         here, number, _ = self.place(stage, step)
         ends = [[0, *self.round_ends(name)] for name in self.stages]
         return step + sum(ends[i][here + (i < number)] for i in range(len(ends)) if i != number)
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """Return what tells a config apart: its fields as nested dicts, without those that came later and have the default.
+
+    So runs and stored stages from before a setting was added are still found.
+    """
+    values = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not (field.metadata.get("later") and value == field.default):
+            values[field.name] = identity(value) if dataclasses.is_dataclass(value) else value
+    return values
 
 
 Config = TypeVar("Config", bound=RunConfig)

@@ -238,10 +238,10 @@ def _far_entries(state_S: Tensor, spaces: Spaces, env_id: str) -> Iterator[str]:
 
 
 def draw_grid(cells: Sequence[GridCell], path: Path, *, title: str) -> None:
-    """Write a heat map of the scores (returns, without references) over beta and guidance scale as PNG.
+    """Write a heat map of the scores (returns, without references) over beta and guidance scale, or nats, as PNG.
 
     Args:
-        cells: one per beta and guidance scale.
+        cells: one per beta and guidance scale, or per beta and budget in nats.
         path: the file.
         title: stands above it.
     """
@@ -250,10 +250,11 @@ def draw_grid(cells: Sequence[GridCell], path: Path, *, title: str) -> None:
 
     measure = "return_mean" if any(cell.score is None for cell in cells) else "score"
     betas = sorted({cell.beta for cell in cells})
-    scales = sorted({cell.guidance_scale for cell in cells})
+    strength = "nats" if any(cell.nats for cell in cells) else "guidance_scale"
+    scales = sorted({getattr(cell, strength) for cell in cells})
     values = np.full((len(betas), len(scales)), np.nan)
     for cell in cells:
-        values[betas.index(cell.beta), scales.index(cell.guidance_scale)] = getattr(cell, measure)
+        values[betas.index(cell.beta), scales.index(getattr(cell, strength))] = getattr(cell, measure)
     figure = Figure(figsize=(2.2 + 0.9 * len(scales), 1.6 + 0.6 * len(betas)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -261,7 +262,7 @@ def draw_grid(cells: Sequence[GridCell], path: Path, *, title: str) -> None:
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (i, j), value in np.ndenumerate(values):
         axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value < middle else "black")
-    axes.set(xlabel="guidance scale", ylabel="beta")
+    axes.set(xlabel=strength.replace("_", " "), ylabel="beta")
     axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     axes.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
     axes.set_title(title, loc="left", fontsize=10)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aepo import methods
 from aepo.config import RunConfig, SamplingConfig
-from aepo.data.transitions import Spaces
+from aepo.data.transitions import Pairs, Spaces, Transitions
 from aepo.documents import parse_json
 from aepo.errors import CheckpointError, ConfigError
 from aepo.rundir import write_atomically
@@ -27,6 +27,10 @@ from aepo.samplers import Sampler
 from aepo.stages import States
 
 FORMAT = "aepo-policy-1"
+SAMPLE = "sample"
+"""Name in the file of some states and actions of the data; policies from before they were kept have none."""
+NUM_SAMPLE = 512
+"""How many they are; the mean cost of guidance over so many is known to about 5 %."""
 
 
 class Policy:
@@ -42,10 +46,11 @@ class Policy:
         self.sampler = sampler or methods.find(config.method).sampler(config, *dims)
 
     @staticmethod
-    def from_state(config: RunConfig, states: States, spaces: Spaces) -> "Policy":
+    def from_state(config: RunConfig, states: States, data: Transitions) -> "Policy":
         """Return the policy of a run as it stands; it has weights of its own."""
-        policy = Policy(config, spaces)
+        policy = Policy(config, data.spaces)
         policy.sampler.copy_weights(states)
+        policy.sampler.data = data.sample(NUM_SAMPLE)
         policy.sampler.to(policy.device)
         return policy
 
@@ -88,6 +93,8 @@ class Policy:
     def save(self, path: Path) -> None:
         """Write the policy as one safetensors file, atomically."""
         whole = _fields(self.spaces) | self.sampler.state_dict()
+        if self.sampling is not None and self.sampler.data is not None:
+            whole |= {f"{SAMPLE}.{name}": tensor for name, tensor in self.sampler.data._asdict().items()}
         tensors = {name: tensor.contiguous().cpu() for name, tensor in whole.items()}
         facts = {"config": dataclasses.asdict(self.config), "digest": _digest(tensors)}
         # one entry, because safetensors writes several in no fixed order
@@ -120,7 +127,13 @@ class Policy:
             names = [field.name for field in dataclasses.fields(Spaces) if field.name in tensors]
             spaces = Spaces(**{name: tensors.pop(name).to(device) for name in names})
             policy = Policy(methods.from_dict(facts["config"]), spaces)
+            sample = {
+                name: tensors.pop(f"{SAMPLE}.{name}").to(device)
+                for name in Pairs._fields
+                if f"{SAMPLE}.{name}" in tensors
+            }
             policy.sampler.load_state_dict(tensors)
+            policy.sampler.data = Pairs(**sample) if sample else None
         except (ConfigError, ValueError, TypeError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(

@@ -42,6 +42,10 @@ class Evaluation:
     num_episodes: Count
     episode_returns: tuple[float, ...]
     """Return of each episode; empty where they are not known."""
+    nats: float = 0.0
+    """What guidance was allowed to cost an action on the mean, in place of a scale; 0 = no bound."""
+    kl: float | None = None
+    """What it did cost in the roll-outs, KL(guided || behaviour) in nats an action; None where that is not known."""
 
     def cell(self) -> "GridCell":
         """Return it as a cell of a heat map; a policy without beta has none."""
@@ -50,6 +54,7 @@ class Evaluation:
         return GridCell(
             beta=self.beta,
             guidance_scale=self.guidance_scale,
+            nats=self.nats,
             score=self.score,
             return_mean=self.return_mean,
             num_episodes=self.num_episodes,
@@ -78,6 +83,8 @@ class GridCell:
     score: float | None
     return_mean: float
     num_episodes: Count
+    nats: float = 0.0
+    """The budget in place of the scale; 0 = none."""
 
     @property
     def value(self) -> float:

@@ -459,7 +459,7 @@ class _Training:
         return number
 
     def _evaluate_round(self, state: States, number: int) -> None:
-        policy = Policy.from_state(self._config, state, self._data.spaces)
+        policy = Policy.from_state(self._config, state, self._data)
         if self._config.evaluation.grid_beta:
             cells = _evaluate_grid(policy, self._evaluator, self._config)
             best = max(cells, key=lambda cell: cell.return_mean)
@@ -473,7 +473,7 @@ class _Training:
         self._keep(state)
 
     def _evaluate(self, state: States, num_episodes: int) -> dict[str, float]:
-        policy = Policy.from_state(self._config, state, self._data.spaces)
+        policy = Policy.from_state(self._config, state, self._data)
         seed = evaluation_seed(self._config.seed)
         return _eval_metrics(self._evaluator, self._evaluator.run(policy, num_episodes=num_episodes, seed=seed))
 
@@ -502,7 +502,7 @@ class _Training:
     def conclude(self, state: States, facts: Result) -> Result:
         """Write the policy, evaluate it, and return the result: `facts` and what training and evaluation add."""
         config = self._config
-        policy = Policy.from_state(config, state, self._data.spaces)
+        policy = Policy.from_state(config, state, self._data)
         policy.save(self._folder / POLICY)
         policies = [policy]
         if policy.sampling is not None:
@@ -624,8 +624,10 @@ def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: i
     metrics = _eval_metrics(evaluator, returns)
     method: str = policy.config.method
     beta = scale = None
+    nats = 0.0
     if policy.sampling is not None:
         beta, scale = policy.sampling.beta, policy.sampling.guidance_scale
+        nats = policy.sampling.nats if scale else 0.0
         if scale == 0:
             method = CLONING if policy.sampling.num_candidates == 1 else BEST_CLONE
     return Evaluation(
@@ -637,6 +639,8 @@ def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: i
         return_std=float(returns.std(ddof=1)) if len(returns) > 1 else 0.0,
         num_episodes=len(returns),
         episode_returns=tuple(returns.tolist()),
+        nats=nats,
+        kl=policy.sampler.spent(),
     )
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from aepo import config as configs
 from aepo.config import BehaviorConfig, CriticConfig, EnergyConfig, SamplingConfig
-from aepo.diffusion import sampler
+from aepo.data.transitions import Pairs
+from aepo.diffusion import guidance, sampler
 from aepo.diffusion.networks import NoiseNet
 from aepo.errors import ConfigError
 from aepo.networks import TwinQ
@@ -20,6 +21,8 @@ class Sampler(nn.Module, abc.ABC):
 
     sampling: SamplingConfig | None = None
     """What can be chosen after training; None where there is nothing to choose."""
+    data: Pairs | None = None
+    """A few states of the data and the actions there, for what is measured of a trained policy."""
 
     @abc.abstractmethod
     def copy_weights(self, states: States) -> None:
@@ -28,6 +31,14 @@ class Sampler(nn.Module, abc.ABC):
     @abc.abstractmethod
     def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:
         """Return one action in [-1, 1]^A per normalised state, [B, A]."""
+
+    def spent(self) -> float | None:
+        """Return the nats that guidance has cost per action so far, on the mean; None where that is not known."""
+        return None
+
+    def cost(self) -> dict[str, float]:
+        """Return what guidance costs on states of the data; nothing where there is none."""
+        return {}
 
     def with_sampling(self, sampling: SamplingConfig) -> "Sampler":  # noqa: ARG002  # nothing is chosen
         """Return the same networks, sampling in another way.
@@ -65,6 +76,9 @@ class GuidedSampler(Sampler):
         self.q = TwinQ(**self._dims, config=of_critic)
         self.requires_grad_(False)
         self._grid: sampler.Grid | None = None
+        self._budget: guidance.Budget | None = None
+        self._spent: Tensor | float = 0.0
+        self._num_guided = 0
 
     def copy_weights(self, states: States) -> None:
         """Take the averaged noise and energy networks and the critics."""
@@ -80,7 +94,7 @@ class GuidedSampler(Sampler):
         """
         configs.check_beta(self._stages[2], sampling.beta)
         twin = GuidedSampler(self._stages, sampling, **self._dims)
-        twin.noise, twin.energy, twin.q = self.noise, self.energy, self.q
+        twin.noise, twin.energy, twin.q, twin.data = self.noise, self.energy, self.q, self.data
         return twin
 
     def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:
@@ -89,21 +103,90 @@ class GuidedSampler(Sampler):
         repeated, grid = states_BS.repeat_interleave(num_candidates, dim=0), self._grid_on(states_BS.device)
         shape = (len(repeated), self._dims["action_dim"])
         start = self.sampling.temperature * torch.randn(shape, generator=generator, device=states_BS.device)
-        actions = sampler.solve(self._predict(repeated, grid), start, grid)
+        scale, meter = self._meter(len(repeated))
+        actions = sampler.solve(self._predict(repeated, grid, scale, meter), start, grid)
+        if meter is not None:
+            self._spent, self._num_guided = self._spent + meter.spent_B.sum(), self._num_guided + len(repeated)
         if num_candidates == 1:
             return actions
         q = self.q.lowest(repeated, actions).view(-1, num_candidates)
         best = q.argmax(dim=1, keepdim=True)[..., None].expand(-1, 1, actions.shape[1])
         return actions.view(len(states_BS), num_candidates, -1).gather(1, best).squeeze(1)
 
-    def _predict(self, states_BS: Tensor, grid: sampler.Grid) -> sampler.Predict:
-        """Return m_t + w sigma_t^2 / alpha_t grad E_t  [M4, M9]."""
+    def _predict(
+        self, states_BS: Tensor, grid: sampler.Grid, scale: float, meter: guidance.Meter | None
+    ) -> sampler.Predict:
+        """Return m_t + w sigma_t^2 / alpha_t grad E_t  [M4, M9], held to the meter's budget  [M16]."""
         mean = behavior.predict_mean(self.noise, states_BS, grid)
-        if self.sampling.guidance_scale == 0:
+        if scale == 0:
             return mean
         slope = energy.predict_slope(self.energy, states_BS, self.sampling.beta, grid)
-        weights = [self.sampling.guidance_scale * sigma**2 for sigma in grid.sigma]
-        return lambda a_t_BA, i: torch.add(mean(a_t_BA, i), slope(a_t_BA, i), alpha=weights[i])
+        return guidance.guided(mean, slope, [scale * sigma**2 for sigma in grid.sigma], meter)
+
+    def _meter(self, num_actions: int) -> tuple[float, guidance.Meter | None]:
+        """Return the guidance scale, and a new meter of its cost where there are data to know it by.
+
+        Raises:
+            ConfigError: for a budget in nats without them.
+        """
+        scale, nats = self.sampling.guidance_scale, self.sampling.nats
+        if scale == 0:
+            return 0.0, None
+        if self.data is None:
+            if nats:
+                raise ConfigError(
+                    "this policy holds no states of its data, by which sampling.nats is measured; train the run "
+                    "again, or leave sampling.nats out"
+                )
+            return scale, None
+        if self._budget is None:
+            self._budget = self._find_budget(self.data)
+        return self._budget.scale, self._budget.meter(num_actions)
+
+    @torch.no_grad()
+    def cost(self) -> dict[str, float]:
+        """Return what guidance costs on states of the data, as it is sampled  [M16].
+
+        `kl` is KL(guided || behaviour) of an action in nats, mean over the states; `guidance_sd` the size of its
+        largest step, in deviations of the posterior; `guidance_scale` w. Nothing where there is no guidance or no data.
+        """
+        if self.data is None or self.sampling.guidance_scale == 0:
+            return {}
+        budget = self._budget = self._budget or self._find_budget(self.data)
+        meter = self._solve(self.data, budget, budget.scale)
+        return {
+            "kl": float(meter.spent_B.mean()),
+            "guidance_sd": max(meter.deviations),
+            "guidance_scale": budget.scale,
+        }
+
+    def spent(self) -> float | None:
+        """Return the nats that guidance has cost per action so far, on the mean; None where that is not known."""
+        return float(self._spent) / self._num_guided if self._num_guided else None
+
+    @torch.no_grad()
+    def _find_budget(self, data: Pairs) -> guidance.Budget:
+        """Return the rates of cost in states of the data, and the scale that costs `sampling.nats` there if asked."""
+        grid, draws = self._grid_on(data.states_BS.device), torch.Generator(data.states_BS.device).manual_seed(0)
+        noise_BA = torch.randn(data.actions_BA.shape, generator=draws, device=data.actions_BA.device)
+        mean = behavior.predict_mean(self.noise, data.states_BS, grid)
+        variance_NA = guidance.variances(mean, data.actions_BA, noise_BA, grid)
+        budget = guidance.Budget.of(grid, variance_NA, scale=self.sampling.guidance_scale, nats=self.sampling.nats)
+        if not self.sampling.nats:
+            return budget
+        scale = guidance.scale_for(
+            self.sampling.nats, lambda each: float(self._solve(data, budget, each).spent_B.mean())
+        )
+        return budget._replace(scale=scale)
+
+    def _solve(self, data: Pairs, budget: guidance.Budget, scale: float) -> guidance.Meter:
+        """Return the meter of one action in each state of the data."""
+        grid, draws = self._grid_on(data.states_BS.device), torch.Generator(data.states_BS.device).manual_seed(1)
+        start_BA = torch.randn(data.actions_BA.shape, generator=draws, device=data.actions_BA.device)
+        meter = budget.meter(len(start_BA), sizes=True)
+        predict = self._predict(data.states_BS, grid, scale, meter)
+        sampler.solve(predict, self.sampling.temperature * start_BA, grid)
+        return meter
 
     def _grid_on(self, device: torch.device) -> sampler.Grid:
         if self._grid is None or self._grid.t.device != device:

@@ -160,7 +160,7 @@ def steps_of(dims, monkeypatch):
                 step()  # what comes before the first step
                 yield f"{name} {stage}", step
             if name == "log_expectation":
-                policy = Policy.from_state(with_overrides(config, own), state, data.spaces)
+                policy = Policy.from_state(with_overrides(config, own), state, data)
                 states_BS = torch.randn(50, dims[0])
                 yield "sampling", lambda policy=policy, states_BS=states_BS: policy.act(states_BS, torch.Generator())
 

@@ -66,7 +66,7 @@ def test_guidance_finds_the_best_action_and_cloning_does_not(target, beta, scale
     config = configs.with_overrides(base, overrides | {"sampling.temperature": 1.0})
     data = bandit()
     *_, last = pipeline.train(config, data, device=torch.device("cpu"))
-    policy = Policy.from_state(config, last.states, data.spaces)
+    policy = Policy.from_state(config, last.states, data)
     states = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1))
 
     def mean_reward(guidance_scale):

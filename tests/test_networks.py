@@ -218,7 +218,7 @@ def test_a_policy_samples_as_its_networks_put_together_by_the_equations(
     config = tiny_config(energy__target=target)
     *_, last = pipeline.train(config, transitions, device=CPU)
     sampling = dataclasses.replace(config.sampling, beta=2.0, guidance_scale=guidance_scale, temperature=1.0)
-    policy = Policy.from_state(config, last.states, transitions.spaces).with_sampling(sampling)
+    policy = Policy.from_state(config, last.states, transitions).with_sampling(sampling)
     states = torch.randn(40, transitions.state_dim, generator=torch.Generator().manual_seed(0))
     start = torch.randn(40, transitions.action_dim, generator=torch.Generator().manual_seed(1))
 

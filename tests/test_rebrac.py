@@ -101,7 +101,7 @@ def test_it_finds_the_best_action():
     data = bandit()
     *_, last = pipeline.train(config, data, device=CPU)
     states = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1))
-    actions = Policy.from_state(config, last.states, data.spaces).act(states, torch.Generator())
+    actions = Policy.from_state(config, last.states, data).act(states, torch.Generator())
     reward = float(1 - np.square(actions - best_action(states).numpy()).sum(1).mean())
     uniform = float(1 - 2 / 3 - best_action(states).square().sum(1).mean())
     assert reward > 1 - (1 - uniform) / 5, "four fifths of the way from uniform actions to the optimum, which is 1"

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aepo import checkpoint, kernels, method_table, methods, pipeline, tasks
 from aepo import config as configs
+from aepo.diffusion import guidance
 from aepo.errors import CheckpointError, ConfigError, TrainingError
 from aepo.kernels import multiplying
 from aepo.policy import Policy
@@ -253,7 +254,7 @@ def test_every_target_trains_resumes_bit_for_bit_and_guides(target, variance, ti
             saved = copy.deepcopy(checkpoint.collect(progress.states))
             break
     assert same(finish(config, transitions, saved), unbroken)
-    policy = Policy.from_state(config, last.states, transitions.spaces)
+    policy = Policy.from_state(config, last.states, transitions)
     states = torch.randn(64, transitions.state_dim, generator=torch.Generator().manual_seed(0))
     drawn = [
         policy.with_sampling(dataclasses.replace(config.sampling, guidance_scale=w, beta=beta)).sampler.sample(
@@ -312,24 +313,47 @@ def test_every_target_takes_a_critic_of_relu_layers_or_is_refused(target, tiny_c
 def test_every_setting_of_sampling_changes_the_actions(tiny_config, transitions):
     config = tiny_config(sampling__temperature=0.5)
     *_, last = pipeline.train(config, transitions, device=CPU)
-    policy = Policy.from_state(config, last.states, transitions.spaces)
+    policy = Policy.from_state(config, last.states, transitions)
     states = torch.randn(64, transitions.state_dim, generator=torch.Generator().manual_seed(0))
 
     def act(**changes):
         changed = policy.with_sampling(dataclasses.replace(config.sampling, **changes))
         return changed.sampler.sample(states, torch.Generator().manual_seed(1))
 
-    other = {"beta": 3.0, "guidance_scale": 0.5, "num_steps": 4, "temperature": 1.0, "num_candidates": 2}
+    other = {"beta": 3.0, "guidance_scale": 0.5, "num_steps": 4, "temperature": 1.0, "num_candidates": 2, "nats": 0.5}
     assert set(other) == {field.name for field in dataclasses.fields(config.sampling)}, "a new setting wants a value"
     for name, value in other.items():
         assert not torch.equal(act(**{name: value}), act()), name
+
+
+@pytest.mark.parametrize("behavior__variance", ["time", "learned"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_policy_spends_the_nats_that_it_is_given_of_every_target(
+    target, behavior__variance, tiny_config, transitions, tmp_path
+):
+    config = tiny_config(energy__target=target, behavior__variance=behavior__variance)
+    *_, last = pipeline.train(config, transitions, device=CPU)
+    policy = Policy.from_state(config, last.states, transitions)
+    assert policy.sampler.cost()["guidance_scale"] == config.sampling.guidance_scale
+    bounded = policy.with_sampling(dataclasses.replace(config.sampling, nats=0.3))
+    cost = bounded.sampler.cost()
+    assert cost["kl"] == pytest.approx(0.3, rel=0.01) or cost["guidance_scale"] == guidance.MAX_SCALE
+    bounded.save(tmp_path / "policy")  # as trained: sampling is chosen anew
+    loaded = Policy.load(tmp_path / "policy").with_sampling(bounded.sampling)
+    observations = torch.randn(33, transitions.state_dim, generator=torch.Generator().manual_seed(0))
+    actions = [each.act(observations, torch.Generator().manual_seed(1)) for each in (bounded, loaded)]
+    assert (actions[0] == actions[1]).all()
+    assert 0 < loaded.sampler.spent() <= guidance.CAP * 0.3 * 1.001
+    loaded.sampler.data = None  # as in files from before states of the data were kept
+    with pytest.raises(ConfigError, match=r"holds no states of its data, .*; train the run again"):
+        loaded.act(observations, torch.Generator())
 
 
 @pytest.mark.parametrize("method", STAGES_OF)
 def test_every_methods_policy_acts_the_same_after_save_and_load(method, tiny_config, transitions, tmp_path):
     config = tiny_config(method=method)
     *_, last = pipeline.train(config, transitions, device=CPU)
-    policy = Policy.from_state(config, last.states, transitions.spaces)
+    policy = Policy.from_state(config, last.states, transitions)
     policy.save(tmp_path / "policy")
     loaded = Policy.load(tmp_path / "policy")
     assert (loaded.sampler.__class__, loaded.config) == (policy.sampler.__class__, config)
@@ -347,7 +371,7 @@ def test_a_beta_that_was_not_trained_is_refused(target, tiny_config, transitions
         tiny_config(energy__target=target, sampling__beta=11)
     config = tiny_config(energy__target=target)
     *_, last = pipeline.train(config, transitions, device=CPU)
-    policy = Policy.from_state(config, last.states, transitions.spaces)
+    policy = Policy.from_state(config, last.states, transitions)
     with pytest.raises(ConfigError, match=r"beta 0\.01 is outside"):
         policy.with_sampling(dataclasses.replace(config.sampling, beta=0.01))
 

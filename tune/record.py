@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aepo import rundir
-from aepo.config import RunConfig, flatten
+from aepo.config import RunConfig, flatten, identity
 from aepo.results import SCHEMA_VERSION, Row, schema
 from tune.plan import run_folder
 
@@ -65,11 +65,10 @@ def each_row(
 def settings_text(config: RunConfig) -> str:
     """Return the whole config but its seed as JSON: dotted keys and their values as text, equal for equal settings.
 
-    Without a variant there is no key of it, as in tables from before there were variants.
+    Settings that came later have no key at their default, as in tables from before there were any.
     """
-    unnamed = ("seed",) if config.variant else ("seed", "variant")
-    flat = flatten(dataclasses.asdict(config))
-    return json.dumps({key: str(value) for key, value in flat.items() if key not in unnamed}, sort_keys=True)
+    flat = flatten(identity(config) | {"rounds": config.rounds})
+    return json.dumps({key: str(value) for key, value in flat.items() if key != "seed"}, sort_keys=True)
 
 
 def write_rows(sweep: Path, rows: Iterable[Row]) -> Path:

@@ -29,7 +29,7 @@ from urllib.request import url2pathname
 import psutil
 
 from aepo import __version__, rundir
-from aepo.config import RunConfig, flatten
+from aepo.config import RunConfig, flatten, identity
 from aepo.console import warn
 from aepo.documents import parse_json
 from aepo.errors import AEPOError, ConfigError
@@ -422,8 +422,8 @@ class Tracker:
     def _log_params(self, entry: _Entry, config: RunConfig) -> None:
         from mlflow.entities import Param
 
-        flat = flatten(dataclasses.asdict(config))
-        params = [Param(key, str(value)) for key, value in flat.items() if key != "variant" or value]
+        flat = flatten(identity(config) | {"rounds": config.rounds})
+        params = [Param(key, str(value)) for key, value in flat.items()]
         self._client.log_batch(entry.run_id, params=params)
         entry.has_params = True
 

@@ -303,7 +303,7 @@ def steps(configs: Mapping[str, RunConfig], shape: Shape, *, seconds: float) -> 
 def sampling(config: RunConfig, shape: Shape, *, seconds: float) -> Iterator[dict[str, Any]]:
     """Yield a row per number of states: milliseconds per call that returns one guided action for each."""
     data = shape.data()
-    policy = Policy.from_state(config, pipeline.start(config, data, CPU), data.spaces)
+    policy = Policy.from_state(config, pipeline.start(config, data, CPU), data)
     guided = policy.sampler
     assert isinstance(guided, GuidedSampler)
     generator = torch.Generator().manual_seed(0)
@@ -357,7 +357,7 @@ def evaluation(folder: Path, budget: str, task: Task, *, seconds: float) -> dict
         dims = evaluator.observation_width(seed=0), len(action_bounds(open_dataset(dataset_id))[0])
         shape = Shape(state_dim=dims[0], action_dim=dims[1], task=task, num_transitions=10)
         config, data = preset(f"best-{budget}", task, 0), shape.data()
-        policy = Policy.from_state(config, pipeline.start(config, data, CPU), data.spaces)
+        policy = Policy.from_state(config, pipeline.start(config, data, CPU), data)
 
         def at_once() -> None:
             evaluator.run(policy, num_episodes=NUM_EPISODES, seed=0)

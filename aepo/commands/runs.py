@@ -143,7 +143,17 @@ def _failure(folder: Path, error: Exception) -> "Result | None":
     return None
 
 
-EVALUATION_COLUMNS = ["method", "beta", "guidance_scale", "score", "return_mean", "return_std", "num_episodes"]
+EVALUATION_COLUMNS = [
+    "method",
+    "beta",
+    "guidance_scale",
+    "nats",
+    "kl",
+    "score",
+    "return_mean",
+    "return_std",
+    "num_episodes",
+]
 
 
 class StageBars:
@@ -198,6 +208,7 @@ class Evaluate:
 
     For example:
       aepo evaluate runs/maze2d-umaze-s0-0123456789ab --beta 1 3 --guidance-scale 0 1 3 --figure grid.png
+      aepo evaluate runs/maze2d-umaze-s0-0123456789ab --nats 0 0.3 1 3
       aepo evaluate runs/maze2d-umaze-s0-0123456789ab --num-steps 3 5 10 15 --json
       aepo evaluate runs/maze2d-umaze-s0-0123456789ab --guidance-scale 0 --temperature 1 --num-candidates 1
       aepo evaluate runs/maze2d-umaze-s0-0123456789ab --guidance-scale 0 --temperature 1 --num-candidates 16
@@ -209,8 +220,11 @@ class Evaluate:
     """Inverse temperatures; none given = the run's."""
     guidance_scale: tuple[float, ...] = ()
     """Guidance scales; none given = the run's; 0 = diffusion behaviour cloning."""
+    nats: tuple[float, ...] = ()
+    """What guidance may cost an action on the mean, KL(guided || behaviour) in nats, in place of guidance scales: those
+    are found on states of the data; 0 = the run's scale. None given = the run's."""
     figure: Path | None = None
-    """Write a heat map of the scores over beta and guidance scale as PNG."""
+    """Write a heat map of the scores over beta and guidance scale, or nats, as PNG."""
     temperature: float | None = None
     """Standard deviation of the solver's start: 1 draws from the policy, 0 is one action, near the mode; none = the
     run's."""
@@ -259,7 +273,8 @@ class Evaluate:
             row = run.evaluate(each, evaluator, num_episodes=self.num_episodes, seed=self.seed)
             steps = each.sampling.num_steps if each.sampling else None
             if len(policies) > 1:
-                setting = f"beta {row.beta:g}, guidance scale {row.guidance_scale:g}, {steps} steps"
+                guided_by = f"{row.nats:g} nats" if row.nats else f"guidance scale {row.guidance_scale:g}"
+                setting = f"beta {row.beta:g}, {guided_by}, {steps} steps"
                 err.print(f"{i + 1} of {len(policies)}: {setting}: return {row.return_mean:.4g}")
             names = {"task": config.task, "seed": config.seed, "fingerprint": config.fingerprint}
             rows.append({**names, "num_steps": steps, **dataclasses.asdict(row)})
@@ -282,13 +297,16 @@ class Evaluate:
         """Return the policy once per combination of beta, guidance scale and solver steps."""
         own = policy.sampling
         if own is None:
-            given = (self.beta, self.guidance_scale, self.num_candidates, self.num_steps, self.figure)
+            given = (self.beta, self.guidance_scale, self.nats, self.num_candidates, self.num_steps, self.figure)
             if any(given) or self.temperature is not None:
                 raise ConfigError(
                     f"a policy of {policy.config.method} has one way to act; leave out --beta, --guidance-scale, "
-                    "--temperature, --num-candidates, --num-steps and --figure"
+                    "--nats, --temperature, --num-candidates, --num-steps and --figure"
                 )
             return [policy]
+        if self.nats and self.guidance_scale:
+            raise ConfigError("--nats are found scales: give them or --guidance-scale, not both")
+        nats = self.nats or ((0.0,) if self.guidance_scale else (own.nats,))
         temperature = own.temperature if self.temperature is None else self.temperature
         return [
             policy.with_sampling(
@@ -296,6 +314,7 @@ class Evaluate:
                     own,
                     beta=beta,
                     guidance_scale=scale,
+                    nats=budget,
                     temperature=temperature,
                     num_candidates=self.num_candidates or own.num_candidates,
                     num_steps=steps,
@@ -303,6 +322,7 @@ class Evaluate:
             )
             for beta in self.beta or (own.beta,)
             for scale in self.guidance_scale or (own.guidance_scale,)
+            for budget in nats
             for steps in self.num_steps or (own.num_steps,)
         ]
 

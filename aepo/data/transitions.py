@@ -175,6 +175,12 @@ class Transitions:
         rows_BP = self.rows_ND[:, :p].index_select(0, index_B).sub_(self.shift_D[:p]).mul_(self.scale_D[:p])
         return Pairs(rows_BP[:, :s], rows_BP[:, s:].clamp_(-1.0, 1.0))
 
+    def sample(self, num: int) -> Pairs:
+        """Return states and actions of at most `num` rows that lie equally far apart, the same at every call."""
+        num = min(num, len(self))
+        places = torch.arange(num, device=self.rows_ND.device) * len(self) // num
+        return self.take_pairs(places)
+
     def take_after(self, index_B: Tensor) -> "After":
         """Return the actions that the data took after these rows."""
         following_B = index_B + 1
