@@ -184,6 +184,8 @@ class DataConfig:
     """Return of score 0; none = the data set's metadata say."""
     ref_max: float | None = None
     """Return of score 100."""
+    held_out_share: float = setting(0.0, "[0, 0.5]", later=True)
+    """Share of the episodes on which no stage trains, for what is measured of a run besides its scores; 0 = none."""
 
     def __post_init__(self) -> None:
         _check(self)

@@ -27,6 +27,8 @@ HEARTBEAT = 50
 """Steps between two Progress at most; a driver can store the state at each."""
 NUM_LOGS = 200
 """Progress with metrics per stage."""
+NUM_CHECKS = 20
+"""Those of them per stage with what is measured on held-out episodes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +71,13 @@ def train(
         TrainingError: at the first log where a metric is not finite.
     """
     states, train_steps = prepare(config, data, device)
+    checks = _checks(config, states, data)
     if resume is not None:
         checkpoint.restore(states, resume)
     for number in range(len(config.rounds)):
         for name, train_step in train_steps.items():
-            yield from _stage(config, name, number, train_step, states)
+            check = checks.get(name)
+            yield from _stage(config, name, number, train_step, states, check)
 
 
 def measure_rates(config: RunConfig, data: Transitions, *, device: torch.device, seconds: float) -> dict[str, float]:
@@ -139,16 +143,33 @@ def _whole_step(stage: Stage, config: RunConfig, states: States, data: Transitio
     return train_step
 
 
-def _stage(config: RunConfig, name: str, number: int, train_step: Step, states: States) -> Iterator[Progress]:
+def _checks(config: RunConfig, states: States, data: Transitions) -> dict[str, Step]:
+    """Return what measures stages on held-out episodes, of those that can be; nothing where none are held out."""
+    if data.held_out is None:
+        return {}
+    return {
+        stage.name: stage.check(config.stages[stage.name], states, data.held_out)
+        for stage in methods.find(config.method).stages()
+        if stage.check is not None
+    }
+
+
+def _stage(
+    config: RunConfig, name: str, number: int, train_step: Step, states: States, check: Step | None
+) -> Iterator[Progress]:
     """Take a stage's steps of one round."""
     stage, num_steps, end = states[name], config.stages[name].steps, config.round_ends(name)[number]
     log_interval = max(1, num_steps // NUM_LOGS)
+    check_interval = log_interval * (NUM_LOGS // NUM_CHECKS)
     while stage.step < end:
         said = train_step()
         log = stage.step % log_interval == 0 or stage.step == end
         if not log and stage.step % HEARTBEAT:
             continue
         metrics = {f"{name}/{key}": float(parallel.mean(tensor)) for key, tensor in said().items()} if log else {}
+        if check is not None and log and (stage.step % check_interval == 0 or stage.step == end):
+            with torch.no_grad():
+                metrics |= {f"{name}/{key}": float(parallel.mean(tensor)) for key, tensor in check()().items()}
         if bad := [key for key, value in metrics.items() if not math.isfinite(value)]:
             raise TrainingError(
                 f"{bad[0]} is {metrics[bad[0]]} at step {stage.step} of {num_steps}; "

@@ -605,12 +605,13 @@ def check_unchanged(config: RunConfig, digest: str, folder: Path) -> None:
 
 
 def load_data(config: RunConfig) -> Transitions:
-    """Return a run's transitions on the CPU, by the rules of its config; errors as `load_transitions`."""
-    return load_transitions(
+    """Return a run's transitions on the CPU, by the rules of its config; errors as theirs."""
+    data = load_transitions(
         config.data.dataset,
         observation_keys=config.data.observation_keys,
         reward_rule=config.data.reward_rule,
     )
+    return data.hold_out(config.data.held_out_share)
 
 
 def evaluation_seed(seed: int) -> int:

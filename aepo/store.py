@@ -59,6 +59,8 @@ def stage_keys(config: RunConfig, data_digest: str) -> dict[tuple[str, int], str
             }
             if name not in pipeline.STREAMS:  # whose keys are from before streams had names
                 facts["stream"] = pipeline.stream(name, config.seed)
+            if config.data.held_out_share:
+                facts["held_out_share"] = config.data.held_out_share
             if method.code:
                 facts["code"] = method.code
             if len(config.rounds) > 1:

@@ -43,6 +43,8 @@ from aepo.rundir import replacing
 from aepo.tasks import RewardRule
 
 CACHE_FORMAT = 6
+MAX_HELD_OUT = 10_000
+"""Transitions that are held out at most, whatever the share: what is measured on so many is known to 1 %."""
 MIN_STD = 1e-3
 """A smaller standard deviation of a state's entry counts as this one, in the entry's own units."""
 MAX_SPREADS = 1000.0
@@ -140,6 +142,8 @@ class Transitions:
     """What a reader should know of how rewards are read."""
     doubt: str = ""
     """What speaks against them."""
+    held_out: "Transitions | None" = None
+    """Episodes that were taken from these, on which no stage trains."""
 
     def __post_init__(self) -> None:
         assert int(self.episode_ends_E[-1]) == len(self.rows_ND)
@@ -175,11 +179,44 @@ class Transitions:
         rows_BP = self.rows_ND[:, :p].index_select(0, index_B).sub_(self.shift_D[:p]).mul_(self.scale_D[:p])
         return Pairs(rows_BP[:, :s], rows_BP[:, s:].clamp_(-1.0, 1.0))
 
+    def hold_out(self, share: float) -> "Transitions":
+        """Return the data without a share of their whole episodes, which are then `held_out`; of share 0 the data.
+
+        They are spread evenly over the data: at least one, and as many as hold MAX_HELD_OUT steps at most.
+
+        Raises:
+            DataError: if there is one episode alone.
+        """
+        if share == 0:
+            return self
+        num_episodes = len(self.episode_ends_E)
+        if num_episodes < 2:
+            raise DataError(f"no episode of {num_episodes} can be held out; wanted two, or data.held_out_share=0")
+        lengths_E = self.episode_ends_E.diff(prepend=self.episode_ends_E.new_zeros(1))
+        num = min(max(1, round(share * num_episodes)), num_episodes - 1)
+        chosen_K = (torch.arange(num, device=lengths_E.device) * 2 + 1) * num_episodes // (2 * num)
+        few = int((lengths_E[chosen_K].cumsum(0) <= MAX_HELD_OUT).sum())
+        if few < num:
+            num = max(1, few)
+            chosen_K = (torch.arange(num, device=lengths_E.device) * 2 + 1) * num_episodes // (2 * num)
+        is_held_E = torch.zeros(num_episodes, dtype=torch.bool, device=lengths_E.device)
+        is_held_E[chosen_K] = True
+        is_held_N = is_held_E.repeat_interleave(lengths_E)
+        parts = []
+        for here_E, here_N in ((is_held_E, is_held_N), (~is_held_E, ~is_held_N)):
+            ends_E = lengths_E[here_E].cumsum(0)
+            parts.append(dataclasses.replace(self, rows_ND=self.rows_ND[here_N], episode_ends_E=ends_E))
+        held, rest = parts
+        return dataclasses.replace(rest, held_out=held)
+
     def sample(self, num: int) -> Pairs:
         """Return states and actions of at most `num` rows that lie equally far apart, the same at every call."""
+        return self.take_pairs(self.sample_rows(num))
+
+    def sample_rows(self, num: int) -> Tensor:
+        """Return at most `num` rows that lie equally far apart, ascending."""
         num = min(num, len(self))
-        places = torch.arange(num, device=self.rows_ND.device) * len(self) // num
-        return self.take_pairs(places)
+        return torch.arange(num, device=self.rows_ND.device) * len(self) // num
 
     def take_after(self, index_B: Tensor) -> "After":
         """Return the actions that the data took after these rows."""
@@ -200,7 +237,8 @@ class Transitions:
         tensors = {field.name: getattr(self.spaces, field.name) for field in dataclasses.fields(Spaces)}
         spaces = Spaces(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
         moved = {name: getattr(self, name).to(device) for name in ("rows_ND", "shift_D", "scale_D", "episode_ends_E")}
-        return dataclasses.replace(self, spaces=spaces, **moved)
+        held_out = None if self.held_out is None else self.held_out.to(device)
+        return dataclasses.replace(self, spaces=spaces, held_out=held_out, **moved)
 
 
 def load_transitions(

@@ -20,7 +20,7 @@ class StageState(Protocol):
 States = dict[str, Any]
 """Stage name -> its StageState: everything that training changes in a run."""
 Step = Callable[[], Metrics]
-"""Takes one gradient step and returns its metrics."""
+"""Takes one gradient step, or none where it only measures, and returns its metrics."""
 
 
 def _nothing(_: Any) -> tuple[str, ...]:
@@ -39,5 +39,7 @@ class Stage:
     """(config, states of all stages, data) -> the function that takes one step."""
     prepare: Callable[[Any, States, Transitions], None] | None = None
     """(config, states, data): measures what the stage takes from the others, before its first step of each round."""
+    check: Callable[[Any, States, Transitions], Step] | None = None
+    """(config, states, held-out data) -> the function that measures the stage there, by draws of its own."""
     learns_from: Callable[[Any], tuple[str, ...]] = _nothing
     """config -> the stages whose networks it asks; what is stored of a stage depends on theirs."""

@@ -40,6 +40,8 @@ def loss(net: NoiseNet, variance: nn.Module, batch: Pairs, t_B: Tensor, eps_BA: 
 
 
 SUPPORT_SOLVER_STEPS = 15
+NUM_CHECKED = 2048
+"""Held-out transitions of which a loss is measured."""
 SUPPORT_CHUNK = 65_536
 """Actions sampled at once."""
 
@@ -113,4 +115,18 @@ def make_step(config: BehaviorConfig, states: States, data: Transitions) -> Step
     return lambda: train_step(states["behavior"], config, data)
 
 
-STAGE = Stage(name="behavior", start=start, step=make_step)
+def make_check(config: BehaviorConfig, states: States, held_out: Transitions) -> Step:  # noqa: ARG001
+    """Return the function that measures the loss of the averaged network on held-out actions, always the same noise."""
+    state, draws = states["behavior"], torch.Generator(held_out.rows_ND.device).manual_seed(0)
+    batch = held_out.sample(NUM_CHECKED)
+    t_B = draw_times(len(batch.actions_BA), draws)
+    eps_BA = torch.randn(batch.actions_BA.shape, generator=draws, device=t_B.device)
+
+    def check() -> Metrics:
+        value, _ = loss(state.ema.net, nn.Identity(), batch, t_B, eps_BA)
+        return lambda: {"held_out_loss": value}
+
+    return check
+
+
+STAGE = Stage(name="behavior", start=start, step=make_step, check=make_check)

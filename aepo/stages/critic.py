@@ -21,7 +21,7 @@ from aepo.data.transitions import Batch, Transitions
 from aepo.networks import TwinQ, ValueNet
 from aepo.parallel import share
 from aepo.stages import Stage, States, Step, fast
-from aepo.stages.behavior import BehaviorState, sample_support
+from aepo.stages.behavior import NUM_CHECKED, BehaviorState, sample_support
 from aepo.stages.optim import Adam, Ema, Loss, Metrics
 
 
@@ -266,4 +266,37 @@ def make_step(config: CriticConfig, states: States, data: Transitions) -> Step:
     return lambda: train_step(states["critic"], config, data, steps)
 
 
-STAGE = Stage(name="critic", start=start, step=make_step, prepare=prepare, learns_from=learns_from)
+def make_check(config: CriticConfig, states: States, held_out: Transitions) -> Step:
+    """Return the function that measures Q and V on held-out episodes.
+
+    `held_out_loss` is the squared error of Q against r + gamma V(s') over n steps, in units of V's variance there;
+    `advantage_corr` the correlation of Q - V with what was earned from there to the end of the episode, less V.
+    """
+    state, index_M = states["critic"], held_out.sample_rows(NUM_CHECKED)
+    batch = held_out.take(index_M)
+    near, far = (look_ahead(held_out, steps, config.discount) for steps in (config.backup_steps, len(held_out)))
+
+    def backup(ahead: Steps) -> Tensor:
+        following = Ahead(ahead.rewards_N[index_M], ahead.discounts_N[index_M], held_out.take(ahead.last_N[index_M])[4])
+        value_M: Tensor = state.v(following.states_BS)
+        return following.rewards_B + following.discounts_B * value_M
+
+    def check() -> Metrics:
+        q_M, v_M = state.q.lowest(batch.states_BS, batch.actions_BA), state.v(batch.states_BS)
+        error_M, earned_M = q_M - backup(near), backup(far) - v_M
+        return lambda: {
+            "held_out_loss": error_M.square().mean() / v_M.var(correction=0).clamp(min=1e-12),
+            "advantage_corr": _correlation(q_M - v_M, earned_M),
+        }
+
+    return check
+
+
+def _correlation(a_M: Tensor, b_M: Tensor) -> Tensor:
+    """Return Pearson's correlation, 0 where one is constant."""
+    a_M, b_M = a_M - a_M.mean(), b_M - b_M.mean()
+    correlation: Tensor = (a_M * b_M).sum() / (a_M.norm() * b_M.norm()).clamp(min=1e-12)
+    return correlation
+
+
+STAGE = Stage(name="critic", start=start, step=make_step, prepare=prepare, check=make_check, learns_from=learns_from)

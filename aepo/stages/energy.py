@@ -25,7 +25,7 @@ from aepo.diffusion.sampler import Grid, Predict
 from aepo.diffusion.schedule import add_noise, draw_times
 from aepo.parallel import share
 from aepo.stages import Stage, States, Step, critic, fast, targets
-from aepo.stages.behavior import BehaviorState, sample_support
+from aepo.stages.behavior import NUM_CHECKED, BehaviorState, sample_support
 from aepo.stages.critic import CriticState, OfRows
 from aepo.stages.optim import Adam, Ema, Loss, Metrics
 from aepo.stages.targets import Sample, Value, WithSlope
@@ -320,4 +320,36 @@ def make_step(config: EnergyConfig, states: States, data: Transitions) -> Step:
     return lambda: train_step(states["energy"], config, data, states["behavior"], source)
 
 
-STAGE = Stage(name="energy", start=start, step=make_step, prepare=prepare, learns_from=lambda _: ("behavior", "critic"))
+def make_check(config: EnergyConfig, states: States, held_out: Transitions) -> Step:
+    """Return the function that measures the target's loss of the averaged network on held-out actions.
+
+    Noise and support actions are the same at every call.
+    """
+    few = dataclasses.replace(config, batch_size=NUM_CHECKED)
+    if "support" in config.facts.asks:
+        few = dataclasses.replace(few, num_support_states=max(1, NUM_CHECKED // config.num_samples))
+
+    def check() -> Metrics:
+        live, device = states["energy"], held_out.rows_ND.device
+        state = dataclasses.replace(live, generator=torch.Generator(device).manual_seed(0))
+        if "support" in config.facts.asks:
+            num = min(few.support[0], len(held_out))
+            state.support_index_M = torch.zeros(num, dtype=torch.long, device=device)
+            state.support_MKA = torch.zeros(num, few.num_samples, held_out.action_dim, device=device)
+            measure(state, few, held_out, states["behavior"])
+        x = draw(state, few, held_out, states["behavior"], q_source(states["critic"], state, few, held_out))
+        with torch.enable_grad():  # a target may be the gradient of the energy
+            value, _ = loss(live.ema.net, config.target, x)
+        return lambda: {"held_out_loss": value.detach()}
+
+    return check
+
+
+STAGE = Stage(
+    name="energy",
+    start=start,
+    step=make_step,
+    prepare=prepare,
+    check=make_check,
+    learns_from=lambda _: ("behavior", "critic"),
+)
