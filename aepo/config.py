@@ -375,9 +375,9 @@ class SamplingConfig:
     guidance_scale: float = setting(3.0, "[0, inf)")
     """w of [M4]; 0 = diffusion behaviour cloning."""
     nats: float = setting(0.0, "[0, inf)", later=True)
-    """What guidance may cost an action on the mean, as KL(guided || behaviour); an action may cost three times that.
+    """What guidance may cost an action on the mean, KL(guided || behaviour); one action may cost three times that.
 
-    0 = no bound. Above 0 the guidance scale is found after training, on states of the data [M16]."""
+    0 = no bound. Where the guidance scale costs more on states of the data, it is lowered until it does not [M16]."""
     num_steps: int = setting(6, "[1, 1000]")
     """Solver steps per action."""
     temperature: float = setting(1.0, "[0, 1]")

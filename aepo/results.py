@@ -43,7 +43,7 @@ class Evaluation:
     episode_returns: tuple[float, ...]
     """Return of each episode; empty where they are not known."""
     nats: float = 0.0
-    """What guidance was allowed to cost an action on the mean, in place of a scale; 0 = no bound."""
+    """What guidance was allowed to cost an action on the mean; 0 = no bound."""
     kl: float | None = None
     """What it did cost in the roll-outs, KL(guided || behaviour) in nats an action; None where that is not known."""
 
@@ -84,7 +84,7 @@ class GridCell:
     return_mean: float
     num_episodes: Count
     nats: float = 0.0
-    """The budget in place of the scale; 0 = none."""
+    """What guidance was allowed to cost; 0 = no bound."""
 
     @property
     def value(self) -> float:

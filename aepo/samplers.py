@@ -166,7 +166,7 @@ class GuidedSampler(Sampler):
 
     @torch.no_grad()
     def _find_budget(self, data: Pairs) -> guidance.Budget:
-        """Return the rates of cost in states of the data, and the scale that costs `sampling.nats` there if asked."""
+        """Return what guidance costs in states of the data, and the scale that keeps within `sampling.nats` there."""
         grid, draws = self._grid_on(data.states_BS.device), torch.Generator(data.states_BS.device).manual_seed(0)
         noise_BA = torch.randn(data.actions_BA.shape, generator=draws, device=data.actions_BA.device)
         mean = behavior.predict_mean(self.noise, data.states_BS, grid)
@@ -174,8 +174,8 @@ class GuidedSampler(Sampler):
         budget = guidance.Budget.of(grid, variance_NA, scale=self.sampling.guidance_scale, nats=self.sampling.nats)
         if not self.sampling.nats:
             return budget
-        scale = guidance.scale_for(
-            self.sampling.nats, lambda each: float(self._solve(data, budget, each).spent_B.mean())
+        scale = guidance.scale_within(
+            self.sampling.nats, budget.scale, lambda each: float(self._solve(data, budget, each).spent_B.mean())
         )
         return budget._replace(scale=scale)
 

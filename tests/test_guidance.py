@@ -76,8 +76,8 @@ def test_the_scale_of_a_budget_costs_it(nats):
         run(grid, mean, slope, scale, meter, torch.zeros(1, 1))
         return float(meter.spent_B.mean())
 
-    assert cost_of(guidance.scale_for(nats, cost_of)) == pytest.approx(nats, rel=1e-3)
-    assert guidance.scale_for(nats, lambda scale: 0.0) == guidance.MAX_SCALE
+    assert cost_of(guidance.scale_within(nats, 1e4, cost_of)) == pytest.approx(nats, rel=1e-3)
+    assert guidance.scale_within(nats, 3.0, lambda scale: 0.0) == 3.0
 
 
 @pytest.mark.parametrize("target_kl", [0.3, 1.0])

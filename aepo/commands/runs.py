@@ -221,8 +221,8 @@ class Evaluate:
     guidance_scale: tuple[float, ...] = ()
     """Guidance scales; none given = the run's; 0 = diffusion behaviour cloning."""
     nats: tuple[float, ...] = ()
-    """What guidance may cost an action on the mean, KL(guided || behaviour) in nats, in place of guidance scales: those
-    are found on states of the data; 0 = the run's scale. None given = the run's."""
+    """What guidance may cost an action on the mean, KL(guided || behaviour) in nats: where the scale costs more
+    on states of the data, it is lowered; 0 = no bound. None given = the run's."""
     figure: Path | None = None
     """Write a heat map of the scores over beta and guidance scale, or nats, as PNG."""
     temperature: float | None = None
@@ -273,8 +273,8 @@ class Evaluate:
             row = run.evaluate(each, evaluator, num_episodes=self.num_episodes, seed=self.seed)
             steps = each.sampling.num_steps if each.sampling else None
             if len(policies) > 1:
-                guided_by = f"{row.nats:g} nats" if row.nats else f"guidance scale {row.guidance_scale:g}"
-                setting = f"beta {row.beta:g}, {guided_by}, {steps} steps"
+                bound = f", {row.nats:g} nats" * bool(row.nats)
+                setting = f"beta {row.beta:g}, guidance scale {row.guidance_scale:g}{bound}, {steps} steps"
                 err.print(f"{i + 1} of {len(policies)}: {setting}: return {row.return_mean:.4g}")
             names = {"task": config.task, "seed": config.seed, "fingerprint": config.fingerprint}
             rows.append({**names, "num_steps": steps, **dataclasses.asdict(row)})
@@ -304,9 +304,6 @@ class Evaluate:
                     "--nats, --temperature, --num-candidates, --num-steps and --figure"
                 )
             return [policy]
-        if self.nats and self.guidance_scale:
-            raise ConfigError("--nats are found scales: give them or --guidance-scale, not both")
-        nats = self.nats or ((0.0,) if self.guidance_scale else (own.nats,))
         temperature = own.temperature if self.temperature is None else self.temperature
         return [
             policy.with_sampling(
@@ -322,7 +319,7 @@ class Evaluate:
             )
             for beta in self.beta or (own.beta,)
             for scale in self.guidance_scale or (own.guidance_scale,)
-            for budget in nats
+            for budget in self.nats or (own.nats,)
             for steps in self.num_steps or (own.num_steps,)
         ]
 

@@ -19,11 +19,8 @@ from aepo.diffusion.sampler import Grid, Predict
 
 CAP = 3.0
 """Nats that one action may cost, as a multiple of what actions may cost on the mean."""
-MAX_SCALE = 1e4
-"""Largest guidance scale that a budget asks for."""
-MIN_SCALE = 1e-6
 NUM_HALVINGS = 30
-"""Halvings of the range of scales, on a logarithm: the scale is then known to 1 part in 10^7."""
+"""Halvings of the range of scales: the scale is then known to 1 part in 10^9."""
 
 
 def guided(mean: Predict, slope: Predict, weights_N: list[float], meter: "Meter | None") -> Predict:
@@ -133,17 +130,18 @@ class Budget(NamedTuple):
         return Meter(self, num_actions, sizes=sizes)
 
 
-def scale_for(nats: float, cost_of: Callable[[float], float]) -> float:
-    """Return the guidance scale at which actions cost `nats` on the mean, at most MAX_SCALE.
+def scale_within(nats: float, scale: float, cost_of: Callable[[float], float]) -> float:
+    """Return the guidance scale, or the smaller one at which actions cost `nats` on the mean.
 
     Args:
         nats: the budget, > 0.
+        scale: the largest that is asked for.
         cost_of: mean cost of actions guided by a scale, rising with it.
     """
-    low, high = MIN_SCALE, MAX_SCALE
+    low, high = 0.0, scale
     if cost_of(high) <= nats:
-        return high
+        return scale
     for _ in range(NUM_HALVINGS):
-        middle = math.sqrt(low * high)
+        middle = (low + high) / 2
         low, high = (middle, high) if cost_of(middle) < nats else (low, middle)
-    return math.sqrt(low * high)
+    return low
