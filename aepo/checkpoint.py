@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aepo.console import warn
 from aepo.errors import CheckpointError
-from aepo.rundir import write_atomically
+from aepo.files import write_atomically
 
 MAGIC = b"aepo-checkpoint-1\n"
 FILE = "state.ckpt"

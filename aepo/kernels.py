@@ -28,8 +28,7 @@ from torch.nn import functional as F
 from aepo.config import Activation, Precision
 from aepo.console import warn
 from aepo.errors import ConfigError
-from aepo.rundir import write_atomically
-from aepo.textfile import read_text
+from aepo.files import read_text, write_atomically
 
 ARITHMETIC = 2
 """Raised by every change to the bits of a training step: what was begun under another number is never continued."""

@@ -22,7 +22,7 @@ from aepo.config import RunConfig, SamplingConfig
 from aepo.data.transitions import Pairs, Spaces, Transitions
 from aepo.documents import parse_json
 from aepo.errors import CheckpointError, ConfigError
-from aepo.rundir import write_atomically
+from aepo.files import write_atomically
 from aepo.samplers import Sampler
 from aepo.stages import States
 

@@ -7,8 +7,8 @@ from typing import Any, Final, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from aepo.documents import first_fault, read_document
 from aepo.errors import CheckpointError
-from aepo.rundir import first_fault, read_document
 
 SEARCH = "search.json"
 FORMAT: Final = 1

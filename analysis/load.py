@@ -166,7 +166,7 @@ def _table(rows: Sequence[Row]) -> pa.Table:
 
 def _read_source(source: str, tracking_uri: str, allow_missing: bool) -> pa.Table:
     if source.startswith(MLFLOW):
-        from analysis.tracked import read_experiment
+        from analysis.mlflow_source import read_experiment
 
         rows = read_experiment(source.removeprefix(MLFLOW), tracking_uri, allow_missing=allow_missing)
         return _conform(_table(rows), source)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aepo.documents import parse_json
-from aepo.textfile import read_text
+from aepo.files import read_text
 from analysis.aggregate import Aggregate, Interval, Profile, aggregate, complete_scores, profile
 from analysis.compare import Difference, differences, missing, overall
 from analysis.curves import Curve, HeatMap, heat_maps, learning_curves

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from aepo.errors import ConfigError, DataError
-from aepo.textfile import read_text
+from aepo.files import read_text
 
 SCORES, SOURCES = "published.csv", "published_sources.csv"
 UNKNOWN = "AEPO"

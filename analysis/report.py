@@ -69,7 +69,7 @@ class Report:
             raise ConfigError("no sweep given; wanted one folder or more: aepo report SWEEP")
         first = self.runs[0]
         out = self.out or _default_out(first)
-        from analysis.search import is_search
+        from analysis.search_report import is_search
 
         if is_search(first):
             return self._report_search(first, out)
@@ -117,7 +117,7 @@ class Report:
         return 0
 
     def _report_search(self, search: Path, out: Path) -> int:
-        from analysis.search import write_search_report
+        from analysis.search_report import write_search_report
 
         if len(self.runs) > 2:
             raise ConfigError(f"a search is reported alone or against one other; got {len(self.runs)} folders")

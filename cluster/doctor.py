@@ -68,8 +68,8 @@ class Doctor:
     def _measure(self) -> int:
         from aepo import kernels
         from aepo.bench.measure import backends
-        from aepo.run import own_table, set_up_torch
-        from aepo.rundir import commit
+        from aepo.runs.run import own_table, set_up_torch
+        from aepo.runs.rundir import commit
 
         if self.seconds <= 0:
             raise ConfigError(f"want --seconds above 0, got {self.seconds:g}")
@@ -142,7 +142,7 @@ def _kernels() -> Check:
 
     from aepo import kernels
     from aepo.bench.measure import linear_rates
-    from aepo.run import own_table
+    from aepo.runs.run import own_table
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

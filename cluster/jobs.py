@@ -22,10 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aepo import rundir
+from aepo import files
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.errors import ConfigError, DataError, IncompleteError, ResourceError
+from aepo.runs import rundir
 from cluster.local import LocalCluster, default_folder, token_file
 from cluster.send import SENT, WANTED
 
@@ -246,7 +247,7 @@ def fetch(client: "JobSubmissionClient", job: Job, home: Path) -> list[str]:
         content = base64.b64decode(data)
         if name not in WANTED or hashlib.sha256(content).hexdigest() != digest:
             raise DataError(f"{name} of {job.job} did not arrive whole; try again")
-        rundir.write_atomically(home / name, content)
+        files.write_atomically(home / name, content)
         found.append(name)
     if set(found) != set(WANTED):
         raise DataError(f"{job.out} on the cluster lacks {', '.join(sorted(set(WANTED) - set(found)))}; has it begun?")

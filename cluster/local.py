@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from aepo import rundir
+from aepo import files
 from aepo.console import err
 from aepo.documents import parse_json
 from aepo.errors import AEPOError, ResourceError
@@ -188,7 +188,7 @@ class LocalCluster:
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         with (self.folder / "lock").open("a") as file:
-            if not rundir.try_lock(file.fileno()):
+            if not files.try_lock(file.fileno()):
                 raise ResourceError(f"another `aepo cluster` is at work in {self.folder}; wait for it")
             yield
 

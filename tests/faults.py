@@ -24,8 +24,8 @@ from pathlib import Path
 
 import psutil
 
-from aepo import run
 from aepo.config import flatten
+from aepo.runs import rundir, spool
 
 TASKS = [f"{suite}-{maze}" for suite in ("maze2d", "pointmaze") for maze in ("open", "umaze", "medium", "large")]
 SEEDS = ["0", "1", "2"]
@@ -154,8 +154,8 @@ def position(sweep: Path) -> int:
     """Gradient steps of all runs that the spools know."""
     stages = {"behavior": 0, "critic": STEPS, "energy": 2 * STEPS}
     total = 0
-    for path in sweep.glob(f"runs/*/{run.METRICS}"):
-        rows, _ = run.read_spool(path)
+    for path in sweep.glob(f"runs/*/{rundir.METRICS}"):
+        rows, _ = spool.read_spool(path)
         total += stages[rows[-1]["stage"]] + rows[-1]["step"] if rows else 0
     return total
 
@@ -165,7 +165,7 @@ def recomputed(sweep: Path) -> list[tuple[str, int, float]]:
     found = []
     for folder in sorted((sweep / "runs").iterdir()):
         text = (folder / "log.txt").read_text()
-        rows, _ = run.read_spool(folder / run.METRICS)
+        rows, _ = spool.read_spool(folder / rundir.METRICS)
         place = {"behavior": 0, "critic": STEPS, "energy": 2 * STEPS}
         steps = [place[row["stage"]] + row["step"] for row in rows]
         for gap in range(1, len(rows)):
@@ -193,7 +193,7 @@ def compare(whole: list[dict], broken: list[dict], sweep: Path, whole_sweep: Pat
     for row in whole:
         other = ours.get(row["run"], {})
         faults += [f"{row['run']}: {key} differs" for key in same if row[key] != other.get(key)]
-        policies = [(each / "runs" / row["run"] / run.POLICY).read_bytes() for each in (whole_sweep, sweep)]
+        policies = [(each / "runs" / row["run"] / rundir.POLICY).read_bytes() for each in (whole_sweep, sweep)]
         if policies[0] != policies[1]:
             faults.append(f"{row['run']}: the weights differ")
     from mlflow import MlflowClient
@@ -203,7 +203,7 @@ def compare(whole: list[dict], broken: list[dict], sweep: Path, whole_sweep: Pat
         entry = client.get_run(row["mlflow_run_id"])
         if entry.info.status != "FINISHED":
             faults.append(f"{row['run']}: MLflow says {entry.info.status}")
-        rows, _ = run.read_spool(sweep / "runs" / row["run"] / run.METRICS)
+        rows, _ = spool.read_spool(sweep / "runs" / row["run"] / rundir.METRICS)
         for key in ("behavior/loss", "critic/loss", "energy/loss"):
             wanted = [r["step"] for r in rows if key in flatten(r["metrics"])]
             sent = sorted(metric.step for metric in client.get_metric_history(row["mlflow_run_id"], key))

@@ -316,9 +316,17 @@ def load() -> None:
     import importlib
 
     for name in (
-        *("aepo.commands.runs", "aepo.run", "aepo.commands.data", "aepo.data.d4rl", "aepo.verify", "aepo.data.stats"),
-        *("tune.commands", "tune.search", "tune.search_commands", "tune.board", "tune.estimate", "tune.space"),
-        *("analysis.report", "analysis.tables", "analysis.figures", "analysis.page", "analysis.tracked", "mlflow"),
+        *(
+            "aepo.commands.runs",
+            "aepo.runs.run",
+            "aepo.commands.data",
+            "aepo.data.d4rl",
+            "aepo.verify",
+            "aepo.data.stats",
+        ),
+        *("tune.commands", "tune.search", "tune.search_commands", "tune.status", "tune.estimate", "tune.space"),
+        *("analysis.report", "analysis.tables", "analysis.figures", "analysis.page", "analysis.mlflow_source"),
+        "mlflow",
         *("analysis.markdown", "analysis.latex", "analysis.terminal"),
         *("analysis.load", "matplotlib.backends.backend_agg", "h5py", "torch._dynamo", "tests.mutations"),
     ):

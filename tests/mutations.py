@@ -176,11 +176,12 @@ def _stacked(values: Sequence[Any]) -> Any:
 
 def make_templates(folder: Path, root: Path) -> None:
     """Make data sets, runs that have ended and that were stopped, and a sweep with everything that it leaves."""
-    from aepo import cli, run, tasks
+    from aepo import cli, tasks
     from aepo import config as configs
     from aepo.presets import preset
+    from aepo.runs import run
     from tune.plan import make_plan, run_folder, write_manifest
-    from tune.record import collect_rows, write_rows
+    from tune.runs_table import collect_rows, write_rows
     from tune.spec import SweepSpec
     from tune.tracking import Tracker
 

@@ -29,7 +29,7 @@ def test_the_n_step_return_is_the_sum_written_out(num_steps):
     data = random_transitions(num=60)
     data = dataclasses.replace(data, episode_ends_E=torch.tensor([1, 20, 21, 50, 60]))
     batch, discount = data.batch(data.rows_ND), 0.9
-    ahead = critic.look_ahead(data, num_steps, discount)
+    ahead = critic.n_step_returns(data, num_steps, discount)
     ends = iter(data.episode_ends_E.tolist())
     end = next(ends)
     for i in range(len(data)):
@@ -44,7 +44,7 @@ def test_the_n_step_return_is_the_sum_written_out(num_steps):
 
 def test_one_step_ahead_is_the_plain_backup(tiny_config, transitions):
     config = tiny_config(method="iql")
-    steps = critic.look_ahead(transitions, 1, config.critic.discount)
+    steps = critic.n_step_returns(transitions, 1, config.critic.discount)
     states = [pipeline.start(config, transitions, CPU)["critic"] for _ in range(2)]
     for _ in range(5):
         plain = critic.train_step(states[0], config.critic, transitions)

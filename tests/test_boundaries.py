@@ -32,7 +32,7 @@ def test_importing_aepo_is_quick_and_loads_neither_scheduler_nor_tracker():
     ("statement", "forbidden"),
     [
         ("import aepo.cli, aepo.commands.runs, aepo.commands.data", {"torch", "ray", "mlflow", "mujoco"}),
-        ("import aepo.run, aepo.evaluate", {"ray", "mlflow", "pandas"}),
+        ("import aepo.runs.run, aepo.evaluate", {"ray", "mlflow", "pandas"}),
         ("import aepo.slots, aepo.data.d4rl", {"torch", "ray", "mlflow", "pandas"}),
         ("import analysis.report, analysis.load", {"torch", "ray", "mlflow"}),
         ("import tune.commands, tune.quickstart", {"torch", "ray", "mlflow"}),

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from aepo import rundir
 from aepo.errors import ConfigError, DataError, ResourceError
+from aepo.runs import rundir
 from cluster import fitness, jobs, local
 from cluster.local import LocalCluster, Process
 from tests.conftest import wait_for
@@ -150,7 +150,7 @@ def test_packed_code_runs_and_holds_neither_data_nor_history_nor_secrets(tmp_pat
     try:
         with jobs.pack(file) as folder:
             names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-            code = "import aepo.rundir as r, cluster, tune.commands, analysis; print(r.__file__, r.commit())"
+            code = "import aepo.runs.rundir as r, cluster, tune.commands, analysis; print(r.__file__, r.commit())"
             ran = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
             where, _, commit = ran.stdout.strip().partition(" ")
             assert where == str(folder / "aepo" / "rundir.py")

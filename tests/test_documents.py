@@ -10,15 +10,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aepo import checkpoint, cli, methods, rundir, tasks
+from aepo import checkpoint, cli, files, methods, tasks
 from aepo import config as configs
 from aepo.documents import MAX_DEPTH, parse_json, read_toml
 from aepo.errors import CheckpointError, ConfigError, DataError, from_machine
 from aepo.policy import FORMAT, Policy
 from aepo.presets import preset
-from tune.board import Board, status
+from aepo.runs import rundir, spool
 from tune.plan import make_plan, read_digests, read_manifest, read_planned, write_manifest
 from tune.spec import SweepSpec
+from tune.status import Board, status
 
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.integers(10**30, 10**40) | st.floats() | st.text(),
@@ -194,13 +195,13 @@ ROW = {"time": 1e9, "stage": "actor", "step": 1, "num_steps": 10, "metrics": {"a
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
     result = result_of(tmp_path, config_of())
-    rundir.write_json(tmp_path / rundir.RESULT, result | {"from": "another version"})
+    files.write_json(tmp_path / rundir.RESULT, result | {"from": "another version"})
     assert written(rundir.read_result(tmp_path)) == written(result)
     older = {key: value for key, value in result.items() if key not in ("grid", "steps_reused", "folder")}
-    rundir.write_json(tmp_path / rundir.RESULT, older)
+    files.write_json(tmp_path / rundir.RESULT, older)
     nothing = {"grid": [], "steps_reused": 0, "folder": ""}
     assert written(rundir.read_result(tmp_path)) == written(result | nothing)
-    rundir.write_json(tmp_path / rundir.RESULT, result | {"status": "missing"})
+    files.write_json(tmp_path / rundir.RESULT, result | {"status": "missing"})
     with pytest.raises(CheckpointError, match="status"):
         rundir.read_result(tmp_path)
 
@@ -212,10 +213,10 @@ def written(result):
 
 
 def test_the_result_of_another_run_is_not_taken_for_this_ones(tmp_path):
-    from aepo import run
+    from aepo.runs import run
 
     config, other = config_of(), config_of("td3bc")
-    rundir.write_json(tmp_path / rundir.RESULT, result_of(tmp_path, config))
+    files.write_json(tmp_path / rundir.RESULT, result_of(tmp_path, config))
     store, cpu = run.FolderStore(tmp_path), torch.device("cpu")
     assert run.execute(config, tmp_path, store, device=cpu).score == 1.0
     with pytest.raises(CheckpointError, match=f"is of run {config.fingerprint}, wanted {other.fingerprint}"):
@@ -241,7 +242,7 @@ def test_what_is_no_result_and_no_row_is_refused(content, name, tmp_path):
     path = tmp_path / name
     path.mkdir() if content is None else path.write_text(f"{content}\n")
     with pytest.raises(CheckpointError, match=name):
-        _ = rundir.read_result(tmp_path) if name == rundir.RESULT else rundir.read_spool(path)
+        _ = rundir.read_result(tmp_path) if name == rundir.RESULT else spool.read_spool(path)
 
 
 @same_folder
@@ -251,7 +252,7 @@ def test_rows_with_any_value_anywhere_are_rows_or_refused(data, tmp_path):
     path = tmp_path / rundir.METRICS
     path.write_text(f"{json.dumps(ROW)}\n{json.dumps(document)}\n")
     try:
-        rows, _ = rundir.read_spool(path)
+        rows, _ = spool.read_spool(path)
     except CheckpointError:
         return
     assert rows[0] == ROW
@@ -260,11 +261,11 @@ def test_rows_with_any_value_anywhere_are_rows_or_refused(data, tmp_path):
 
 
 def test_rows_of_another_method_are_not_continued(tmp_path):
-    from aepo import run
+    from aepo.runs import spool
 
     (tmp_path / "rows").write_text(json.dumps(ROW) + "\n")
     with pytest.raises(CheckpointError, match="a stage 'actor', which aepo does not have"):
-        run.Spool(tmp_path / "rows", config_of("best"))
+        spool.Spool(tmp_path / "rows", config_of("best"))
 
 
 @given(data=st.data())

@@ -358,8 +358,8 @@ def test_terminal_transitions_do_not_bootstrap_and_episode_ends_do(tiny_config):
     exact = sum(np.mean((backup - q_i.numpy()) ** 2) for q_i in q)
     exact += np.mean(np.where(u < 0, 1 - config.expectile, config.expectile) * u**2)
     assert 0 < batch.terminals_B.mean() < 1
-    steps = critic.look_ahead(data, 1, config.discount)
-    ahead = critic.Ahead(steps.rewards_N, steps.discounts_N, data.take(steps.last_N).next_states_BS)
+    steps = critic.n_step_returns(data, 1, config.discount)
+    ahead = critic.NStepReturn(steps.rewards_N, steps.discounts_N, data.take(steps.last_N).next_states_BS)
     loss, _ = critic.in_sample_loss(state.q, state.v, state.target.net, batch, ahead, config)
     assert loss.item() == pytest.approx(exact, rel=1e-5)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from aepo import cli, pipeline, presets, run, tasks, toy
+from aepo import cli, pipeline, presets, tasks, toy
+from aepo.runs import run, rundir
 from aepo.stages import targets
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
@@ -69,12 +70,12 @@ def test_a_method_of_another_package_trains_is_killed_and_goes_on_to_the_same_bi
     metrics = None
     while metrics is None or "clone" not in metrics.read_text():  # the second stage has begun
         assert process.poll() is None, "it ended before it was killed"
-        metrics = next((tmp_path / "broken").glob(f"**/{run.METRICS}"), None)
+        metrics = next((tmp_path / "broken").glob(f"**/{rundir.METRICS}"), None)
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     train(package, dataset, tmp_path / "broken")
-    first, second = (next((tmp_path / name).glob(f"**/{run.POLICY}")).read_bytes() for name in ("whole", "broken"))
+    first, second = (next((tmp_path / name).glob(f"**/{rundir.POLICY}")).read_bytes() for name in ("whole", "broken"))
     assert first == second
 
 

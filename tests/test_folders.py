@@ -17,7 +17,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from aepo import checkpoint, cli, console, kernels, policy, run, rundir, tasks
+from aepo import checkpoint, cli, console, files, kernels, policy, tasks
 from aepo.config import RunConfig
 from aepo.console import emit_table, results_only
 from aepo.data import staging, transitions
@@ -25,10 +25,11 @@ from aepo.data.transitions import cache_folder, load_transitions
 from aepo.errors import BusyError, ConfigError, DataError, ResourceError, from_machine, lacks_space
 from aepo.names import MAX_BYTES, bounded
 from aepo.presets import preset
-from aepo.store import StageStore
+from aepo.runs import run, rundir, spool
+from aepo.runs.stage_store import StageStore
 from tune import sweep, trainable
 from tune.plan import RUN_FOLDERS, write_manifest
-from tune.record import write_rows
+from tune.runs_table import write_rows
 from tune.spec import Resources
 
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ def test_a_second_process_in_a_runs_folder_is_refused_before_it_touches_a_file(m
 
     result = execute(config, tmp_path / "run", on_progress=intrude)
     assert seen == [True]
-    rows = run.read_spool(tmp_path / "run" / run.METRICS)[0]
+    rows = spool.read_spool(tmp_path / "run" / rundir.METRICS)[0]
     counts = collections.Counter((row["stage"], row["step"]) for row in rows)
     assert (len(counts), max(counts.values())) == (180, 1)
     assert result.status == "finished"
@@ -98,11 +99,11 @@ def test_a_killed_process_holds_nothing(tmp_path):
     assert child.stdout.readline() == b"held\n"
     with (
         pytest.raises(BusyError, match="x already, by another process; y"),
-        rundir.hold(tmp_path / "lock", what="x", advice="y"),
+        files.hold(tmp_path / "lock", what="x", advice="y"),
     ):
         pass
     child.kill()
-    with child, rundir.hold(tmp_path / "lock", what="x", advice="y"):
+    with child, files.hold(tmp_path / "lock", what="x", advice="y"):
         assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
@@ -110,9 +111,9 @@ def test_train_says_in_one_line_who_holds_its_folder(make_dataset, tmp_path, cap
     argv = ["train", "--dataset", make_dataset(), "--out", str(tmp_path / "runs"), *TINY, "--json"]
     assert cli.run(argv) == 0
     (folder,) = (tmp_path / "runs").iterdir()
-    (folder / run.RESULT).unlink()
+    (folder / rundir.RESULT).unlink()
     capsys.readouterr()
-    with rundir.hold(folder / run.LOCK, what="", advice=""):
+    with files.hold(folder / rundir.LOCK, what="", advice=""):
         assert cli.run(argv) == ResourceError.exit_status
     out, err = capsys.readouterr()
     assert out == ""
@@ -127,9 +128,9 @@ def test_a_worker_leaves_a_run_to_another_that_does_not_end(make_dataset, tiny_c
     place.mkdir(parents=True)
     monkeypatch.setattr(trainable, "WAIT_S", 0.0)
     values = {"run": config.name, "sweep": str(tmp_path), "cpus": 1.0, "gpus": 0.0, "checkpoint_s": 60.0, "stages": ""}
-    with rundir.hold(place / run.LOCK, what="", advice=""), pytest.raises(BusyError):
+    with files.hold(place / rundir.LOCK, what="", advice=""), pytest.raises(BusyError):
         trainable._perform(values, run.execute)
-    assert run.read_result(place) is None
+    assert rundir.read_result(place) is None
     assert trainable._perform(values, run.execute).status == "finished"
 
 
@@ -139,22 +140,22 @@ def test_a_failed_run_is_repeated_and_is_not_failed_meanwhile(make_dataset, tiny
         patch.setattr("aepo.stages.fast.expectile_loss", lambda u_B, _: u_B.sum() * math.nan)
         with pytest.raises(Exception, match="critic/loss is nan"):
             execute(config, tmp_path)
-    assert run.read_result(tmp_path).status == "failed"
+    assert rundir.read_result(tmp_path).status == "failed"
     meanwhile = []
-    execute(config, tmp_path, on_progress=lambda _: meanwhile.append(run.read_result(tmp_path)))
+    execute(config, tmp_path, on_progress=lambda _: meanwhile.append(rundir.read_result(tmp_path)))
     assert set(map(str, meanwhile)) == {"None"}
-    assert run.read_result(tmp_path).status == "finished"
+    assert rundir.read_result(tmp_path).status == "finished"
 
 
 # -- full disks --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [run.CONFIG, run.KERNELS, checkpoint.FILE, run.POLICY, run.RESULT])
+@pytest.mark.parametrize("name", [rundir.CONFIG, rundir.KERNELS, checkpoint.FILE, rundir.POLICY, rundir.RESULT])
 def test_a_disk_that_is_full_at_any_file_ends_the_run_and_the_same_again_goes_on(
     name, make_dataset, tiny_config, tmp_path, monkeypatch
 ):
     config = tiny_config(make_dataset(), method="iql")
-    write = rundir.write_atomically
+    write = files.write_atomically
 
     def full(path, data):
         if path.name == name:
@@ -170,7 +171,7 @@ def test_a_disk_that_is_full_at_any_file_ends_the_run_and_the_same_again_goes_on
     whole = execute(config, tmp_path / "whole")
     again = execute(config, tmp_path / "run")
     assert (again.status, again.evaluations) == ("finished", whole.evaluations)
-    spools = [run.read_spool(tmp_path / folder / run.METRICS)[0] for folder in ("run", "whole")]
+    spools = [spool.read_spool(tmp_path / folder / rundir.METRICS)[0] for folder in ("run", "whole")]
     assert [(row["stage"], row["step"]) for row in spools[0]] == [(row["stage"], row["step"]) for row in spools[1]]
 
 
@@ -181,7 +182,7 @@ def test_metrics_that_cannot_be_written_end_the_run_and_close_its_environments(
     monkeypatch.setattr("aepo.evaluate.Evaluator.close", lambda _: closed.append(1))
     with monkeypatch.context() as patch:
         for method in ("write", "close"):
-            patch.setattr(run.Spool, method, lambda *_: (_ for _ in ()).throw(FULL))
+            patch.setattr(spool.Spool, method, lambda *_: (_ for _ in ()).throw(FULL))
         with pytest.raises(ResourceError, match="no space left"):
             execute(tiny_config(make_dataset()), tmp_path)
     assert closed == [1]
@@ -195,7 +196,7 @@ def test_a_failure_that_cannot_be_written_down_is_said_all_the_same(
     with pytest.raises(ResourceError, match="no space left"):
         execute(tiny_config(make_dataset()), tmp_path)
     assert "warning: the failure is not recorded in" in capsys.readouterr().err
-    assert run.read_result(tmp_path) is None
+    assert rundir.read_result(tmp_path) is None
 
 
 def test_a_heat_map_that_cannot_be_drawn_costs_no_result(make_dataset, tiny_config, tmp_path, monkeypatch, capsys):
@@ -277,7 +278,7 @@ def test_a_library_that_writes_files_for_their_owner_alone_leaves_them_as_the_um
     umask(0o022)
 
     def write(path):
-        with rundir.replacing(path) as temporary:
+        with files.replacing(path) as temporary:
             temporary.unlink()
             os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
 
@@ -353,8 +354,8 @@ def test_stages_that_may_only_be_read_are_taken_and_the_rest_is_trained(
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("aepo.store.open_lock", refuse)
-    monkeypatch.setattr("aepo.store.write_atomically", refuse)
+    monkeypatch.setattr("aepo.runs.stage_store.open_lock", refuse)
+    monkeypatch.setattr("aepo.runs.stage_store.write_atomically", refuse)
     capsys.readouterr()
     changed = tiny_config(dataset_id, method="iql", actor__learning_rate=0.01)
     result = execute(changed, tmp_path / "two", stage_store=store)
@@ -375,9 +376,9 @@ def test_a_lock_file_of_another_user_can_be_held(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "open", refuse)
     with (
-        rundir.hold(tmp_path / "lock", what="x", advice="y"),
+        files.hold(tmp_path / "lock", what="x", advice="y"),
         pytest.raises(BusyError),
-        rundir.hold(tmp_path / "lock", what="x", advice="y"),
+        files.hold(tmp_path / "lock", what="x", advice="y"),
     ):
         pass
 

@@ -74,9 +74,9 @@ def test_expectile_regression(activation, layer_norm, expectile, steps, data, ti
     ).critic
     state = start_critic(config, data)
     batch = in_double(data.take(torch.arange(200)))
-    table = critic.look_ahead(data, steps, config.discount)
+    table = critic.n_step_returns(data, steps, config.discount)
     after = data.take(table.last_N[:200]).next_states_BS.double()
-    ahead = critic.Ahead(table.rewards_N[:200].double(), table.discounts_N[:200].double(), after)
+    ahead = critic.NStepReturn(table.rewards_N[:200].double(), table.discounts_N[:200].double(), after)
     nets = [plain(net) for net in (state.q, state.v, state.target.net)]
     loss = critic.in_sample_loss(*nets, batch, ahead, config)
     found = fast.in_sample(state.q, state.v, state.target.net, batch, ahead, config)

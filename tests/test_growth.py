@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aepo import cli, run
+from aepo import cli
 from aepo.errors import CheckpointError
+from aepo.runs import run
 from analysis.load import load_runs
 from tests import test_tracking
 from tune import sweep as sweeps

@@ -70,7 +70,7 @@ def test_the_correlation_is_that_of_the_advantage_with_what_was_earned(tiny_conf
     data = of_episodes([25] * 20).hold_out(0.2)
     config = tiny_config().critic
     states = pipeline.start(tiny_config(), data, CPU)
-    ahead = critic.look_ahead(data.held_out, 25, config.discount)
+    ahead = critic.n_step_returns(data.held_out, 25, config.discount)
 
     class Known(torch.nn.Module):
         def __init__(self, factor):

@@ -11,14 +11,15 @@ from typing import get_args
 import pytest
 import torch
 
-from aepo import cli, kernels, method_table, pipeline, run, tasks
+from aepo import cli, kernels, method_table, pipeline, tasks
 from aepo.bench import measure
 from aepo.config import ENERGY_TARGETS, with_overrides
 from aepo.errors import CheckpointError, ConfigError, Interrupted
 from aepo.kernels import Measured, Processor
 from aepo.policy import Policy
 from aepo.presets import preset
-from aepo.store import stage_keys
+from aepo.runs import run
+from aepo.runs.stage_store import stage_keys
 from tests.conftest import random_transitions, write_pendulum
 
 METHODS = method_table.presets()

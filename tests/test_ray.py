@@ -10,8 +10,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from aepo import run
 from aepo.errors import ResourceError
+from aepo.runs import rundir, spool
 from tests.conftest import wait_for
 from tune.tracking import find_store
 
@@ -52,11 +52,11 @@ def net_connections(process):
 
 
 def policies(folder):
-    return {path.parent.name: path.read_bytes() for path in folder.glob(f"runs/*/{run.POLICY}")}
+    return {path.parent.name: path.read_bytes() for path in folder.glob(f"runs/*/{rundir.POLICY}")}
 
 
 def stages(folder):
-    rows = [row for path in folder.glob(f"runs/*/{run.METRICS}") for row in run.read_spool(path)[0]]
+    rows = [row for path in folder.glob(f"runs/*/{rundir.METRICS}") for row in spool.read_spool(path)[0]]
     return {row["stage"] for row in rows}
 
 
@@ -202,4 +202,4 @@ def test_a_sweep_that_does_not_fit_is_refused(whole, tmp_path):
     assert process.returncode == ResourceError.exit_status
     assert out == ""
     assert "one trial wants 999 CPU" in err
-    assert not list(tmp_path.glob(f"runs/*/{run.RESULT}"))
+    assert not list(tmp_path.glob(f"runs/*/{rundir.RESULT}"))

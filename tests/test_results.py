@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aepo import cli, results, rundir
+from aepo import cli, results
 from aepo.errors import CheckpointError, DataError
 from aepo.results import Evaluation, GridCell, Result, Row
+from aepo.runs import rundir
 from aepo.trials import SEARCH, read_search
 from analysis.load import grids, load_runs
-from analysis.search import write_search_report
-from tune.record import write_rows
+from analysis.search_report import write_search_report
+from tune.runs_table import write_rows
 
 BEFORE = Path(__file__).parent / "golden" / "results"
 

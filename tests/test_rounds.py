@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from aepo import config as configs
-from aepo import methods, pipeline, run
+from aepo import methods, pipeline
 from aepo.errors import ConfigError, Interrupted
-from aepo.store import StageStore, stage_keys
+from aepo.runs import run, rundir, spool
+from aepo.runs.stage_store import StageStore, stage_keys
 
 CPU = torch.device("cpu")
 ROUNDS = (1 / 6, 0.5, 1.0)
@@ -31,7 +32,7 @@ def execute(config, folder, **kwargs):
 
 
 def losses(folder):
-    rows = run.read_spool(folder / run.METRICS)[0]
+    rows = spool.read_spool(folder / rundir.METRICS)[0]
     return [(r["stage"], r["step"], {k: v for k, v in r["metrics"].items() if k != "steps_reused"}) for r in rows]
 
 
@@ -97,7 +98,7 @@ def test_a_run_advances_round_by_round_as_it_does_at_once(config, tmp_path):
     results = [execute(config, tmp_path / name) for name in ("slow", "fast", "plain")]
     assert results[0].evaluations == results[1].evaluations == results[2].evaluations
     assert [point.step for point in results[2].curve] == [30, 90, 180]
-    policies = [(tmp_path / name / run.POLICY).read_bytes() for name in ("slow", "fast", "plain")]
+    policies = [(tmp_path / name / rundir.POLICY).read_bytes() for name in ("slow", "fast", "plain")]
     assert policies[0] == policies[1] == policies[2]
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from aepo import checkpoint, run
+from aepo import checkpoint
 from aepo.environments import References
 from aepo.errors import CheckpointError, ConfigError, DataError, ResourceError, TrainingError
 from aepo.evaluate import Evaluator
 from aepo.pipeline import Progress
 from aepo.policy import Policy
+from aepo.runs import run, rundir, spool
 
 CPU = torch.device("cpu")
 
@@ -34,7 +35,7 @@ class Break(Exception):
 def test_a_run_leaves_result_spool_config_and_policy(make_dataset, tiny_config, tmp_path):
     config = tiny_config(make_dataset(), evaluation__num_curve_points=2, evaluation__num_curve_episodes=1)
     result = execute(config, tmp_path / "run")
-    document = json.loads((tmp_path / "run" / run.RESULT).read_text())
+    document = json.loads((tmp_path / "run" / rundir.RESULT).read_text())
     assert document == json.loads(json.dumps(dataclasses.asdict(result)))
     assert result.status == "finished"
     assert result.steps == 180
@@ -43,11 +44,11 @@ def test_a_run_leaves_result_spool_config_and_policy(make_dataset, tiny_config, 
     assert result.return_mean == pytest.approx(np.mean(returns))
     assert result.score == pytest.approx(100 * (np.mean(returns) + 1200) / (1200 - 150))
     assert [(point.stage, point.step) for point in result.curve] == [("energy", s) for s in (140, 160, 180)]
-    rows = run.read_spool(tmp_path / "run" / run.METRICS)[0]
+    rows = spool.read_spool(tmp_path / "run" / rundir.METRICS)[0]
     assert [(r["stage"], r["step"]) for r in rows] == [
         (stage, step) for stage in ("behavior", "critic", "energy") for step in range(1, 61)
     ]
-    assert Policy.load(tmp_path / "run" / run.POLICY).config == config
+    assert Policy.load(tmp_path / "run" / rundir.POLICY).config == config
 
 
 def test_a_heat_map_of_beta_and_guidance_scale_ends_a_run(make_dataset, tiny_config, tmp_path):
@@ -58,7 +59,7 @@ def test_a_heat_map_of_beta_and_guidance_scale_ends_a_run(make_dataset, tiny_con
     assert cells == [(1.0, 0.0), (1.0, 2.0), (3.0, 0.0), (3.0, 2.0)]
     cloned = [row.score for row in result.grid if row.guidance_scale == 0]
     assert cloned[0] == cloned[1], "beta has no effect without guidance"
-    assert (tmp_path / run.GRID).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / rundir.GRID).read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_setting_of_the_evaluation_is_heeded(make_dataset, tiny_config, tmp_path):
@@ -131,14 +132,15 @@ def test_a_broken_run_goes_on_and_ends_like_an_unbroken_one(place, make_dataset,
     unbroken = execute(config, tmp_path / "whole")
     with pytest.raises(Break):
         execute(config, tmp_path / "broken", checkpoint_s=0.0, on_progress=stop)
-    with (tmp_path / "broken" / run.METRICS).open("ab") as spool:
+    with (tmp_path / "broken" / rundir.METRICS).open("ab") as spool:
         spool.write(b'{"time": 12, "sta')  # the kill tore a line
     broken = execute(config, tmp_path / "broken")
     clock = {key: getattr(broken, key) for key in ("seconds", "started_at", "folder")}
     assert broken == dataclasses.replace(unbroken, **clock)
-    assert (tmp_path / "broken" / run.POLICY).read_bytes() == (tmp_path / "whole" / run.POLICY).read_bytes()
+    assert (tmp_path / "broken" / rundir.POLICY).read_bytes() == (tmp_path / "whole" / rundir.POLICY).read_bytes()
     spools = [
-        [{**row, "time": 0} for row in run.read_spool(tmp_path / name / run.METRICS)[0]] for name in ("whole", "broken")
+        [{**row, "time": 0} for row in spool.read_spool(tmp_path / name / rundir.METRICS)[0]]
+        for name in ("whole", "broken")
     ]
     assert spools[0] == spools[1]
 
@@ -195,7 +197,7 @@ def test_a_failed_run_is_a_result(make_dataset, tiny_config, tmp_path, monkeypat
     monkeypatch.setattr("aepo.stages.fast.expectile_loss", lambda u_B, _: u_B.sum() * math.nan)
     with pytest.raises(TrainingError, match="critic/loss is nan"):
         execute(config, tmp_path)
-    result = run.read_result(tmp_path)
+    result = rundir.read_result(tmp_path)
     assert result.status == "failed"
     assert "critic/loss is nan" in result.error
     assert result.score is None
@@ -208,32 +210,32 @@ def test_running_out_of_memory_is_a_result(make_dataset, tiny_config, tmp_path, 
     monkeypatch.setattr(run, "load_transitions", full)
     with pytest.raises(ResourceError, match="out of memory: no 3 GiB"):
         execute(tiny_config(make_dataset()), tmp_path)
-    assert run.read_result(tmp_path).status == "failed"
+    assert rundir.read_result(tmp_path).status == "failed"
 
 
 def test_a_file_that_is_no_result_is_not_taken_for_one(tmp_path):
-    (tmp_path / run.RESULT).write_text('{"status": "fini')
+    (tmp_path / rundir.RESULT).write_text('{"status": "fini')
     with pytest.raises(CheckpointError, match="not a result"):
-        run.read_result(tmp_path)
+        rundir.read_result(tmp_path)
 
 
 def test_readers_of_the_spool_never_see_half_a_row(tmp_path, tiny_config):
-    spool = run.Spool(tmp_path / "s", tiny_config("local/x-v0", critic__steps=500))
+    writer = spool.Spool(tmp_path / "s", tiny_config("local/x-v0", critic__steps=500))
     counts, stop = [], threading.Event()
 
     def read():
         while not stop.is_set():
-            counts.append(len(run.read_spool(tmp_path / "s")[0]))
+            counts.append(len(spool.read_spool(tmp_path / "s")[0]))
 
     thread = threading.Thread(target=read)
     thread.start()
     for step in range(1, 500):
-        spool.write("critic", step, {"critic/loss": 1.0})
+        writer.write("critic", step, {"critic/loss": 1.0})
     stop.set()
     thread.join()
-    spool.close()
+    writer.close()
     assert counts == sorted(counts)
-    assert len(run.read_spool(tmp_path / "s")[0]) == 499
+    assert len(spool.read_spool(tmp_path / "s")[0]) == 499
 
 
 # -- policy ------------------------------------------------------------------------------------------------
@@ -242,7 +244,7 @@ def test_readers_of_the_spool_never_see_half_a_row(tmp_path, tiny_config):
 @pytest.fixture
 def trained(make_dataset, tiny_config, tmp_path):
     execute(tiny_config(make_dataset()), tmp_path / "run")
-    return tmp_path / "run" / run.POLICY
+    return tmp_path / "run" / rundir.POLICY
 
 
 def test_a_policy_read_back_acts_the_same_and_within_bounds(trained):

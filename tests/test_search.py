@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from aepo import cli, run
+from aepo import cli
 from aepo import config as configs
 from aepo.errors import CheckpointError, ConfigError
 from aepo.results import RoundResult
+from aepo.runs import run
 from aepo.trials import SEARCH, Confirmation, Outcome, Round, Selection, Spec, Trial, count_steps, read_search
-from analysis.search import write_search_report
+from analysis.search_report import write_search_report
 from tests.conftest import wait_for
 from tune.plan import RUN_FOLDERS
 from tune.search import found_settings, mean_score, write_preset
@@ -82,17 +83,17 @@ def work_through(current, space, base, scores, *, at_once, generator):
 
     A score is `scores(number, round)`.
     """
-    from tune.rungs import Asking
+    from tune.asha import ASHASearcher
 
-    asking = Asking(current, [base], {}, on_draw=lambda _: None, on_end=lambda _: None)
+    searcher = ASHASearcher(current, [base], {}, on_draw=lambda _: None, on_end=lambda _: None)
     under_way = {}
     for piece in itertools.count():
         while len(under_way) < at_once:
-            work = asking.suggest(f"piece {piece}-{len(under_way)}")
+            work = searcher.suggest(f"piece {piece}-{len(under_way)}")
             if work in (None, "FINISHED"):
                 break
             under_way[f"piece {piece}-{len(under_way)}"] = work
-        assert asking.is_over == (not under_way)
+        assert searcher.is_over == (not under_way)
         if not under_way:
             assert work == "FINISHED"
             return
@@ -101,8 +102,8 @@ def work_through(current, space, base, scores, *, at_once, generator):
         for round_number in range(work["ended"] + 1, work["until"] + 1):
             score = scores(work["number"], round_number)
             results = [RoundResult(round=round_number, score=score, return_mean=0.0, steps_reused=0)]
-            asking.on_trial_result(name, {"round": round_number, "results": results})
-        asking.on_trial_complete(name)
+            searcher.on_trial_result(name, {"round": round_number, "results": results})
+        searcher.on_trial_complete(name)
         stored = read_search(current.path.parent).trials
         assert stored == current.trials
         yield work, stored
@@ -159,18 +160,18 @@ def test_who_was_promoted_goes_on_from_the_record_and_who_waits_waits(tmp_path, 
 
 
 def test_a_search_that_was_asked_to_stop_is_not_over(tmp_path, space, tiny_config):
-    from tune.rungs import Asking
+    from tune.asha import ASHASearcher
 
     current = record(tmp_path, space, [trial(0, (1.0,), "waiting")])
-    asking = Asking(current, [tiny_config()], {}, on_draw=lambda _: None, on_end=lambda _: None)
+    searcher = ASHASearcher(current, [tiny_config()], {}, on_draw=lambda _: None, on_end=lambda _: None)
     (tmp_path / "stop").touch()
-    assert asking.suggest("piece") == "FINISHED"
-    assert not asking.is_over  # so the trial goes on waiting
+    assert searcher.suggest("piece") == "FINISHED"
+    assert not searcher.is_over  # so the trial goes on waiting
     assert current.trials[0].state == "waiting"
 
 
 def test_a_trial_that_failed_after_a_promotion_took_its_place(tmp_path, space):
-    from tune.rungs import last_hope, promoted
+    from tune.asha import last_hope, promoted
 
     rows = [trial(n, (float(n),), "waiting") for n in range(3)]
     current = record(tmp_path, space, rows)
@@ -184,14 +185,14 @@ def test_a_trial_that_failed_after_a_promotion_took_its_place(tmp_path, space):
 
 @pytest.mark.parametrize(("grace", "rungs"), [(0, [3]), (1, [1, 2, 3]), (2, [2, 3]), (3, [3])])
 def test_trials_train_to_the_next_rung_past_the_rounds_of_grace(grace, rungs):
-    from tune.rungs import next_rung
+    from tune.asha import next_rung
 
     spec = dataclasses.replace(SPEC, grace=grace)
     assert sorted({next_rung(spec, ended) for ended in range(3)}) == rungs
 
 
 def test_several_tasks_share_the_pair_that_is_best_over_all(tmp_path, space):
-    from tune.rungs import _round
+    from tune.asha import _round
 
     spec = dataclasses.replace(SPEC, tasks=("a", "b"), datasets=())
     space = dataclasses.replace(space, grid={"sampling.beta": (1.0,), "sampling.guidance_scale": (1.0, 3.0)})
@@ -204,7 +205,7 @@ def test_several_tasks_share_the_pair_that_is_best_over_all(tmp_path, space):
 
 
 def test_the_beta_that_was_evaluated_is_the_one_that_is_found(make_dataset, tmp_path, tiny_config):
-    from tune.rungs import _round
+    from tune.asha import _round
 
     dataset = make_dataset()
     file = tmp_path / "space.toml"

@@ -15,9 +15,10 @@ import psutil
 import pytest
 import torch
 
-from aepo import cli, run, tasks
+from aepo import cli, tasks
 from aepo.errors import ConfigError, DataError, ResourceError, TrainingError
 from aepo.evaluate import Evaluator
+from aepo.runs import run, rundir
 from tests.conftest import wait_for
 from tests.test_families import write_minari
 
@@ -110,7 +111,7 @@ def test_a_runs_result_and_files_do_not_depend_on_the_processes(make_dataset, ti
         result = run.execute(config, folder, store, device=cpu, eval_processes=processes)
         results.append(dataclasses.replace(result, seconds=0.0, started_at=None, folder=""))
     assert results[0] == results[1]
-    assert (tmp_path / "1" / run.POLICY).read_bytes() == (tmp_path / "2" / run.POLICY).read_bytes()
+    assert (tmp_path / "1" / rundir.POLICY).read_bytes() == (tmp_path / "2" / rundir.POLICY).read_bytes()
 
 
 def test_the_commands_take_a_number_of_processes(make_dataset, tmp_path, capsys):

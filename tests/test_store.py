@@ -9,10 +9,11 @@ import time
 import pytest
 import torch
 
-from aepo import cli, pipeline, run
+from aepo import cli, pipeline
 from aepo import config as configs
 from aepo.errors import CheckpointError, Interrupted
-from aepo.store import StageStore, stage_keys
+from aepo.runs import run, rundir, spool
+from aepo.runs.stage_store import StageStore, stage_keys
 
 CPU = torch.device("cpu")
 
@@ -94,7 +95,7 @@ def test_nothing_is_trained_twice_and_the_weights_are_those_without_a_store(
     again = execute(tiny_config(), tmp_path / "again", store)
     assert steps == {"behavior": 60, "critic": 60, "energy": 60}
     assert again.steps_reused == 180
-    policies = [(tmp_path / name / run.POLICY).read_bytes() for name in ("alone", "first", "again")]
+    policies = [(tmp_path / name / rundir.POLICY).read_bytes() for name in ("alone", "first", "again")]
     assert policies[0] == policies[1] == policies[2]
     assert alone.evaluations == first.evaluations == again.evaluations
 
@@ -119,7 +120,7 @@ def test_only_what_a_change_touches_is_trained(change, trained, make_dataset, ti
     assert result.steps_reused == 180 - sum(steps.values())
     whole = execute(config, tmp_path / "whole")
     assert result.evaluations == whole.evaluations
-    rows, expected = (run.read_spool(tmp_path / name / run.METRICS)[0] for name in ("second", "whole"))
+    rows, expected = (spool.read_spool(tmp_path / name / rundir.METRICS)[0] for name in ("second", "whole"))
     assert [(r["stage"], r["step"]) for r in rows] == [(r["stage"], r["step"]) for r in expected]
     losses = [(r["metrics"].get(f"{r['stage']}/loss")) for r in rows]
     assert losses == [(r["metrics"].get(f"{r['stage']}/loss")) for r in expected]
@@ -145,7 +146,7 @@ def test_an_interrupted_run_goes_on_and_gives_what_it_trains(stage, make_dataset
     assert len(store.entries()) == 3
     assert {name: count for name, count in steps.items() if count != 60} == {}
     whole = execute(config, tmp_path / "whole")
-    assert run.read_result(folder).evaluations == whole.evaluations
+    assert rundir.read_result(folder).evaluations == whole.evaluations
     assert execute(config, tmp_path / "again", store).steps_reused == 180
 
 
@@ -173,7 +174,7 @@ def test_two_that_want_a_stage_at_once_train_it_once(store):
 
 def test_a_claim_goes_with_the_process_that_holds_it(store):
     code = (
-        "import sys, time, pathlib; from aepo.store import StageStore\n"
+        "import sys, time, pathlib; from aepo.runs.stage_store import StageStore\n"
         "StageStore(pathlib.Path(sys.argv[1])).claim('b' * 24); print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(store.folder)], stdout=subprocess.PIPE, text=True)

@@ -13,12 +13,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aepo import cli, run
+from aepo import cli
 from aepo.errors import CheckpointError, ConfigError, DataError, Interrupted, ResourceError
-from tune import board, commands, estimate, trainable
-from tune.board import LOCK, Board, driving, is_driven, status
+from aepo.runs import run, rundir
+from tune import commands, estimate, trainable
 from tune.plan import STOP, make_plan, run_folder, write_manifest
 from tune.spec import Execution, Resources, SweepSpec, read_sweep_file
+from tune.status import LOCK, Board, driving, is_driven, status
 
 CPU = torch.device("cpu")
 TINY = [f"{stage}.{key}" for stage in ("behavior", "critic", "energy") for key in ("steps=20", "hidden_size=16")]
@@ -39,7 +40,7 @@ def sweep(make_dataset, tiny_config, tmp_path):
     run.execute(plan[0], place, run.FolderStore(place), device=CPU)
     failed = run_folder(folder, plan[1])
     failed.mkdir()
-    run.record_failure(plan[1], failed, "TrainingError: critic/loss is nan")
+    rundir.record_failure(plan[1], failed, "TrainingError: critic/loss is nan")
     (failed / "log.txt").write_text("".join(f"line {i}\n" for i in range(20)))
     begun = run_folder(folder, plan[2])
     with pytest.raises(Interrupted):
@@ -284,7 +285,7 @@ def test_a_board_reads_the_ends_of_long_files(sweep, monkeypatch):
     folder, plan = sweep
     whole = Board(folder, plan)
     whole.refresh()
-    monkeypatch.setattr(board, "TAIL_BYTES", 300)
+    monkeypatch.setattr("tune.status.TAIL_BYTES", 300)
     tail = Board(folder, plan)
     tail.refresh()
     assert {name: row["step"] for name, row in tail.rows().items()} == {
@@ -295,11 +296,11 @@ def test_a_board_reads_the_ends_of_long_files(sweep, monkeypatch):
 def test_a_sweep_is_carried_out_by_one_process_at_a_time(tmp_path):
     assert not is_driven(tmp_path)
     with driving(tmp_path):
-        code = "import sys, pathlib; from tune.board import driving\nwith driving(pathlib.Path(sys.argv[1])): pass"
+        code = "import sys, pathlib; from tune.status import driving\nwith driving(pathlib.Path(sys.argv[1])): pass"
         words = [sys.executable, "-c", code, str(tmp_path)]
         second = subprocess.run(words, capture_output=True, text=True, check=False)
         assert f"is carried out already, by process {os.getpid()}" in second.stderr
-        looking = "import sys, pathlib; from tune.board import is_driven; print(is_driven(pathlib.Path(sys.argv[1])))"
+        looking = "import sys, pathlib; from tune.status import is_driven; print(is_driven(pathlib.Path(sys.argv[1])))"
         seen = subprocess.run(
             [sys.executable, "-c", looking, str(tmp_path)], capture_output=True, text=True, check=True
         )
@@ -313,7 +314,7 @@ def test_a_request_to_stop_is_taken_back_by_the_next_start_and_refused_where_nob
     folder, _ = sweep
     assert cli.run(["sweep", "--stop", "--out", str(folder)]) == 3
     assert "there is nothing to stop" in capsys.readouterr().err
-    code = "import sys, time, pathlib; from tune.board import driving\n"
+    code = "import sys, time, pathlib; from tune.status import driving\n"
     code += "with driving(pathlib.Path(sys.argv[1])): time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)])
     try:
@@ -363,12 +364,12 @@ def test_a_stopped_run_stores_its_checkpoint_and_ends_like_the_unbroken_one(swee
 
     with pytest.raises(Interrupted, match=r"stopped at step \d+ of critic"):
         run.execute(plan[3], place, run.FolderStore(place), device=CPU, on_progress=at_critic)
-    assert run.read_result(place) is None
+    assert rundir.read_result(place) is None
     trainable.run_inline(values)
-    assert run.read_result(place).status == "finished"
+    assert rundir.read_result(place).status == "finished"
     whole = run.execute(plan[3], tmp_path / "whole", run.FolderStore(tmp_path / "whole"), device=CPU)
-    assert (place / run.POLICY).read_bytes() == (tmp_path / "whole" / run.POLICY).read_bytes()
-    assert run.read_result(place).evaluations == whole.evaluations
+    assert (place / rundir.POLICY).read_bytes() == (tmp_path / "whole" / rundir.POLICY).read_bytes()
+    assert rundir.read_result(place).evaluations == whole.evaluations
     assert "starts" in (place / "log.txt").read_text()
 
 
@@ -379,7 +380,7 @@ def test_a_run_asked_to_stop_within_training_says_so_in_its_log(sweep, values, m
     monkeypatch.setattr(trainable, "_is_stopped", lambda _: next(answers, True))
     trainable.run_inline(values)
     assert "stopped at step" in (place / "log.txt").read_text()
-    assert run.read_result(place) is None
+    assert rundir.read_result(place) is None
     assert run.FolderStore(place).load() is not None
 
 
@@ -387,7 +388,7 @@ def test_a_trial_evaluates_on_the_cores_that_it_was_granted(sweep, values):
     folder, plan = sweep
     trainable.run_inline(values | {"cpus": 2.0})
     place = run_folder(folder, plan[3])
-    assert run.read_result(place).status == "finished"
+    assert rundir.read_result(place).status == "finished"
     assert "2 evaluation processes, started in" in (place / "log.txt").read_text()
 
 
@@ -395,7 +396,7 @@ def test_a_failure_that_repeats_is_a_result_and_no_exception(sweep, values, monk
     monkeypatch.setattr("aepo.stages.fast.expectile_loss", lambda u_B, _: u_B.sum() / 0)
     trainable.run_inline(values)
     place = run_folder(sweep[0], sweep[1][3])
-    assert run.read_result(place).status == "failed"
+    assert rundir.read_result(place).status == "failed"
     assert "failed: critic/loss is" in (place / "log.txt").read_text()
 
 
@@ -410,9 +411,9 @@ def test_an_accident_is_tried_again_and_the_same_one_twice_is_a_failure(sweep, v
         patch.setattr("aepo.pipeline.train", broken)
         with pytest.raises(ZeroDivisionError):
             trainable.run_inline(values)
-        assert run.read_result(place) is None
+        assert rundir.read_result(place) is None
         trainable.run_inline(values)
-    result = run.read_result(place)
+    result = rundir.read_result(place)
     assert (result.status, result.error) == (
         "failed",
         "ZeroDivisionError: a bug (twice; log.txt has the traceback)",
@@ -428,7 +429,7 @@ def test_a_full_disk_is_a_row_that_says_so(sweep, values, monkeypatch):
 
     monkeypatch.setattr("aepo.checkpoint.save", full)
     trainable.run_inline(values | {"checkpoint_s": 0.0})
-    result = run.read_result(run_folder(folder, plan[3]))
+    result = rundir.read_result(run_folder(folder, plan[3]))
     assert result.status == "failed"
     assert result.error.startswith("ResourceError: no space left for ")
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aepo import cli, kernels, rundir
+from aepo import cli, documents, kernels
 from aepo.errors import CheckpointError, ConfigError
-from aepo.textfile import MARKS, read_text
+from aepo.files import MARKS, read_text
 
 MARKED = [*((name, mark) for mark, name in MARKS), ("utf-8", b"")]
 TEXT = st.text(st.characters(exclude_characters="\0\r\ufeff", exclude_categories=["Cs"]))
@@ -52,7 +52,7 @@ def test_files_of_other_editors_do_what_they_say(encoding, tmp_path, capsys):
     assert "critic.expectile" in capsys.readouterr().out
     manifest = tmp_path / "sweep.json"
     manifest.write_bytes('{"format": 1, "runs": {}}'.encode(encoding))
-    assert rundir.read_document(manifest, kind="sweep", version=1, field="runs")["runs"] == {}
+    assert documents.read_document(manifest, kind="sweep", version=1, field="runs")["runs"] == {}
     table = tmp_path / "kernels.csv"
     table.write_bytes("vendor,family,model,torch,gain,source\r\nA,1,2,2.9,1.2,S\r\n".encode(encoding))
     assert [row.gain for row in kernels.read_own(table)] == [1.2]
@@ -67,6 +67,6 @@ def test_files_that_are_no_text_are_refused_by_name(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"kernels\.csv, line 3, is no UTF-8 text"):
         kernels.read_own(tmp_path / "kernels.csv")
     with pytest.raises(CheckpointError, match="is not a sweep of this version: 'utf-8' codec"):
-        rundir.read_document(tmp_path / "sweep.json", kind="sweep", version=1, field="runs")
+        documents.read_document(tmp_path / "sweep.json", kind="sweep", version=1, field="runs")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        rundir.read_document(tmp_path, kind="sweep", version=1, field="runs")
+        documents.read_document(tmp_path, kind="sweep", version=1, field="runs")

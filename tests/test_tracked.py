@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from aepo import config as configs
-from aepo import run
 from aepo.errors import ConfigError, DataError
-from analysis import tracked
+from aepo.runs import run
+from analysis import mlflow_source
 from analysis.load import evaluations, load_runs
 from analysis.report import write_report
 from tests import test_tracking
 from tests.test_analysis import report
 from tune.plan import run_folder, write_manifest
-from tune.record import collect_rows, write_rows
+from tune.runs_table import collect_rows, write_rows
 from tune.tracking import Tracker
 
 finished, sweep = test_tracking.finished, test_tracking.sweep
@@ -56,7 +56,7 @@ def test_variants_are_told_apart_in_mlflow_as_in_the_folder(make_dataset, tiny_c
 def test_mlflow_and_the_folder_say_the_same(sweep, uri, tmp_path, monkeypatch):
     folder, plan = sweep
     source = track(folder, plan, uri)
-    monkeypatch.setattr(tracked, "PAGE", 1)  # every run is a page of its own
+    monkeypatch.setattr(mlflow_source, "PAGE", 1)  # every run is a page of its own
     both = [load_runs(source, tracking_uri=uri), load_runs(folder)]
     columns = ["run", "task", "suite", "source", "dataset", "dataset_digest", "env_id", "ref_min", "ref_max", "seed"]
     columns += [

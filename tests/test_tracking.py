@@ -22,13 +22,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aepo import config as configs
-from aepo import run, tasks
+from aepo import files, tasks
 from aepo.errors import CheckpointError, ConfigError, DataError
 from aepo.policy import Policy
 from aepo.presets import preset
+from aepo.runs import run, rundir, spool
 from tests.conftest import random_transitions, wait_for, write_pendulum
 from tune.plan import run_folder, write_manifest
-from tune.record import collect_rows, write_rows
+from tune.runs_table import collect_rows, write_rows
 from tune.tracking import SWEEP, TAG, Tracker, find_store, sqlite_uri
 
 pytestmark = pytest.mark.filterwarnings(
@@ -92,7 +93,9 @@ def runs_of(uri, folder):
 
 def set_result(folder, config, **values):
     place = run_folder(folder, config)
-    run.write_result(place, dataclasses.replace(run.read_result(place) or run.describe(config, place), **values))
+    rundir.write_result(
+        place, dataclasses.replace(rundir.read_result(place) or rundir.describe(config, place), **values)
+    )
 
 
 # -- what is there ---------------------------------------------------------------------------------------------------
@@ -112,16 +115,16 @@ def test_every_row_of_the_spool_arrives_once_however_often_it_is_sent(sweep, uri
     assert set(children) == {c.name for c in plan[:2]}
     entry = children[config.name]
     assert entry.info.status == "FINISHED"
-    spool = run.read_spool(place / run.METRICS)[0]
+    rows = spool.read_spool(place / rundir.METRICS)[0]
     for stage in ("behavior", "critic", "energy"):
         history = client.get_metric_history(entry.info.run_id, f"{stage}/loss")
-        expected = [(r["step"], r["metrics"][f"{stage}/loss"]) for r in spool if r["stage"] == stage]
+        expected = [(r["step"], r["metrics"][f"{stage}/loss"]) for r in rows if r["stage"] == stage]
         assert [(m.step, m.value) for m in history] == expected
     assert entry.data.params["critic.expectile"] == "0.7"
-    names = {run.POLICY, run.CONFIG, run.RESULT, run.GRID}
+    names = {rundir.POLICY, rundir.CONFIG, rundir.RESULT, rundir.GRID}
     assert {a.path for a in client.list_artifacts(entry.info.run_id)} >= names
     (dataset,) = entry.inputs.dataset_inputs
-    result = run.read_result(place)
+    result = rundir.read_result(place)
     assert (dataset.dataset.name, dataset.dataset.digest) == (config.data.dataset, result.dataset_digest)
     assert entry.data.metrics["final/aepo/score"] == pytest.approx(result.score)
     (final,) = client.get_metric_history(entry.info.run_id, "final/aepo/score")
@@ -219,7 +222,7 @@ print(json.dumps([str(actions[0].dtype), *[each.tolist() for each in actions]]))
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     dtype, *actions = json.loads(done.stdout)
-    policy = Policy.load(run_folder(folder, plan[0]) / run.POLICY)
+    policy = Policy.load(run_folder(folder, plan[0]) / rundir.POLICY)
     expected = policy.act(np.linspace(-1, 1, 15).reshape(5, 3), torch.Generator().manual_seed(7))
     assert dtype == "float32"
     assert actions == [expected.tolist()] * 2
@@ -234,9 +237,9 @@ def test_dict_observations_are_joined_as_the_run_joined_them(tmp_path, tiny_conf
     data = dataclasses.replace(config.data, observation_keys=("goal", "place"))
     torch.manual_seed(0)
     policy = Policy(dataclasses.replace(config, data=data), random_transitions().spaces)
-    policy.save(tmp_path / run.POLICY)
+    policy.save(tmp_path / rundir.POLICY)
     (tmp_path / "model").mkdir()
-    write_model(tmp_path / "model", tmp_path / run.POLICY, run_id="r", model_id="m-1")
+    write_model(tmp_path / "model", tmp_path / rundir.POLICY, run_id="r", model_id="m-1")
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     place, goal = np.random.default_rng(0).normal(size=(2, 4, 2))
     goal = goal[:, :1]
@@ -255,7 +258,7 @@ def test_a_model_is_made_once_and_holds_the_scores_and_the_newest_policy(sweep, 
     folder, plan = sweep
     place = run_folder(folder, plan[0])
     assert Tracker(folder, plan, uri=uri).ship()
-    shutil.copy(run_folder(folder, plan[1]) / run.POLICY, place / run.POLICY)
+    shutil.copy(run_folder(folder, plan[1]) / rundir.POLICY, place / rundir.POLICY)
     set_result(folder, plan[0], score=1.0)
     assert Tracker(folder, plan, uri=uri).ship()
     client = MlflowClient(uri)
@@ -268,8 +271,8 @@ def test_a_model_is_made_once_and_holds_the_scores_and_the_newest_policy(sweep, 
     assert "final/aepo/score" in {metric.key for metric in model.metrics}
     stored = client.list_logged_model_artifacts(model.model_id)
     assert not [file.path for file in stored if file.path.endswith(("pkl", "pickle"))]
-    (weights,) = (folder / "mlartifacts").glob(f"**/{model.model_id}/artifacts/{run.POLICY}")
-    assert weights.read_bytes() == (place / run.POLICY).read_bytes()
+    (weights,) = (folder / "mlartifacts").glob(f"**/{model.model_id}/artifacts/{rundir.POLICY}")
+    assert weights.read_bytes() == (place / rundir.POLICY).read_bytes()
 
 
 def test_a_store_that_takes_no_files_costs_warnings_but_no_row(sweep, uri, capsys, monkeypatch):
@@ -295,15 +298,15 @@ def test_a_store_that_takes_no_files_costs_warnings_but_no_row(sweep, uri, capsy
 
 def test_a_run_that_is_repeated_is_open_again_and_then_ends_as_it_ended(sweep, uri):
     folder, plan = sweep
-    result = run.read_result(run_folder(folder, plan[0]))
+    result = rundir.read_result(run_folder(folder, plan[0]))
     set_result(folder, plan[0], status="failed", error="ResourceError: full")
     assert Tracker(folder, plan, uri=uri).ship()
     assert runs_of(uri, folder)[1][plan[0].name].info.status == "FAILED"
-    (run_folder(folder, plan[0]) / run.RESULT).unlink()
+    (run_folder(folder, plan[0]) / rundir.RESULT).unlink()
     tracker = Tracker(folder, plan, uri=uri)
     assert tracker.ship()
     assert runs_of(uri, folder)[1][plan[0].name].info.status == "RUNNING"
-    run.write_result(run_folder(folder, plan[0]), result)
+    rundir.write_result(run_folder(folder, plan[0]), result)
     assert tracker.ship()
     entry = runs_of(uri, folder)[1][plan[0].name]
     assert (entry.info.status, entry.data.tags.get("aepo.error", "")) == ("FINISHED", "")
@@ -317,7 +320,7 @@ def test_a_run_that_ray_gave_up_is_failed_with_its_reason_until_it_goes_on(sweep
     entry = runs_of(uri, folder)[1][plan[2].name]
     assert (entry.info.status, entry.data.tags["aepo.error"]) == ("FAILED", "ActorDiedError: killed")
     run_folder(folder, plan[2]).mkdir()
-    run.write_json(run_folder(folder, plan[2]) / run.CONFIG, dataclasses.asdict(plan[2]))
+    files.write_json(run_folder(folder, plan[2]) / rundir.CONFIG, dataclasses.asdict(plan[2]))
     assert Tracker(folder, plan, uri=uri).ship()
     again = runs_of(uri, folder)[1][plan[2].name]
     assert (again.info.run_id, again.info.status) == (entry.info.run_id, "RUNNING")
@@ -408,7 +411,7 @@ def test_a_server_that_answers_has_all_the_time_that_it_needs(sweep, uri, monkey
 
 def test_what_fails_while_the_rest_is_sent_is_raised(sweep, uri):
     folder, plan = sweep
-    (run_folder(folder, plan[0]) / run.RESULT).write_text("{")
+    (run_folder(folder, plan[0]) / rundir.RESULT).write_text("{")
     with pytest.raises(CheckpointError, match="is not a result"):
         Tracker(folder, plan, uri=uri).ship_rest()
 
@@ -543,7 +546,7 @@ def test_of_two_folders_of_one_name_each_keeps_its_files(sweep, uri, tmp_path):
     for place, planned in ((folder, plan[:1]), (other, plan[:1]), (folder, plan[:2]), (other, plan[:2])):
         assert Tracker(place, planned, uri=uri).ship()
     for place in (folder, other):
-        assert len(list((place / "mlartifacts").rglob(run.RESULT))) == 2
+        assert len(list((place / "mlartifacts").rglob(rundir.RESULT))) == 2
         assert len(list((place / "mlartifacts").rglob("MLmodel"))) == 2
 
 
@@ -601,9 +604,9 @@ class Server:
 def append_rows(folder, config, steps):
     place = run_folder(folder, config)
     place.mkdir(parents=True, exist_ok=True)
-    if not (place / run.CONFIG).exists():
-        run.write_json(place / run.CONFIG, dataclasses.asdict(config))
-    with (place / run.METRICS).open("ab") as file:
+    if not (place / rundir.CONFIG).exists():
+        files.write_json(place / rundir.CONFIG, dataclasses.asdict(config))
+    with (place / rundir.METRICS).open("ab") as file:
         for step in steps:
             row = {"time": 1.7e9 + step, "stage": "critic", "step": step, "num_steps": 10_000}
             row["metrics"] = {f"critic/{i}": step + i / 16 for i in range(10)}

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aepo import config as configs
-from aepo import method_table, run
+from aepo import method_table
 from aepo.errors import CheckpointError, ConfigError, DataError, IncompleteError, ResourceError
+from aepo.runs import run, rundir
 from tune import plan as plans
 from tune.commands import check_complete
 from tune.plan import make_plan, pending, read_manifest, run_folder, write_manifest
-from tune.record import collect_rows, write_rows
+from tune.runs_table import collect_rows, write_rows
 from tune.spec import Resources, SweepSpec
 from tune.sweep import Board, _slots
 
@@ -97,7 +98,7 @@ def test_only_what_has_not_ended_is_pending(sweep):
     folder, plan = sweep
     assert pending(folder, plan, retry_failed=False) == [plan[2]]
     place = run_folder(folder, plan[0])
-    run.write_result(place, dataclasses.replace(run.read_result(place), status="failed"))
+    rundir.write_result(place, dataclasses.replace(rundir.read_result(place), status="failed"))
     assert pending(folder, plan, retry_failed=False) == [plan[2]]
     assert pending(folder, plan, retry_failed=True) == [plan[0], plan[2]]
 
@@ -116,7 +117,7 @@ def test_analysis_reads_what_tune_writes(rows_at_once, sweep, capsys, monkeypatc
     from analysis.load import load_runs
 
     folder, plan = sweep
-    monkeypatch.setattr("tune.record.ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr("tune.runs_table.ROWS_AT_ONCE", rows_at_once)
     rows = collect_rows(folder, plan, errors={plan[2].name: "killed"})
     write_rows(folder, rows)
     table = load_runs(folder)
@@ -192,7 +193,7 @@ def test_the_board_shows_stage_step_rate_time_left_and_score(sweep):
     board = Board(folder, plan)
     board.refresh()
     assert [line.split()[1] for line in board.lines()] == ["finished", "finished"]
-    spool = run_folder(folder, plan[2]) / run.METRICS
+    spool = run_folder(folder, plan[2]) / rundir.METRICS
     spool.parent.mkdir(parents=True)
     rows = [
         {

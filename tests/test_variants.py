@@ -14,16 +14,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aepo import cli, methods, run, tasks
+from aepo import cli, methods, tasks
 from aepo import config as configs
 from aepo.errors import ConfigError
 from aepo.method_table import presets
 from aepo.presets import preset
+from aepo.runs import run
 from tests import test_tracking
 from tune import commands
 from tune import sweep as sweeps
 from tune.plan import describe_variants, grow, make_plan, read_manifest, run_folder, write_manifest
-from tune.record import settings_text
+from tune.runs_table import settings_text
 from tune.spec import SweepSpec, Variant, read_sweep_file
 
 pytestmark = test_tracking.pytestmark

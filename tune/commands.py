@@ -83,8 +83,8 @@ class Sweep:
         return Sweep(file=self.file, spec=spec, execution=execution)
 
     def _look(self) -> int:
-        from tune.board import is_driven, status, watch
         from tune.plan import STOP, read_manifest
+        from tune.status import is_driven, status, watch
 
         out = self.execution.out
         sweep = out.resolve()

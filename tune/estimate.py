@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.progress import track
 
-from aepo import pipeline, run
+from aepo import pipeline
 from aepo.config import RunConfig, with_overrides
 from aepo.console import err
 from aepo.data.transitions import Transitions
+from aepo.runs import run
 
 SECONDS = 0.4
 """Per stage measured."""

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from aepo import config as configs
-from aepo import method_table, methods, rundir
+from aepo import documents, files, method_table, methods
 from aepo.config import RunConfig
 from aepo.errors import CheckpointError, ConfigError
 from aepo.presets import preset
+from aepo.runs import rundir
 from tune.spec import SweepSpec, Variant, is_manifest
 
 MANIFEST = "sweep.json"
@@ -202,7 +203,7 @@ def write_manifest(sweep: Path, plan: Sequence[RunConfig], digests: Mapping[str,
         "data": dict(digests or {}),
         "runs": {config.name: dataclasses.asdict(config) for config in plan},
     }
-    rundir.write_json(sweep / MANIFEST, document)
+    files.write_json(sweep / MANIFEST, document)
 
 
 def read_manifest(sweep: Path) -> list[RunConfig]:
@@ -287,7 +288,7 @@ def read_digests(sweep: Path) -> dict[str, str]:
 
 def _document(sweep: Path) -> dict[str, Any]:
     path = sweep if sweep.suffix == ".json" else sweep / MANIFEST
-    document = rundir.read_document(path, kind="sweep", version=FORMAT, field="runs")
+    document = documents.read_document(path, kind="sweep", version=FORMAT, field="runs")
     digests = document.setdefault("data", {})
     if not isinstance(document["runs"], dict) or not isinstance(digests, dict):
         raise CheckpointError(

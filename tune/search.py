@@ -19,17 +19,17 @@ from optuna.distributions import CategoricalDistribution
 from rich.table import Table
 
 from aepo import config as configs
-from aepo import rundir
+from aepo import files
 from aepo.config import RunConfig
 from aepo.console import err, say
 from aepo.errors import IncompleteError
 from aepo.results import Row
 from aepo.trials import OPEN, Confirmation, Outcome, Selection, Spec, Trial, count_steps, words_of
-from tune.board import Board, driving
 from tune.plan import RUN_FOLDERS, STAGES, STOP, read_digests, write_manifest
 from tune.search_record import Record, example, trial_configs
 from tune.space import Space
 from tune.spec import Resources
+from tune.status import Board, driving
 from tune.sweep import check_data, on_ray, run_sweep, watching
 from tune.tracking import Tracker
 
@@ -130,7 +130,7 @@ def write_preset(path: Path, record: Record, trial: Trial | None, changes: Mappi
         "[set]",
         *[f"{json.dumps(key)} = {json.dumps(value)}" for key, value in {**spec.overrides, **changes}.items()],
     ]
-    rundir.write_atomically(path, ("\n".join(lines) + "\n").encode())
+    files.write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
 def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources: Resources, tracking_uri: str) -> None:
@@ -174,7 +174,7 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
     with watching(board, tracker, lambda: None), on_ray(resources, examples) as slots:
         import ray.tune
 
-        from tune.rungs import Asking
+        from tune.asha import ASHASearcher
         from tune.trainable import ForgetEnded, run_rounds
 
         concurrent = min(slots, open_ + missing)
@@ -186,12 +186,12 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
             "stages": str(resources.stages),
             "checkpoint_s": resources.checkpoint_s,
         }
-        asking = Asking(record, bases, values, on_draw=plan, on_end=end)
+        searcher = ASHASearcher(record, bases, values, on_draw=plan, on_end=end)
         bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(run_rounds, ray.tune.PlacementGroupFactory([bundle])),
             tune_config=ray.tune.TuneConfig(
-                search_alg=asking,
+                search_alg=searcher,
                 num_samples=-1,  # until it answers that there is no more
                 max_concurrent_trials=concurrent,
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
@@ -206,7 +206,7 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
             ),
         )
         tuner.fit()
-        if asking.is_over:
+        if searcher.is_over:
             for trial in record.trials:
                 if trial.state == "waiting":
                     trial.state = "stopped"

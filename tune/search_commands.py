@@ -98,9 +98,9 @@ class Search:
         return 0
 
     def _stop(self) -> int:
-        from tune.board import is_driven
         from tune.plan import STOP
         from tune.search import CONFIRM, SELECT
+        from tune.status import is_driven
 
         search = self.out.resolve()
         if not is_driven(search):

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from aepo import config as configs
-from aepo import rundir
+from aepo import files
 from aepo.config import RunConfig
 from aepo.errors import ConfigError
+from aepo.runs import rundir
 from aepo.trials import SEARCH, Confirmation, Round, SearchFile, Selection, Spec, State, Trial, read_search
 from tune.space import Space
 
@@ -58,7 +59,7 @@ class Record:
             select=self.select,
             confirm=self.confirm,
         )
-        rundir.write_json(self.path, dataclasses.asdict(document))
+        files.write_json(self.path, dataclasses.asdict(document))
 
     def note(self, number: int, row: Round, state: State) -> None:
         """Add a round to a trial and store it."""

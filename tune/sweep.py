@@ -16,17 +16,18 @@ from typing import Any, Protocol
 from rich.live import Live
 from rich.table import Table
 
-from aepo import parallel, run, rundir
+from aepo import parallel
 from aepo.config import RunConfig
 from aepo.console import err, say, warn
 from aepo.errors import DataError, ResourceError
 from aepo.results import Row
-from tune.board import LINE_INTERVAL_S, Board, driving
+from aepo.runs import run, rundir
 from tune.estimate import memory_gib, work
 from tune.plan import STOP, describe_leaving, grow, pending, read_digests, run_folder, write_manifest
-from tune.record import collect_rows, each_row, write_rows
+from tune.runs_table import collect_rows, each_row, write_rows
 from tune.sockets import make_socket_folder
 from tune.spec import Resources
+from tune.status import LINE_INTERVAL_S, Board, driving
 from tune.tracking import Tracker
 
 SHIP_INTERVAL_S = 5.0

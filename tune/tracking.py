@@ -28,14 +28,15 @@ from urllib.request import url2pathname
 
 import psutil
 
-from aepo import __version__, rundir
+from aepo import __version__, files
 from aepo.config import RunConfig, flatten, identity
 from aepo.console import warn
 from aepo.documents import parse_json
 from aepo.errors import AEPOError, ConfigError
 from aepo.results import SCHEMA_VERSION, Result
+from aepo.runs import rundir, spool
 from tune.plan import MANIFEST, PACKAGES, run_folder
-from tune.record import RUNS
+from tune.runs_table import RUNS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -305,7 +306,7 @@ class Tracker:
                 client.restore_experiment(self._experiment)
         if not (identity := _read(self._sweep).get("sweep")):
             identity = secrets.token_hex(8)
-            rundir.write_json(self._sweep / OFFSET, {"sweep": identity})
+            files.write_json(self._sweep / OFFSET, {"sweep": identity})
         self._tags[SWEEP] = identity
         query = f"tags.`{SWEEP}` = '{identity}'"
         found = {entry.data.tags.get(TAG, ""): entry for entry in self._search(query)}
@@ -404,7 +405,7 @@ class Tracker:
                 self._client.set_terminated(entry.run_id, status)
             if (offset, digest) != (entry.offset, entry.closed):
                 entry.offset, entry.closed = offset, digest
-                rundir.write_json(folder / OFFSET, {"run_id": entry.run_id, "offset": offset, "closed": digest})
+                files.write_json(folder / OFFSET, {"run_id": entry.run_id, "offset": offset, "closed": digest})
         if result is not None or end is not None:
             del self._open[name]
             self._answered_at = time.monotonic()
@@ -431,7 +432,7 @@ class Tracker:
         """Send the spool's whole lines after `offset`; return the new offset."""
         from mlflow.entities import Metric
 
-        rows, end = rundir.read_spool(path, offset)
+        rows, end = spool.read_spool(path, offset)
         metrics = [
             Metric(key, value, int(row["time"] * 1000), row["step"])
             for row in rows

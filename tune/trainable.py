@@ -1,6 +1,6 @@
 """One trial = one Ray Train run of one pipeline: the only code that talks to Ray Train.
 
-    Tune trial (no CPU of its own, on the head node) -> Train controller -> worker: aepo.run.execute
+    Tune trial (no CPU of its own, on the head node) -> Train controller -> worker: aepo.runs.run.execute
 
 A failure that a repetition would meet again is a result; only what the machine did (a killed worker, a lost
 node) is left to Ray, which starts the worker again. Checkpoints lie in the run's folder, there as soon as they
@@ -148,8 +148,8 @@ def _is_repeated(folder: Path, text: str) -> bool:
 
 
 def _follow(values: dict[str, Any]) -> None:
-    from aepo import run
     from aepo.errors import AEPOError, Interrupted
+    from aepo.runs import run
 
     sweep = Path(values["sweep"])
     config = read_planned(sweep, values["run"])
@@ -180,7 +180,7 @@ def run_rounds(values: dict[str, Any]) -> None:
     Args:
         values: `runs` (names, one per task), `ended` (rounds), `until` (the last round), and those of `run_trial`.
     """
-    from aepo import run
+    from aepo.runs import run
 
     for number in range(values["ended"] + 1, values["until"] + 1):
         results: list[RoundResult] = []
@@ -193,16 +193,16 @@ def run_rounds(values: dict[str, Any]) -> None:
 
 
 def _execute(values: dict[str, Any]) -> None:
-    from aepo import run
+    from aepo.runs import run
 
     _perform(values, run.execute)
 
 
 def _perform(values: dict[str, Any], how: Callable[..., End]) -> End | None:
     """Return what `how`, run.execute or run.advance, returns of a planned run; None if it failed or was stopped."""
-    from aepo import run, rundir
     from aepo.errors import AEPOError, BusyError, Interrupted
-    from aepo.store import StageStore
+    from aepo.runs import run, rundir
+    from aepo.runs.stage_store import StageStore
 
     sweep = Path(values["sweep"])
     config = read_planned(sweep, values["run"])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aepo import kernels, method_table, methods, pipeline, run, tasks
+from aepo import kernels, method_table, methods, pipeline, tasks
 from aepo.bench import naive
 from aepo.config import Config, Precision, RunConfig, StageConfig, settings, used_settings, with_overrides
 from aepo.data import pointmaze, staging
@@ -34,6 +34,7 @@ from aepo.evaluate import Evaluator
 from aepo.kernels import linear, multiplying
 from aepo.policy import Policy
 from aepo.presets import preset
+from aepo.runs import run
 from aepo.samplers import GuidedSampler
 from aepo.stages import Stage, States
 from aepo.stages.optim import Metrics

@@ -107,7 +107,7 @@ def critic_step(config: CriticConfig, states: States, data: Transitions) -> Step
         else:
             batch = draw(data, config.batch_size, state.generator)
             discounts_B = config.discount * (1 - batch.terminals_B)
-            ahead = critic.Ahead(batch.rewards_B, discounts_B, batch.next_states_BS)
+            ahead = critic.NStepReturn(batch.rewards_B, discounts_B, batch.next_states_BS)
             loss = critic.in_sample_loss(q, v, target, batch, ahead, config)
         value = step_on(optimizers, loss)
         follow(target, q, config.target_rate)

@@ -77,9 +77,10 @@ class Bench:
             )
         import torch
 
-        from aepo import kernels, rundir
+        from aepo import kernels
         from aepo.bench import measure
-        from aepo.run import set_up_torch
+        from aepo.runs import rundir
+        from aepo.runs.run import set_up_torch
 
         shapes = self._shapes()
         overrides = parse_overrides(self.set)

@@ -82,9 +82,10 @@ class Train:
         if not 0 <= self.checkpoint_s < math.inf:
             raise ConfigError(f"--checkpoint-s must be a number of seconds from 0, got {self.checkpoint_s}")
         from aepo import config as configs
-        from aepo import run, tasks
+        from aepo import tasks
         from aepo.presets import preset
-        from aepo.store import StageStore
+        from aepo.runs import run
+        from aepo.runs.stage_store import StageStore
 
         if self.source and self.dataset:
             raise ConfigError("--source chooses among the data of a --task; --dataset is one data set")
@@ -135,7 +136,7 @@ def _check_place(path: Path) -> None:
 
 def _failure(folder: Path, error: Exception) -> "Result | None":
     """Return the result that a run has left of this error, None if it has left none."""
-    from aepo import rundir
+    from aepo.runs import rundir
 
     with suppress(AEPOError, OSError):
         result = rundir.read_result(folder)
@@ -255,9 +256,9 @@ class Evaluate:
             raise ConfigError("--figure draws beta and guidance scale: give one of --num-steps")
         if self.figure is not None:
             _check_place(self.figure)
-        from aepo import run, rundir
         from aepo.evaluate import Evaluator, draw_grid
         from aepo.policy import Policy
+        from aepo.runs import evaluation, run, rundir
 
         run.set_up_torch(self.threads)
         path = self.policy / rundir.POLICY if self.policy.is_dir() else self.policy
@@ -270,7 +271,7 @@ class Evaluate:
         evaluations: list[Evaluation] = []
         policies = self._settings(policy)
         for i, each in enumerate(policies):
-            row = run.evaluate(each, evaluator, num_episodes=self.num_episodes, seed=self.seed)
+            row = evaluation.evaluate(each, evaluator, num_episodes=self.num_episodes, seed=self.seed)
             steps = each.sampling.num_steps if each.sampling else None
             if len(policies) > 1:
                 bound = f", {row.nats:g} nats" * bool(row.nats)
@@ -358,7 +359,7 @@ class Toy:
         from rich.progress import track
 
         from aepo.config import check_beta
-        from aepo.run import set_up_torch
+        from aepo.runs.run import set_up_torch
         from aepo.toy import SETS, Bench, energy_config, variants
 
         names, targets = self.sets or tuple(SETS), self.targets or variants()
@@ -465,7 +466,7 @@ class StorePrune:
 
     def run(self) -> int:
         """Delete and print what was deleted; return the exit status."""
-        from aepo.store import StageStore
+        from aepo.runs.stage_store import StageStore
 
         if not 0 <= self.max_mb < math.inf:
             raise ConfigError(f"--max-mb must be a number not below 0, got {self.max_mb}")
@@ -485,7 +486,7 @@ STORE: TypeAlias = (
 
 
 def _stored(folder: Path) -> list[dict[str, Any]]:
-    from aepo.store import StageStore
+    from aepo.runs.stage_store import StageStore
 
     if not folder.is_dir():
         raise CheckpointError(f"no store at {folder}; a sweep with --reuse-stages has one in its folder, stages/")

@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aepo.console import err, say
 from aepo.data.episodes import DAMAGE, one_line, read_episode
 from aepo.errors import AEPOError, DataError, ResourceError, lacks_space
+from aepo.files import try_lock
 from aepo.names import bounded
-from aepo.rundir import try_lock
 
 CHUNK_EPISODES = 100
 """Written episodes between two updates of a progress bar."""

@@ -39,7 +39,7 @@ from aepo.data.episodes import (
 from aepo.data.library import open_dataset
 from aepo.documents import parse_json
 from aepo.errors import DataError, ResourceError
-from aepo.rundir import replacing
+from aepo.files import replacing
 from aepo.tasks import RewardRule
 
 CACHE_FORMAT = 6

@@ -13,7 +13,7 @@ from aepo.data.transitions import Pairs, Transitions
 from aepo.networks import GaussianActor
 from aepo.parallel import share
 from aepo.stages import Stage, States, Step, fast
-from aepo.stages.critic import OfRows, advantage_of_rows
+from aepo.stages.critic import ByRow, advantage_of_rows
 from aepo.stages.optim import MAX_WEIGHT, Adam, Loss, Metrics
 
 
@@ -44,7 +44,7 @@ def start(config: ActorConfig, data: Transitions, generator: torch.Generator) ->
     return ActorState(net, Adam(net.parameters(), lr=config.learning_rate, num_steps=config.steps), generator)
 
 
-def train_step(state: ActorState, config: ActorConfig, data: Transitions, of_rows: OfRows) -> Metrics:
+def train_step(state: ActorState, config: ActorConfig, data: Transitions, of_rows: ByRow) -> Metrics:
     """Take one gradient step and return its metrics; `of_rows` gives min_i Q'_i - V."""
     index_B = share(data.draw_rows(config.batch_size, state.generator))
     gradients, metrics = fast.actor(state.net, data.take_pairs(index_B), of_rows(index_B), config)

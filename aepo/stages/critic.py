@@ -25,7 +25,9 @@ from aepo.stages.behavior import NUM_CHECKED, BehaviorState, sample_support
 from aepo.stages.optim import Adam, Ema, Loss, Metrics
 
 
-def in_sample_loss(q: TwinQ, v: ValueNet, target: TwinQ, batch: Batch, ahead: "Ahead", config: CriticConfig) -> Loss:
+def in_sample_loss(
+    q: TwinQ, v: ValueNet, target: TwinQ, batch: Batch, ahead: "NStepReturn", config: CriticConfig
+) -> Loss:
     """Return the losses of V, Q_1 and Q_2, whose parameters are disjoint, in one sum.
 
     V:    E |tau - 1(u < 0)| u^2,   u = min_i Q'_i(s, a) - V(s)     [M6]
@@ -78,7 +80,7 @@ def soft_maximum(q_BK: Tensor, beta: float) -> Tensor:
     return ((beta * q_BK).softmax(dim=1) * q_BK).sum(dim=1)
 
 
-OfRows = Callable[[Tensor], Tensor]
+ByRow = Callable[[Tensor], Tensor]
 """Rows of the data [B] -> a number for each [B]."""
 Table = TypeVar("Table")
 
@@ -125,7 +127,7 @@ def measure(state: CriticState, config: CriticConfig, data: Transitions, behavio
         state.support_MKA = sample_support(behavior, next_states_MS, config.num_samples, state.generator)
 
 
-class Ahead(NamedTuple):
+class NStepReturn(NamedTuple):
     """What follows a transition: Q's target is rewards + discounts V(states)."""
 
     rewards_B: Tensor
@@ -135,8 +137,8 @@ class Ahead(NamedTuple):
     states_BS: Tensor
 
 
-class Steps(NamedTuple):
-    """`Ahead` of every transition of the data, its states as rows."""
+class NStepReturns(NamedTuple):
+    """`NStepReturn` of every transition of the data, its states as rows."""
 
     rewards_N: Tensor
     discounts_N: Tensor
@@ -144,7 +146,7 @@ class Steps(NamedTuple):
     """Row of the last step taken."""
 
 
-def look_ahead(data: Transitions, num_steps: int, discount: float) -> Steps:
+def n_step_returns(data: Transitions, num_steps: int, discount: float) -> NStepReturns:
     """Return the n-step return of every transition but for V; an episode that ends sooner is left there.
 
     Args:
@@ -165,25 +167,29 @@ def look_ahead(data: Transitions, num_steps: int, discount: float) -> Steps:
         last_N = torch.where(goes_on_N, row_N + k, last_N)
         sum_N += torch.where(goes_on_N, discounts_N * rewards_N[last_N], 0.0)
         discounts_N = torch.where(goes_on_N, discounts_N * discount, discounts_N)
-    return Steps(sum_N, discounts_N * (1.0 - terminals_N[last_N]), last_N)
+    return NStepReturns(sum_N, discounts_N * (1.0 - terminals_N[last_N]), last_N)
 
 
-def _ahead(data: Transitions, batch: Batch, index_B: Tensor, steps: Steps | None, config: CriticConfig) -> Ahead:
+def _ahead(
+    data: Transitions, batch: Batch, index_B: Tensor, steps: NStepReturns | None, config: CriticConfig
+) -> NStepReturn:
     """Return what follows the transitions of these rows."""
     if steps is None:
-        return Ahead(batch.rewards_B, config.discount * (1.0 - batch.terminals_B), batch.next_states_BS)
+        return NStepReturn(batch.rewards_B, config.discount * (1.0 - batch.terminals_B), batch.next_states_BS)
     next_states_BS = data.take(steps.last_N[index_B]).next_states_BS
-    return Ahead(steps.rewards_N[index_B], steps.discounts_N[index_B], next_states_BS)
+    return NStepReturn(steps.rewards_N[index_B], steps.discounts_N[index_B], next_states_BS)
 
 
-def train_step(state: CriticState, config: CriticConfig, data: Transitions, steps: Steps | None = None) -> Metrics:
+def train_step(
+    state: CriticState, config: CriticConfig, data: Transitions, steps: NStepReturns | None = None
+) -> Metrics:
     """Take one gradient step on Q and V together and return its metrics.
 
     Args:
         state: the stage.
         config: its settings.
         data: transitions.
-        steps: what `look_ahead` returned, for `backup_steps` above 1.
+        steps: what `n_step_returns` returned, for `backup_steps` above 1.
     """
     generator, num_support = state.generator, len(state.support_index_M)
     num_rows = num_support or len(data)
@@ -228,7 +234,7 @@ def while_resting(state: CriticState, compute: Callable[[], Table]) -> Callable[
     return value
 
 
-def advantage_of_rows(q: TwinQ, state: CriticState, data: Transitions, *, num_draws: int) -> OfRows:
+def advantage_of_rows(q: TwinQ, state: CriticState, data: Transitions, *, num_draws: int) -> ByRow:
     """Return `advantages` as a function of rows, for a stage that draws `num_draws` of them while the critic rests.
 
     If that is as many as there are, each is computed once, as soon as one is asked for.
@@ -262,7 +268,7 @@ def prepare(config: CriticConfig, states: States, data: Transitions) -> None:
 
 def make_step(config: CriticConfig, states: States, data: Transitions) -> Step:
     """Return the function that takes one step of stage 2."""
-    steps = look_ahead(data, config.backup_steps, config.discount) if config.backup_steps > 1 else None
+    steps = n_step_returns(data, config.backup_steps, config.discount) if config.backup_steps > 1 else None
     return lambda: train_step(states["critic"], config, data, steps)
 
 
@@ -274,10 +280,12 @@ def make_check(config: CriticConfig, states: States, held_out: Transitions) -> S
     """
     state, index_M = states["critic"], held_out.sample_rows(NUM_CHECKED)
     batch = held_out.take(index_M)
-    near, far = (look_ahead(held_out, steps, config.discount) for steps in (config.backup_steps, len(held_out)))
+    near, far = (n_step_returns(held_out, steps, config.discount) for steps in (config.backup_steps, len(held_out)))
 
-    def backup(ahead: Steps) -> Tensor:
-        following = Ahead(ahead.rewards_N[index_M], ahead.discounts_N[index_M], held_out.take(ahead.last_N[index_M])[4])
+    def backup(ahead: NStepReturns) -> Tensor:
+        following = NStepReturn(
+            ahead.rewards_N[index_M], ahead.discounts_N[index_M], held_out.take(ahead.last_N[index_M])[4]
+        )
         value_M: Tensor = state.v(following.states_BS)
         return following.rewards_B + following.discounts_B * value_M
 

@@ -26,7 +26,7 @@ from aepo.diffusion.schedule import add_noise, draw_times
 from aepo.parallel import share
 from aepo.stages import Stage, States, Step, critic, fast, targets
 from aepo.stages.behavior import NUM_CHECKED, BehaviorState, sample_support
-from aepo.stages.critic import CriticState, OfRows
+from aepo.stages.critic import ByRow, CriticState
 from aepo.stages.optim import Adam, Ema, Loss, Metrics
 from aepo.stages.targets import Sample, Value, WithSlope
 
@@ -141,11 +141,11 @@ class QSource(NamedTuple):
     """Of any actions."""
     with_slope: WithSlope
     """The same with its gradient by them."""
-    of_rows: OfRows
+    of_rows: ByRow
     """Of the data's actions in these rows."""
     with_slope_of_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
     """The same with its gradient by them."""
-    of_support: OfRows
+    of_support: ByRow
     """Of the support actions in the states at these places among those that have some, [B] -> [B, K]."""
 
 

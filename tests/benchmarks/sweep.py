@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from aepo import run
+from aepo.runs import rundir, spool
 
 TASK = "maze2d-open"
 STEPS = 2000
@@ -38,7 +38,7 @@ def training_s(folders: list[Path]) -> float:
     total = 0.0
     for folder in folders:
         for stage in ("behavior", "critic", "energy"):
-            rows = [row for row in run.read_spool(folder / run.METRICS)[0] if row["stage"] == stage]
+            rows = [row for row in spool.read_spool(folder / rundir.METRICS)[0] if row["stage"] == stage]
             seconds, steps = rows[-1]["time"] - rows[0]["time"], rows[-1]["step"] - rows[0]["step"]
             total += seconds * rows[-1]["step"] / steps
     return total
@@ -77,7 +77,7 @@ def measure_many(num_runs: int, folder: Path) -> None:
 
     def look() -> None:
         while process.poll() is None:
-            ended = len(list((folder / "many" / "runs").glob(f"*/{run.RESULT}")))
+            ended = len(list((folder / "many" / "runs").glob(f"*/{rundir.RESULT}")))
             try:
                 memory.append((ended, driver.memory_info().rss / 2**20))
             except psutil.Error:

@@ -26,8 +26,9 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from aepo import run, tasks
+from aepo import files, tasks
 from aepo.presets import preset
+from aepo.runs import rundir, spool
 from tune.plan import run_folder, write_manifest
 from tune.sweep import SHIP_INTERVAL_S
 from tune.tracking import Tracker
@@ -40,13 +41,13 @@ def write_spools(folders, num_rows, interval_s):
     """Write rows at a steady rate, a thread per run."""
 
     def write(folder):
-        spool = run.Spool(folder / run.METRICS, preset("quick", tasks.find("maze2d-umaze"), 0))
+        spooled = spool.Spool(folder / rundir.METRICS, preset("quick", tasks.find("maze2d-umaze"), 0))
         begin = time.monotonic()
         for step in range(num_rows):
             time.sleep(max(0.0, begin + step * interval_s - time.monotonic()))
             metrics = {f"critic/{i}": step + i / 16 for i in range(NUM_METRICS)}
-            spool.write("critic", step, metrics)
-        spool.close()
+            spooled.write("critic", step, metrics)
+        spooled.close()
 
     threads = [threading.Thread(target=write, args=(folder,)) for folder in folders]
     for thread in threads:
@@ -160,7 +161,7 @@ def measure(name, options):
         places = [run_folder(sweep, config) for config in plan]
         for config, place in zip(plan, places, strict=True):
             place.mkdir(parents=True)
-            run.write_json(place / run.CONFIG, dataclasses.asdict(config))
+            files.write_json(place / rundir.CONFIG, dataclasses.asdict(config))
         num_rows = round(options.rows_per_s * options.seconds)
         writers = [
             multiprocessing.get_context("spawn").Process(
@@ -179,8 +180,8 @@ def measure(name, options):
             ticks.append(time.monotonic() - begin)
             if not is_last:
                 time.sleep(SHIP_INTERVAL_S)
-        written = sum(len(run.read_spool(place / run.METRICS)[0]) for place in places) * NUM_METRICS
-        last_row = max(run.read_spool(place / run.METRICS)[0][-1]["time"] for place in places)
+        written = sum(len(spool.read_spool(place / rundir.METRICS)[0]) for place in places) * NUM_METRICS
+        last_row = max(spool.read_spool(place / rundir.METRICS)[0][-1]["time"] for place in places)
         delay = time.time() - last_row
         shipped = Counter(calls)
         client = MlflowClient(uri)

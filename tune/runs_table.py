@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aepo import rundir
+from aepo import files
 from aepo.config import RunConfig, flatten, identity
 from aepo.results import SCHEMA_VERSION, Row, schema
+from aepo.runs import rundir
 from tune.plan import run_folder
 
 RUNS = "runs.parquet"
@@ -75,7 +76,7 @@ def write_rows(sweep: Path, rows: Iterable[Row]) -> Path:
     """Write runs.parquet atomically and return its path; of thousands of rows a few are in memory at a time."""
     path = sweep / RUNS
     remaining = iter(rows)
-    with rundir.replacing(path) as temporary, pq.ParquetWriter(temporary, schema()) as writer:
+    with files.replacing(path) as temporary, pq.ParquetWriter(temporary, schema()) as writer:
         while some := [dataclasses.asdict(row) for row in itertools.islice(remaining, ROWS_AT_ONCE)]:
             writer.write_table(pa.Table.from_pylist(some, schema=schema()))
     return path

@@ -23,7 +23,7 @@ from aepo.config import RunConfig, identity
 from aepo.console import say, warn
 from aepo.documents import parse_json
 from aepo.errors import CheckpointError
-from aepo.rundir import open_lock, try_lock, write_atomically
+from aepo.files import open_lock, try_lock, write_atomically
 from aepo.stages import States
 
 FORMAT = 1

@@ -9,23 +9,20 @@ whoever tracks the run. The result file comes last and makes the run finished.
 """
 
 import dataclasses
-import itertools
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from aepo import checkpoint, kernels, methods, parallel, pipeline
 from aepo.config import RunConfig
 from aepo.console import say, warn
 from aepo.data.transitions import Transitions, cache_folder, load_transitions
+from aepo.documents import read_document
 from aepo.errors import (
     AEPOError,
     CheckpointError,
@@ -37,40 +34,27 @@ from aepo.errors import (
     lacks_space,
 )
 from aepo.evaluate import Evaluator, draw_grid
+from aepo.files import LOOK_S, hold, write_json
 from aepo.pipeline import Progress
 from aepo.policy import Policy
-from aepo.results import CurvePoint, Evaluation, GridCell, Result, RoundResult
-from aepo.rundir import (
+from aepo.results import CurvePoint, Result, RoundResult
+from aepo.runs.evaluation import cell_name, evaluate, evaluate_grid, evaluation_seed, grid_pairs, measures
+from aepo.runs.rundir import (
     CONFIG,
     GRID,
     KERNELS,
     LOCK,
-    LOOK_S,
     METRICS,
     POLICY,
     RESULT,
     describe,
-    hold,
-    read_document,
     read_result,
-    read_spool,
     record_failure,
-    write_json,
     write_result,
 )
+from aepo.runs.spool import ROUND, Spool, read_spool
+from aepo.runs.stage_store import Reuse, StageStore
 from aepo.stages import States
-from aepo.store import Reuse, StageStore
-
-CLONING = "diffusion-bc"
-"""Name in tables of a guided method at guidance scale 0."""
-BEST_CLONE = "best-clone"
-"""The same with several candidates, of which the one with the largest Q is taken."""
-EVALUATION_SEED = 1_000_000
-"""Distance between the first evaluation seeds of runs whose seeds are neighbours; see `evaluation_seed`."""
-
-
-ROUND = "round"
-"""Metric of the row that a round's evaluation writes: its number, from 1."""
 
 
 class Store(Protocol):
@@ -96,67 +80,6 @@ class FolderStore:
     def save(self, content: dict[str, Any]) -> None:
         """Write it atomically, the one before it kept."""
         checkpoint.save(self.folder, content)
-
-
-class Spool:
-    """The run's metrics.jsonl, open for appending; every (stage, step) stands in it once, and each evaluated round."""
-
-    def __init__(self, path: Path, config: RunConfig):
-        """Open it, cutting off a last line that a crash has torn.
-
-        Raises:
-            CheckpointError: if it cannot be read, or has rows that are none, or of another method.
-        """
-        self._config = config
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows, whole = read_spool(path)
-        if foreign := [row["stage"] for row in rows if row["stage"] not in config.stages]:
-            raise CheckpointError(f"{path} has rows of a stage {foreign[0]!r}, which {config.method} does not have")
-        self._file = path.open("ab")
-        self._file.truncate(whole)
-        self._last = self._place(rows[-1]) if rows else (0, 0, 0)
-        self.rounds = {int(row["metrics"][ROUND]): row for row in rows if ROUND in row["metrics"]}
-        """Number, from 1, of an evaluated round -> its row."""
-
-    def _place(self, row: dict[str, Any]) -> tuple[int, int, int]:
-        return self._config.place(row["stage"], int(row["step"]))
-
-    def has(self, progress: Progress) -> bool:
-        """Return whether a row of this step, or of a later one, is already there."""
-        return self._last >= self._config.place(progress.stage, progress.step)
-
-    def write(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        """Append one row; readers see whole lines only."""
-        row = {
-            "time": round(time.time(), 3),
-            "stage": stage,
-            "step": step,
-            "num_steps": self._config.stages[stage].steps,
-            "metrics": metrics,
-        }
-        self._append(row)
-        if ROUND in metrics:
-            self.rounds[int(metrics[ROUND])] = row
-        self._file.flush()
-
-    def copy(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append rows that another run wrote, those that are not there yet."""
-        for row in rows:
-            if self._place(row) > self._last:
-                self._append(row)
-        self._file.flush()
-
-    def _append(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._last = self._place(row)
-
-    def sync(self) -> None:
-        """Put all rows on the disk, before the checkpoint that makes them unrepeatable."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def execute(
@@ -278,7 +201,7 @@ def advance(
         score=metrics.get("eval/score"),
         return_mean=metrics["eval/return_mean"],
         steps_reused=int(metrics["steps_reused"]),
-        cells={pair: metrics[cell_name(*pair)] for pair in _grid(config)},
+        cells={pair: metrics[cell_name(*pair)] for pair in grid_pairs(config)},
     )
 
 
@@ -439,7 +362,7 @@ class _Training:
 
     def _note(self, progress: Progress) -> None:
         """Write a step's metrics, with an evaluation at the points of the learning curve."""
-        if not progress.metrics or self.spool.has(progress):
+        if not progress.metrics or self.spool.has(progress.stage, progress.step):
             return
         metrics = dict(progress.metrics)
         if progress.stage == self._last_stage and progress.step in self._points:
@@ -461,7 +384,7 @@ class _Training:
     def _evaluate_round(self, state: States, number: int) -> None:
         policy = Policy.from_state(self._config, state, self._data)
         if self._config.evaluation.grid_beta:
-            cells = _evaluate_grid(policy, self._evaluator, self._config)
+            cells = evaluate_grid(policy, self._evaluator, self._config)
             best = max(cells, key=lambda cell: cell.return_mean)
             keys = ("score", "return_mean", "beta", "guidance_scale")
             metrics = {f"eval/{key}": value for key in keys if (value := getattr(best, key)) is not None}
@@ -475,7 +398,7 @@ class _Training:
     def _evaluate(self, state: States, num_episodes: int) -> dict[str, float]:
         policy = Policy.from_state(self._config, state, self._data)
         seed = evaluation_seed(self._config.seed)
-        return _eval_metrics(self._evaluator, self._evaluator.run(policy, num_episodes=num_episodes, seed=seed))
+        return measures(self._evaluator, self._evaluator.run(policy, num_episodes=num_episodes, seed=seed))
 
     @property
     def _steps_reused(self) -> int:
@@ -511,7 +434,7 @@ class _Training:
         num_episodes, seed = config.evaluation.num_episodes, evaluation_seed(config.seed)
         evaluations = [evaluate(each, self._evaluator, num_episodes=num_episodes, seed=seed) for each in policies]
         own = evaluations[0]
-        grid = _evaluate_grid(policy, self._evaluator, config)
+        grid = evaluate_grid(policy, self._evaluator, config)
         if grid:
             try:
                 draw_grid(grid, self._folder / GRID, title=f"{config.task}, seed {config.seed}")
@@ -546,11 +469,6 @@ class _Training:
             curve=(*curve, last),
             grid=tuple(grid),
         )
-
-
-def cell_name(beta: float, guidance_scale: float) -> str:
-    """Return the name of a cell of the heat map among the metrics of a round; its numbers are those of the config."""
-    return f"grid/beta {beta:g} scale {guidance_scale:g}"
 
 
 def follow(config: RunConfig, folder: Path, store: Store, *, device: torch.device) -> None:
@@ -612,61 +530,6 @@ def load_data(config: RunConfig) -> Transitions:
         reward_rule=config.data.reward_rule,
     )
     return data.hold_out(config.data.held_out_share)
-
-
-def evaluation_seed(seed: int) -> int:
-    """Return the seed of a run's first evaluation episode; those of different runs do not overlap by design."""
-    return EVALUATION_SEED * (1 + seed) % (2**31 - 10_000)
-
-
-def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: int) -> Evaluation:
-    """Return a policy's evaluation, rolled out as its `sampling` says."""
-    returns = evaluator.run(policy, num_episodes=num_episodes, seed=seed)
-    metrics = _eval_metrics(evaluator, returns)
-    method: str = policy.config.method
-    beta = scale = None
-    nats = 0.0
-    if policy.sampling is not None:
-        beta, scale = policy.sampling.beta, policy.sampling.guidance_scale
-        nats = policy.sampling.nats if scale else 0.0
-        if scale == 0:
-            method = CLONING if policy.sampling.num_candidates == 1 else BEST_CLONE
-    return Evaluation(
-        method=method,
-        beta=beta,
-        guidance_scale=scale,
-        score=metrics.get("eval/score"),
-        return_mean=metrics["eval/return_mean"],
-        return_std=float(returns.std(ddof=1)) if len(returns) > 1 else 0.0,
-        num_episodes=len(returns),
-        episode_returns=tuple(returns.tolist()),
-        nats=nats,
-        kl=policy.sampler.spent(),
-    )
-
-
-def _grid(config: RunConfig) -> Iterator[tuple[float, float]]:
-    """Yield beta and guidance scale of each cell of the config's heat map, none where it has no heat map."""
-    return itertools.product(config.evaluation.grid_beta, config.evaluation.grid_guidance_scale)
-
-
-def _evaluate_grid(policy: Policy, evaluator: Evaluator, config: RunConfig) -> list[GridCell]:
-    """Return the cells of the config's heat map."""
-    cells: list[GridCell] = []
-    if policy.sampling is None:
-        return cells
-    for beta, scale in _grid(config):
-        each = policy.with_sampling(dataclasses.replace(policy.sampling, beta=beta, guidance_scale=scale))
-        num_episodes = config.evaluation.num_grid_episodes
-        row = evaluate(each, evaluator, num_episodes=num_episodes, seed=evaluation_seed(config.seed))
-        cells.append(row.cell())
-    return cells
-
-
-def _eval_metrics(evaluator: Evaluator, returns: NDArray[np.float64]) -> dict[str, float]:
-    mean = float(returns.mean())
-    score = {"eval/score": evaluator.references.score(mean)} if evaluator.references else {}
-    return {"eval/return_mean": mean, "eval/cut_percent": evaluator.cut_percent, **score}
 
 
 def _curve_points(config: RunConfig) -> set[int]:

@@ -7,10 +7,10 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from aepo import config as configs
-from aepo import rundir
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.results import RoundResult
+from aepo.runs import rundir
 from aepo.trials import Round, Spec, State, Trial
 from tune.plan import RUN_FOLDERS, STOP
 from tune.search_record import Record, trial_configs
@@ -51,7 +51,7 @@ def next_rung(spec: Spec, num_rounds: int) -> int:
     return max(num_rounds + 1, spec.grace) if spec.grace else spec.rounds
 
 
-class Asking(Searcher):
+class ASHASearcher(Searcher):
     """What Ray Tune asks for the next piece of work: a trial from one rung to the next.
 
     First those under way in a continued search, then promotions, then draws. What comes back goes to the record before

@@ -13,11 +13,12 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
-from aepo import rundir
+from aepo import files
 from aepo.config import RunConfig
 from aepo.console import err
 from aepo.errors import AEPOError
 from aepo.results import Result
+from aepo.runs import rundir, spool
 from tune.plan import RUN_FOLDERS, STOP
 
 COLUMNS = ("stage", "step", "steps/s", "left", "score")
@@ -39,7 +40,7 @@ def driving(sweep: Path) -> Iterator[None]:
     """
     sweep.mkdir(parents=True, exist_ok=True)
     advice = f"aepo sweep --watch --out {sweep} shows it, --stop ends it"
-    with rundir.hold(sweep / LOCK, what=f"{sweep} is carried out", advice=advice):
+    with files.hold(sweep / LOCK, what=f"{sweep} is carried out", advice=advice):
         (sweep / STOP).unlink(missing_ok=True)
         yield
 
@@ -48,8 +49,8 @@ def is_driven(sweep: Path) -> bool:
     """Return whether a process carries the sweep out now."""
     if not (sweep / LOCK).exists():
         return False
-    with rundir.open_lock(sweep / LOCK) as file:
-        return not rundir.try_lock(file.fileno())
+    with files.open_lock(sweep / LOCK) as file:
+        return not files.try_lock(file.fileno())
 
 
 @dataclasses.dataclass
@@ -99,7 +100,7 @@ class Board:
             if seen.result is not None:
                 continue
             try:
-                rows, seen.offset = rundir.read_spool(folder / rundir.METRICS, seen.offset)
+                rows, seen.offset = spool.read_spool(folder / rundir.METRICS, seen.offset)
                 result = rundir.read_result(folder)
             except AEPOError as error:  # of one run, and the others can be shown
                 seen.problem = str(error)

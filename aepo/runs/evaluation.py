@@ -1,0 +1,85 @@
+"""A policy's evaluation as a run records it, once or over the cells of a heat map."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aepo.config import RunConfig
+from aepo.evaluate import Evaluator
+from aepo.policy import Policy
+from aepo.results import Evaluation, GridCell
+
+CLONING = "diffusion-bc"
+"""Name in tables of a guided method at guidance scale 0."""
+
+
+BEST_CLONE = "best-clone"
+"""The same with several candidates, of which the one with the largest Q is taken."""
+
+
+EVALUATION_SEED = 1_000_000
+"""Distance between the first evaluation seeds of runs whose seeds are neighbours; see `evaluation_seed`."""
+
+
+def cell_name(beta: float, guidance_scale: float) -> str:
+    """Return the name of a cell of the heat map among the metrics of a round; its numbers are those of the config."""
+    return f"grid/beta {beta:g} scale {guidance_scale:g}"
+
+
+def evaluation_seed(seed: int) -> int:
+    """Return the seed of a run's first evaluation episode; those of different runs do not overlap by design."""
+    return EVALUATION_SEED * (1 + seed) % (2**31 - 10_000)
+
+
+def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: int) -> Evaluation:
+    """Return a policy's evaluation, rolled out as its `sampling` says."""
+    returns = evaluator.run(policy, num_episodes=num_episodes, seed=seed)
+    metrics = measures(evaluator, returns)
+    method: str = policy.config.method
+    beta = scale = None
+    nats = 0.0
+    if policy.sampling is not None:
+        beta, scale = policy.sampling.beta, policy.sampling.guidance_scale
+        nats = policy.sampling.nats if scale else 0.0
+        if scale == 0:
+            method = CLONING if policy.sampling.num_candidates == 1 else BEST_CLONE
+    return Evaluation(
+        method=method,
+        beta=beta,
+        guidance_scale=scale,
+        score=metrics.get("eval/score"),
+        return_mean=metrics["eval/return_mean"],
+        return_std=float(returns.std(ddof=1)) if len(returns) > 1 else 0.0,
+        num_episodes=len(returns),
+        episode_returns=tuple(returns.tolist()),
+        nats=nats,
+        kl=policy.sampler.spent(),
+    )
+
+
+def grid_pairs(config: RunConfig) -> Iterator[tuple[float, float]]:
+    """Yield beta and guidance scale of each cell of the config's heat map, none where it has no heat map."""
+    return itertools.product(config.evaluation.grid_beta, config.evaluation.grid_guidance_scale)
+
+
+def evaluate_grid(policy: Policy, evaluator: Evaluator, config: RunConfig) -> list[GridCell]:
+    """Return the cells of the config's heat map."""
+    cells: list[GridCell] = []
+    if policy.sampling is None:
+        return cells
+    for beta, scale in grid_pairs(config):
+        each = policy.with_sampling(dataclasses.replace(policy.sampling, beta=beta, guidance_scale=scale))
+        num_episodes = config.evaluation.num_grid_episodes
+        row = evaluate(each, evaluator, num_episodes=num_episodes, seed=evaluation_seed(config.seed))
+        cells.append(row.cell())
+    return cells
+
+
+def measures(evaluator: Evaluator, returns: NDArray[np.float64]) -> dict[str, float]:
+    """Return what a run's metrics say of an evaluation: mean return, what was cut of the states, the score if any."""
+    mean = float(returns.mean())
+    score = {"eval/score": evaluator.references.score(mean)} if evaluator.references else {}
+    return {"eval/return_mean": mean, "eval/cut_percent": evaluator.cut_percent, **score}
