@@ -11,14 +11,48 @@ import numpy as np
 import pytest
 import torch
 
+ROOT = Path(__file__).parents[1]
+"""The project's folder."""
+
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("aepo", hypothesis.settings(), deadline=None)  # torch's first call imports
 hypothesis.settings.load_profile("aepo")
 
 
-TRAINS = """bench cluster diffusion energy extending families folders fuzz golden growth kernels learning odd_data page
-parallel pointmaze ray rebrac rounds run search slots stages store sweep targets toy tracked tracking tune variants"""
+TRAINS = """
+aepo/data/test_odd_data
+aepo/data/test_pointmaze
+aepo/diffusion/test_sampler
+aepo/methods/test_rebrac
+aepo/runs/test_folders
+aepo/runs/test_rounds
+aepo/runs/test_run
+aepo/runs/test_stage_store
+aepo/stages/test_energy
+aepo/stages/test_stages
+aepo/stages/test_targets
+aepo/test_bench
+aepo/test_environments
+aepo/test_golden
+aepo/test_kernels
+aepo/test_parallel
+aepo/test_slots
+aepo/test_toy
+analysis/test_mlflow_source
+analysis/test_page
+cluster/test_local
+test_extending
+test_fuzz
+test_growth
+test_learning
+tune/test_plan
+tune/test_search
+tune/test_sweep
+tune/test_tracking
+tune/test_trainable
+tune/test_variants
+"""
 """Test files that train networks, roll out policies or start servers."""
 
 
@@ -26,7 +60,7 @@ parallel pointmaze ray rebrac rounds run search slots stages store sweep targets
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let one process run all tests that start a Ray, one after the other: they count its processes."""
     for item in items:
-        if item.path.stem.removeprefix("test_") in TRAINS.split():
+        if item.path.relative_to(ROOT / "tests").with_suffix("").as_posix() in TRAINS.split():
             item.add_marker(pytest.mark.trains)
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))

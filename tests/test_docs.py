@@ -43,7 +43,7 @@ def blocks():
 
 COMMANDS = [line for line in blocks() if line.startswith("aepo ")]
 ON_A_CLUSTER = ("cluster", "submit", "jobs")
-"""Run in tests/test_cluster.py, which has one."""
+"""Run in tests/cluster/test_local.py, which has one."""
 
 
 def test_the_readme_names_every_command():
@@ -107,7 +107,7 @@ def test_the_search_space_of_the_operations_page_is_one(tmp_path):
 
 
 def test_every_command_of_the_report_page_runs(tmp_path, monkeypatch, capsys):
-    from tests.test_analysis import row, write
+    from tests.analysis.test_load import row, write
 
     monkeypatch.chdir(tmp_path)
     for name in ("mazes", "before", "after"):
@@ -116,7 +116,7 @@ def test_every_command_of_the_report_page_runs(tmp_path, monkeypatch, capsys):
     commands = [line.partition("#")[0].split()[1:] for line in text.splitlines() if line.startswith("aepo report ")]
     assert len(commands) == 5
     for words in commands:
-        if not any(word.startswith("mlflow:") for word in words):  # tests/test_tracked.py has that
+        if not any(word.startswith("mlflow:") for word in words):  # tests/analysis/test_mlflow_source.py has that
             assert cli.run(words) == 0, (words, capsys.readouterr().err)
 
 

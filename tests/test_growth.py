@@ -12,7 +12,7 @@ from aepo import cli
 from aepo.errors import CheckpointError
 from aepo.runs import run
 from analysis.load import load_runs
-from tests import test_tracking
+from tests.tune import test_tracking
 from tune import sweep as sweeps
 from tune.plan import MANIFEST, grow, make_plan, read_manifest, run_folder, write_manifest
 from tune.spec import SweepSpec

@@ -1,8 +1,8 @@
 """The gradients of the stages' losses, written out: what training uses, since autograd takes a quarter longer.
 
 Each function takes what the loss that its docstring names takes, and returns the gradients of this loss by the
-parameters of the networks that learn, and the same metrics. tests/test_gradients.py holds each equal to its loss. To
-read what a stage learns, read the loss.
+parameters of the networks that learn, and the same metrics. tests/aepo/stages/test_fast.py holds each equal
+to its loss. To read what a stage learns, read the loss.
 """
 
 import math

@@ -16,10 +16,10 @@ import yaml
 from aepo import __version__
 from cluster import services
 from cluster.services import Place
+from tests.conftest import ROOT
 from tune.plan import make_plan
 from tune.spec import read_sweep_file
 
-ROOT = Path(__file__).parent.parent
 KUBERNETES = ROOT / "cluster" / "kubernetes"
 OVERLAYS = ["overlays/cpu", "overlays/gpu", "overlays/autoscaling", "job"]
 IN_CONTAINERS = {

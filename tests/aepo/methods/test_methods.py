@@ -4,15 +4,14 @@ import dataclasses
 import hashlib
 import re
 from importlib.metadata import EntryPoint
-from pathlib import Path
 
 import pytest
 
 from aepo import method_table, methods, pipeline
 from aepo.config import StageConfig
 from aepo.errors import ConfigError
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 NAMED = re.compile(r"\b(rebrac|td3bc|qgpo|iql)\b")
 
 

@@ -12,8 +12,8 @@ from aepo.runs import run
 from analysis import mlflow_source
 from analysis.load import evaluations, load_runs
 from analysis.report import write_report
-from tests import test_tracking
-from tests.test_analysis import report
+from tests.analysis.test_load import report
+from tests.tune import test_tracking
 from tune.plan import run_folder, write_manifest
 from tune.runs_table import collect_rows, write_rows
 from tune.tracking import Tracker

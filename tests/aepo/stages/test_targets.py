@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from aepo import checkpoint, cli, config, parallel, pipeline, toy
 from aepo.config import CRITIC_LEARNERS, ENERGY_TARGETS, EnergyTarget, with_overrides
 from aepo.errors import ConfigError
 from aepo.stages import energy, targets
-from tests.test_stages import CPU, finish, same
+from tests.aepo.stages.test_stages import CPU, finish, same
+from tests.conftest import ROOT
 from tune import estimate
 
 SUPPORT = {"energy__target": "cumulants", "energy__num_samples": 4, "energy__num_support_states": 90}
@@ -122,7 +122,7 @@ def test_a_target_is_given_what_it_asks_for_and_nothing_else(name, tiny_config, 
 
 
 def test_who_asks_of_a_stage_names_neither_target_nor_learner():
-    root = Path(__file__).parent.parent
+    root = ROOT
     for path in ("aepo/parallel.py", "aepo/toy.py", "aepo/stages/energy.py", "tune/estimate.py"):
         text = (root / path).read_text()
         assert not [name for name in (*ENERGY_TARGETS, *CRITIC_LEARNERS) if f'"{name}"' in text], path

@@ -1,10 +1,9 @@
 """The judge of a refactor: 20 fixed steps of every stage against losses that were stored when they were right.
 
-Rewrite the file on purpose, never to make a test pass: python -m tests.test_golden
+Rewrite the file on purpose, never to make a test pass: python -m tests.aepo.test_golden
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ import torch
 from aepo import config as configs
 from aepo import pipeline, tasks
 from aepo.presets import preset
-from tests.conftest import random_transitions
+from tests.conftest import ROOT, random_transitions
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = ROOT / "tests" / "golden"
 SEEDS = (0, 3)
 """A seed above 0 shows whether a stage's random numbers depend on more than its name and the seed."""
 EVERY = {"steps": 20, "batch_size": 32, "hidden_size": 32, "num_layers": 2, "learning_rate": 1e-3}

@@ -19,8 +19,8 @@ from aepo import cli, tasks
 from aepo.errors import ConfigError, DataError, ResourceError, TrainingError
 from aepo.evaluate import Evaluator
 from aepo.runs import run, rundir
+from tests.aepo.test_environments import write_minari
 from tests.conftest import wait_for
-from tests.test_families import write_minari
 
 
 class Watching:
@@ -172,7 +172,7 @@ def test_a_process_has_no_torch_and_leaves_standard_output_alone(unruly, capfd):
 SCRIPT = """
 import os, torch
 from aepo.evaluate import Evaluator
-from tests.test_slots import Watching
+from tests.aepo.test_slots import Watching
 
 evaluator = Evaluator("tests/pendulum/random-v0", processes=2)
 evaluator.run(Watching(), num_episodes=2, seed=0)

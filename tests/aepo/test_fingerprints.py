@@ -1,11 +1,10 @@
 """Configs as they are written stay the same runs: fingerprints that were stored when runs were made under them.
 
-Rewrite the file only for configs that are new, never to make a test pass: python -m tests.test_fingerprints
+Rewrite the file only for configs that are new, never to make a test pass: python -m tests.aepo.test_fingerprints
 """
 
 import contextlib
 import json
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,9 @@ from aepo.budgets import BUDGETS
 from aepo.config import with_overrides
 from aepo.errors import ConfigError
 from aepo.presets import preset
+from tests.conftest import ROOT
 
-FILE = Path(__file__).parent / "golden" / "fingerprints.json"
+FILE = ROOT / "tests" / "golden" / "fingerprints.json"
 TASKS = ("hopper-medium-v2", "maze2d-umaze-v1", "antmaze-umaze-v2", "pen-human-v1", "kitchen-complete-v0", "a/b-v0")
 """One of each suite, and a user's own data set."""
 SEEDS = (0, 3)

@@ -16,7 +16,7 @@ from aepo.data.d4rl import (
 from aepo.environments import register_robotics
 from aepo.errors import DataError
 from aepo.evaluate import Evaluator
-from tests.test_d4rl import D4RL, MINARI, write_file
+from tests.aepo.data.test_d4rl import D4RL, MINARI, write_file
 
 # -- all tasks, from the file to the score -----------------------------------------------------------------
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,9 +16,10 @@ from aepo.runs import rundir
 from aepo.trials import SEARCH, read_search
 from analysis.load import grids, load_runs
 from analysis.search_report import write_search_report
+from tests.conftest import ROOT
 from tune.runs_table import write_rows
 
-BEFORE = Path(__file__).parent / "golden" / "results"
+BEFORE = ROOT / "tests" / "golden" / "results"
 
 
 @pytest.fixture

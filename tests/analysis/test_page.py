@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from analysis.report import write_report
-from tests.test_analysis import LARGE, MEDIUM, evaluation, lost, row, write
+from tests.analysis.test_load import LARGE, MEDIUM, evaluation, lost, row, write
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

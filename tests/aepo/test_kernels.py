@@ -186,7 +186,7 @@ def test_no_operand_of_a_product_has_strides_without_a_fast_path(dims, backend, 
 SCRIPT = """
 import pytest, torch
 from aepo import kernels
-from tests.test_kernels import steps_of
+from tests.aepo.test_kernels import steps_of
 torch.set_num_threads(1)
 with pytest.MonkeyPatch.context() as patch, kernels.using("onednn"):
     for dims in ((11, 3), (29, 8), (81, 9)):

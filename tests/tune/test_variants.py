@@ -20,7 +20,8 @@ from aepo.errors import ConfigError
 from aepo.method_table import presets
 from aepo.presets import preset
 from aepo.runs import run
-from tests import test_tracking
+from tests.conftest import ROOT
+from tests.tune import test_tracking
 from tune import commands
 from tune import sweep as sweeps
 from tune.plan import describe_variants, grow, make_plan, read_manifest, run_folder, write_manifest
@@ -28,7 +29,7 @@ from tune.runs_table import settings_text
 from tune.spec import SweepSpec, Variant, read_sweep_file
 
 pytestmark = test_tracking.pytestmark
-PAGE = (Path(__file__).parent.parent / "docs" / "operations.md").read_text().partition("## Variants")[2]
+PAGE = (ROOT / "docs" / "operations.md").read_text().partition("## Variants")[2]
 FILE = PAGE.partition("```toml\n")[2].partition("```")[0]
 """The sweep file of docs/operations.md: two methods, three variants, the settings of one task and one method."""
 SCALE, TAU = "sampling.guidance_scale", "critic.expectile"

@@ -29,6 +29,7 @@ from aepo.data.pointmaze import (
 )
 from aepo.data.steering import Navigator, steer_depth_first, steer_shortest
 from aepo.errors import ConfigError, DataError, ResourceError
+from tests.conftest import ROOT
 
 gymnasium.register_envs(gymnasium_robotics)
 
@@ -308,7 +309,7 @@ def test_the_metadata_say_what_the_data_are_not():
 
 
 def test_requirements_are_those_of_the_package():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(pointmaze.REQUIREMENTS) <= set(project["dependencies"])
 
 

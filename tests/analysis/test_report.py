@@ -1,6 +1,6 @@
 """Every renderer against reports that were stored when they were right: the same runs, the same characters.
 
-Rewrite the files on purpose, never to make a test pass: python -m tests.test_report
+Rewrite the files on purpose, never to make a test pass: python -m tests.analysis.test_report
 """
 
 import contextlib
@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from analysis.load import SCHEMA
-from tests.test_analysis import LARGE, MEDIUM, evaluation, lost, report, row, without_references, write
+from tests.analysis.test_load import LARGE, MEDIUM, evaluation, lost, report, row, without_references, write
+from tests.conftest import ROOT
 
-FOLDER = Path(__file__).parent / "golden" / "reports"
+FOLDER = ROOT / "tests" / "golden" / "reports"
 WHOLE = SCHEMA
 D4RL = {"suite": "gym-mujoco", "source": "d4rl"}
 COMMANDS = {
