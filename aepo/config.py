@@ -257,7 +257,7 @@ class CriticConfig(StageConfig):
     target_rate: float = setting(0.005, "(0, 1]")
     """Soft update of the target critics, per step."""
     activation: Activation = "silu"
-    """Of Q and V; published IQL has relu."""
+    """Q and V have this activation; published IQL has relu."""
     layer_norm: bool = True
     """Before each activation: it bounds Q of actions that the data do not have. Published IQL has none."""
     backup_steps: int = setting(1, "[1, 1000]")

@@ -80,7 +80,7 @@ class Evaluator:
             return_rule=return_rule,
         )
         self.cut_percent = 0.0
-        """Of the entries of observations in the last `run`: those that the policy's bound has cut."""
+        """Percent of the observations' entries in the last `run` that the policy's bound has cut."""
         self._slots = SharedSlots(site, processes=processes)
         own = self._slots.own
         own.make([0])

@@ -90,7 +90,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 _numbers = itertools.count()
-"""Of the temporary files of this process, whose threads may write the same file."""
+"""Numbers for this process's temporary files, since its threads may write the same file."""
 
 
 def try_lock(descriptor: int) -> bool:

@@ -41,7 +41,7 @@ class Progress:
     num_steps: int
     """Gradient steps of this stage in all."""
     round: int
-    """Of the config's rounds, from 0."""
+    """The number of the config's round, from 0."""
     ends_stage: bool
     """Whether this is the stage's last step in the round."""
     metrics: dict[str, float]

@@ -23,7 +23,7 @@ from aepo.diffusion.networks import EnergyNet
 from aepo.stages import behavior, energy, targets
 
 NUM_SAMPLES = 4000
-"""Of each draw that is compared."""
+"""Samples in each draw that is compared."""
 NUM_POOL = 400_000
 """Draws of mu that are reweighted into exact draws."""
 NUM_FLOORS = 10

@@ -40,7 +40,7 @@ class Spec:
     rounds: int
     """Evaluations of a trial: after reduction^-(rounds-1), ..., reduction^-1 and all of its steps."""
     reduction: int
-    """Of the trials at a rung, one in so many goes on."""
+    """One in so many of the trials at a rung goes on."""
     grace: int
     """Round after which trials first wait for a promotion; 0 = none ever does."""
     num_episodes: int

@@ -24,7 +24,7 @@ Scores: TypeAlias = Sequence[NDArray[np.float64]]
 Statistic: TypeAlias = Callable[..., Any]
 """(samples, one per task, [..., seeds]; axis=-1) -> statistic [...]."""
 TRIM = 0.25
-"""Of the scores at each end, left out by the interquartile mean."""
+"""Share of the scores at each end that the interquartile mean leaves out."""
 TARGET = 100.0
 """Score that the optimality gap is measured to: expert."""
 NUM_RESAMPLES, CONFIDENCE = 2_000, 0.95

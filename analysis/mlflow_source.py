@@ -26,7 +26,7 @@ THREADS = 8
 """Learning curves asked for at a time."""
 MANIFEST = "sweep.json"
 STATUS = {"FINISHED": "finished", "FAILED": "failed"}
-"""Of MLflow -> of a row; any other is a run that never came to an end."""
+"""MLflow's status -> a row's; any other is that of a run which never came to an end."""
 
 
 def read_experiment(name: str, tracking_uri: str, *, allow_missing: bool) -> list[Row]:

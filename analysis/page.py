@@ -24,9 +24,9 @@ from analysis.tables import PARTIAL, Cell, Column, Results, Row, aggregate_rows
 DIGITS = 5
 """Significant ones of the numbers that plots are drawn from."""
 RUN_DIGITS = {"score": 1, "return": 1, "steps": 0, "minutes": 1}
-"""Of numbers in the run list."""
+"""Digits behind the point of numbers in the run list."""
 MAX_POINTS = 300
-"""Of a line that is drawn; of more, every so manyth."""
+"""Points of a line that are drawn; of more, every so manyth."""
 
 
 def page(data: ReportData) -> str:

@@ -73,7 +73,7 @@ class Average:
     score_mean: float
     """NaN if `hole` is not empty."""
     score_stderr: float
-    """Of `score_mean`: the root of the sum of the tasks' squared standard errors, over their number."""
+    """Standard error of `score_mean`: the root of the sum of the tasks' squared standard errors, over their number."""
     hole: str
     """Why there is no average; empty if there is one."""
 

@@ -76,7 +76,7 @@ class Status:
     """
 
     folder: Path = dataclasses.field(default_factory=_folder)
-    """Of the cluster."""
+    """The cluster's folder."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 
@@ -94,7 +94,7 @@ class Down:
     """
 
     folder: Path = dataclasses.field(default_factory=_folder)
-    """Of the cluster."""
+    """The cluster's folder."""
 
     def run(self) -> int:
         """Stop all services."""

@@ -19,7 +19,7 @@ SECONDS = 0.4
 BASE_GIB = {"train": 1.2, "inline": 0.6}
 """By runner, half above what was measured: processes of one running trial (docs/operations.md)."""
 MAX_ACTION_DIM = 30
-"""Of the benchmark's tasks; memory is estimated before data are read."""
+"""Largest number of action dimensions among the benchmark's tasks; memory is estimated before data are read."""
 MEASURED_SUPPORT = 512
 """States with support actions while rates are measured; drawing them is preparation, not a step."""
 

@@ -51,7 +51,7 @@ class Search:
     rounds: int = 3
     """Evaluations of a whole trial."""
     reduction: int = 3
-    """Of the trials at a rung one in so many goes on; a round has so many times the steps of those before it."""
+    """One in so many of the trials at a rung goes on; a round has so many times the steps of those before it."""
     grace: int = 1
     """Round after which trials first wait for a promotion; 0 = none does, every trial is trained in full."""
     seed: int = 1000

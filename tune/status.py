@@ -24,9 +24,9 @@ from tune.plan import RUN_FOLDERS, STOP
 COLUMNS = ("stage", "step", "steps/s", "left", "score")
 LOCK = "sweep.lock"
 TAIL_BYTES = 8_000
-"""Of a metrics file, read when a board is made for runs that are under way already."""
+"""Bytes read from the end of a metrics file when a board is made for runs that are under way already."""
 LOG_LINES = 5
-"""Of a failed run's log, shown by `aepo sweep --status`."""
+"""Lines of a failed run's log that `aepo sweep --status` shows."""
 LINE_INTERVAL_S = 30.0
 """Between two status lines where standard error is no terminal."""
 

@@ -51,10 +51,10 @@ PAGE = 200
 """Runs per answer of a search."""
 TAG, SWEEP = "aepo.run", "aepo.sweep"
 PLANNED, NUM_PLANNED = "aepo.planned", "aepo.num_planned"
-"""Of a run: false once its sweep plans it no more. Of the sweep: how many it plans."""
+"""Tags: a run's says false once its sweep plans it no more, the sweep's how many runs it plans."""
 TAGGED = ("task", "suite", "seed", "fingerprint", "method", "preset")
 MEASURED = ("env_id", "ref_min", "ref_max")
-"""Of a result, as tags: what the settings do not say."""
+"""Fields of a result that become tags, since the settings do not say them."""
 LOAD, LOAD_INTERVAL_S = "system/", 60.0
 """What this machine has used, in the names of MLflow's own monitor; its page shows them apart."""
 PAUSES_S = (2.0, 4.0, 8.0, 16.0, 25.0)

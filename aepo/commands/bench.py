@@ -55,7 +55,7 @@ class Bench:
     only: tuple[Part, ...] = ()
     """Parts to measure; none given = all."""
     precision: Precision = "float32"
-    """Of our training steps' matrix products; the baseline's stay float32."""
+    """Precision of our training steps' matrix products; the baseline's stay float32."""
     set: tuple[str, ...] = ()
     """Settings of steps and sampling, KEY=VALUE: critic.activation=relu critic.layer_norm=false actor.activation=relu
     are published IQL's networks."""

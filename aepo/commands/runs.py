@@ -338,7 +338,7 @@ class Toy:
     """
 
     sets: tuple[str, ...] = ()
-    """Of eight_gaussians, moons, rings, swiss_roll, two_spirals, checkerboard; none given = all."""
+    """Names among eight_gaussians, moons, rings, swiss_roll, two_spirals, checkerboard; none given = all."""
     targets: tuple[str, ...] = ()
     """As energy.target, analytic ones with /posterior_mean or /data_action; none given = all."""
     betas: tuple[float, ...] = (1.0, 3.0, 10.0)

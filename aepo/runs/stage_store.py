@@ -29,7 +29,7 @@ from aepo.stages import States
 FORMAT = 1
 SUFFIX = ".stage"
 Row: TypeAlias = dict[str, Any]
-"""Of a run's metrics.jsonl."""
+"""A row of a run's metrics.jsonl."""
 
 
 def stage_keys(config: RunConfig, data_digest: str) -> dict[tuple[str, int], str]:

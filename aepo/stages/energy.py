@@ -138,15 +138,15 @@ class QSource(NamedTuple):
     """Q as stage 3 asks for it: of any actions, of the data's and of the support's."""
 
     value: Value
-    """Of any actions."""
+    """Q of any actions."""
     with_slope: WithSlope
     """The same with its gradient by them."""
     of_rows: ByRow
-    """Of the data's actions in these rows."""
+    """Q of the data's actions in these rows."""
     with_slope_of_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
     """The same with its gradient by them."""
     of_support: ByRow
-    """Of the support actions in the states at these places among those that have some, [B] -> [B, K]."""
+    """Q of the support actions in the states at these places among those that have some, [B] -> [B, K]."""
 
 
 def q_source(critic_state: CriticState, state: EnergyState, config: EnergyConfig, data: Transitions) -> QSource:

@@ -8,11 +8,11 @@ import json
 import shutil
 
 import pytest
+from selenium import webdriver
 
 from analysis.report import write_report
 from tests.analysis.test_load import LARGE, MEDIUM, evaluation, lost, row, write
 
-webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
