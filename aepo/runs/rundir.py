@@ -89,7 +89,7 @@ def commit() -> str | None:
     What `aepo submit` has packed has no history; a file says which commit it is.
     """
     here = Path(__file__).parent
-    if (packed := here.parent / COMMIT).exists():
+    if (packed := here.parents[1] / COMMIT).exists():
         return packed.read_text().strip() or None
     try:
         head = subprocess.run(

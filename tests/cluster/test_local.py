@@ -150,7 +150,7 @@ def test_packed_code_runs_and_holds_neither_data_nor_history_nor_secrets(tmp_pat
             code = "import aepo.runs.rundir as r, cluster, tune.commands, analysis; print(r.__file__, r.commit())"
             ran = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
             where, _, commit = ran.stdout.strip().partition(" ")
-            assert where == str(folder / "aepo" / "rundir.py")
+            assert where == str(folder / "aepo" / "runs" / "rundir.py")
             assert commit == str(rundir.commit())
     finally:
         inside.unlink()

@@ -25,7 +25,7 @@ from aepo.data.transitions import cache_folder, load_transitions
 from aepo.errors import BusyError, ConfigError, DataError, ResourceError, from_machine, lacks_space
 from aepo.names import MAX_BYTES, bounded
 from aepo.presets import preset
-from aepo.runs import run, rundir, spool
+from aepo.runs import evaluation, run, rundir, spool
 from aepo.runs.stage_store import StageStore
 from tune import sweep, trainable
 from tune.plan import RUN_FOLDERS, write_manifest
@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_at_any_file_ends_the_run_and_the_same_again_goes_on
         write(path, data)
 
     with monkeypatch.context() as patch:
-        for module in (rundir, checkpoint, policy):
+        for module in (files, checkpoint, policy):
             patch.setattr(module, "write_atomically", full)
         with pytest.raises(ResourceError, match=r"no space left for .*; make room and start the run again") as caught:
             execute(config, tmp_path / "run", checkpoint_s=0.0)
@@ -585,6 +585,6 @@ def test_a_figure_that_cannot_be_written_is_refused_before_the_roll_outs(make_da
     ]
     assert cli.run([*argv, *(f"{name}.steps=20" for name in ("behavior", "critic", "energy"))]) == 0
     folder = json.loads(capsys.readouterr().out)["folder"]
-    monkeypatch.setattr(run, "evaluate", lambda *_, **__: pytest.fail("rolled out"))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("rolled out"))
     assert cli.run(["evaluate", folder, "--figure", str(tmp_path)]) == 2
     assert "Is a directory" in capsys.readouterr().err

@@ -132,8 +132,8 @@ def test_a_broken_run_goes_on_and_ends_like_an_unbroken_one(place, make_dataset,
     unbroken = execute(config, tmp_path / "whole")
     with pytest.raises(Break):
         execute(config, tmp_path / "broken", checkpoint_s=0.0, on_progress=stop)
-    with (tmp_path / "broken" / rundir.METRICS).open("ab") as spool:
-        spool.write(b'{"time": 12, "sta')  # the kill tore a line
+    with (tmp_path / "broken" / rundir.METRICS).open("ab") as file:
+        file.write(b'{"time": 12, "sta')  # the kill tore a line
     broken = execute(config, tmp_path / "broken")
     clock = {key: getattr(broken, key) for key in ("seconds", "started_at", "folder")}
     assert broken == dataclasses.replace(unbroken, **clock)
