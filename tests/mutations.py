@@ -839,7 +839,7 @@ D4RL_TASKS += ["maze2d-medium-dense-v1", "antmaze-umaze-v2", "pen-human-v1", "ki
 
 def d4rl(box: Box) -> None:
     """One or two mutations of a D4RL file, which is imported and trained on."""
-    from tests.aepo.data.test_d4rl import write_file
+    from tests.families import write_file
 
     pick = box.random
     task = pick.choice(D4RL_TASKS)

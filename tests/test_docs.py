@@ -107,7 +107,7 @@ def test_the_search_space_of_the_operations_page_is_one(tmp_path):
 
 
 def test_every_command_of_the_report_page_runs(tmp_path, monkeypatch, capsys):
-    from tests.analysis.test_load import row, write
+    from tests.tables import row, write
 
     monkeypatch.chdir(tmp_path)
     for name in ("mazes", "before", "after"):

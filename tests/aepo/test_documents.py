@@ -271,7 +271,7 @@ def test_rows_of_another_method_are_not_continued(tmp_path):
 @given(data=st.data())
 def test_a_checkpoint_with_any_value_anywhere_is_restored_or_refused(data):
     from aepo.stages.behavior import BehaviorState, start
-    from tests.conftest import random_transitions
+    from tests.examples import random_transitions
 
     small = dataclasses.replace(config_of("best").behavior, hidden_size=4, num_layers=1)
     state: BehaviorState = start(small, random_transitions(20), torch.Generator().manual_seed(0))
@@ -289,7 +289,7 @@ def test_a_checkpoint_with_any_value_anywhere_is_restored_or_refused(data):
 @pytest.mark.parametrize("value", [[0.0], 0.0, None, torch.zeros(7, 7)])
 def test_an_optimizer_takes_no_means_of_another_kind_or_shape(name, value):
     from aepo.stages.behavior import start
-    from tests.conftest import random_transitions
+    from tests.examples import random_transitions
 
     small = dataclasses.replace(config_of("best").behavior, hidden_size=4, num_layers=1)
     state = start(small, random_transitions(20), torch.Generator().manual_seed(0))
@@ -307,7 +307,7 @@ def places_of_dicts(node):
 
 
 def write_policy(path, config):
-    from tests.conftest import random_transitions
+    from tests.examples import random_transitions
 
     Policy(config, random_transitions().spaces).save(path)
 
@@ -441,7 +441,7 @@ def test_other_errors_are_not_the_machines():
 
 def test_the_spread_of_one_transition_is_no_nan(transitions):
     from aepo.stages import critic
-    from tests.conftest import random_transitions
+    from tests.examples import random_transitions
 
     one = random_transitions(1)
     state = critic.start(config_of("best").critic, one, torch.Generator().manual_seed(0))

@@ -2,21 +2,18 @@
 
 import json
 
-import gymnasium
 import minari
 import numpy as np
 import pytest
 import torch
-from minari.data_collector.episode_buffer import EpisodeBuffer
 
 from aepo import cli, tasks
 from aepo.data.d4rl import (
     import_file,
 )
-from aepo.environments import register_robotics
 from aepo.errors import DataError
 from aepo.evaluate import Evaluator
-from tests.aepo.data.test_d4rl import D4RL, MINARI, write_file
+from tests.families import D4RL, MINARI, write_file, write_minari
 
 # -- all tasks, from the file to the score -----------------------------------------------------------------
 
@@ -49,57 +46,6 @@ def test_each_task_goes_from_d4rls_file_to_a_score(task, tmp_path, capsys):
     summary = run_json(capsys, "data", "import", "d4rl", str(path), "--task", task)
     assert [text for text in summary["warnings"] if "rows, the published file" not in text] == []
     check_from_data_to_score(capsys, tmp_path, task, "d4rl")
-
-
-def write_minari(dataset_id, row):
-    """Random actions in the real environment, stored as Minari stores them."""
-    register_robotics()
-    common = {"disable_env_checker": True}
-    if row.suite == "maze2d":
-        env = gymnasium.make(row.env_id, max_episode_steps=1_000_000, reset_target=True, **common)
-        eval_env = gymnasium.make(row.env_id, max_episode_steps=row.horizon, **common)
-    else:
-        env = gymnasium.make(row.env_id, max_episode_steps=row.horizon, **common)
-        eval_env = None
-    env.action_space.seed(0)
-    buffers = []
-    for episode in range(3):
-        observations, fields = [env.reset(seed=episode)[0]], []
-        while len(fields) < 25 and not (fields and fields[-1][2]):
-            action = env.action_space.sample()
-            observation, reward, terminated, _, _ = env.step(action)
-            observations.append(observation)
-            fields.append((action, float(reward), bool(terminated), False))
-        actions, rewards, terminations, _ = map(np.array, zip(*fields, strict=True))
-        ends = np.arange(1, len(rewards) + 1) == len(rewards)
-        buffers.append(
-            EpisodeBuffer(
-                id=episode,
-                observations=stack(observations),
-                actions=actions,
-                rewards=rewards,
-                terminations=terminations,
-                truncations=ends & ~terminations,
-            )
-        )
-    minari.create_dataset_from_buffers(
-        dataset_id,
-        buffers,
-        env=env,
-        eval_env=eval_env,
-        algorithm_name="random",
-        author="tests",
-        author_email="t@example.org",
-        code_permalink="tests",
-        description="random actions",
-    )
-    env.close()
-
-
-def stack(observations):
-    if isinstance(observations[0], dict):
-        return {key: stack([each[key] for each in observations]) for key in observations[0]}
-    return np.array(observations)
 
 
 @pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning", "ignore:`eval_env`:UserWarning")

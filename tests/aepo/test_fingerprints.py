@@ -13,7 +13,7 @@ from aepo.budgets import BUDGETS
 from aepo.config import with_overrides
 from aepo.errors import ConfigError
 from aepo.presets import preset
-from tests.conftest import ROOT
+from tests import ROOT
 
 FILE = ROOT / "tests" / "golden" / "fingerprints.json"
 TASKS = ("hopper-medium-v2", "maze2d-umaze-v1", "antmaze-umaze-v2", "pen-human-v1", "kitchen-complete-v0", "a/b-v0")

@@ -11,7 +11,8 @@ import torch
 from aepo import config as configs
 from aepo import pipeline, tasks
 from aepo.presets import preset
-from tests.conftest import ROOT, random_transitions
+from tests import ROOT
+from tests.examples import random_transitions
 
 FOLDER = ROOT / "tests" / "golden"
 SEEDS = (0, 3)

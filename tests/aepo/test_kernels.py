@@ -20,7 +20,7 @@ from aepo.policy import Policy
 from aepo.presets import preset
 from aepo.runs import run
 from aepo.runs.stage_store import stage_keys
-from tests.conftest import random_transitions, write_pendulum
+from tests.examples import random_transitions, write_pendulum
 
 METHODS = method_table.presets()
 

@@ -11,7 +11,7 @@ from aepo import config as configs
 from aepo import parallel, pipeline, tasks
 from aepo.errors import ConfigError
 from aepo.presets import preset
-from tests.conftest import random_transitions
+from tests.examples import random_transitions
 
 CPU = torch.device("cpu")
 EVERY = {"steps": 25, "batch_size": 32, "hidden_size": 16, "num_layers": 2}

@@ -16,7 +16,7 @@ from aepo.runs import rundir
 from aepo.trials import SEARCH, read_search
 from analysis.load import grids, load_runs
 from analysis.search_report import write_search_report
-from tests.conftest import ROOT
+from tests import ROOT
 from tune.runs_table import write_rows
 
 BEFORE = ROOT / "tests" / "golden" / "results"

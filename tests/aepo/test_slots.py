@@ -19,8 +19,8 @@ from aepo import cli, tasks
 from aepo.errors import ConfigError, DataError, ResourceError, TrainingError
 from aepo.evaluate import Evaluator
 from aepo.runs import run, rundir
-from tests.aepo.test_environments import write_minari
-from tests.conftest import wait_for
+from tests.examples import wait_for
+from tests.families import write_minari
 
 
 class Watching:

@@ -9,7 +9,7 @@ from scipy import stats
 from analysis.compare import differences, different_data, paired, unpaired
 from analysis.load import load_runs
 from analysis.scores import task_scores
-from tests.analysis.test_load import LARGE, MEDIUM, lost, report, row, write
+from tests.tables import LARGE, MEDIUM, lost, report, row, write
 
 
 def scores(folder, *rows):

@@ -15,7 +15,6 @@ import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
 
-import aepo.cli
 from aepo.errors import ConfigError, DataError, IncompleteError
 from analysis import figures
 from analysis.aggregate import Aggregate, Interval, Profile
@@ -25,84 +24,7 @@ from analysis.labels import Arm, colours
 from analysis.load import SCHEMA, curves, evaluations, load_runs
 from analysis.report import write_report
 from analysis.scores import suite_averages, task_scores
-
-MEDIUM, LARGE = "maze2d-medium", "maze2d-large"
-
-
-def evaluation(method, score, return_mean, **values):
-    guided = method == "aepo"
-    return {
-        "method": method,
-        "beta": 3.0,
-        "guidance_scale": 3.0 if guided else 0.0,
-        "score": score,
-        "return_mean": return_mean,
-        "return_std": 0.0,
-        "num_episodes": 2,
-        "episode_returns": [return_mean, return_mean],
-    } | values
-
-
-def row(task=MEDIUM, seed=0, score=60.0, cloned=20.0, **values):
-    """One finished run; a return is twice the score plus 10, so references are 10 and 210."""
-
-    def point(step, value):
-        return {"stage": "energy", "step": step, "score": value, "return_mean": 2 * value + 10}
-
-    return {
-        "schema_version": 2,
-        "run": f"{task}-s{seed}-0123456789ab",
-        "task": task,
-        "suite": "maze2d",
-        "source": "collected",
-        "dataset": f"local/{task}-v0",
-        "dataset_digest": "sha256:0f1e",
-        "env_id": None,
-        "ref_min": 10.0,
-        "ref_max": 210.0,
-        "seed": seed,
-        "fingerprint": "0123456789ab",
-        "method": "aepo",
-        "preset": "quick",
-        "status": "finished",
-        "error": None,
-        "score": score,
-        "return_mean": 2 * score + 10,
-        "num_episodes": 2,
-        "steps": 3000,
-        "seconds": 1.5,
-        "evaluations": [
-            evaluation("aepo", score, 2 * score + 10),
-            evaluation("diffusion-bc", cloned, 2 * cloned + 10),
-        ],
-        "curve": [point(500, score / 2), point(1000, score)],
-        "commit": "c3a614e",
-        "started_at": "2025-11-22T11:10:00Z",
-        "mlflow_run_id": None,
-    } | values
-
-
-def lost(task=MEDIUM, seed=1, status="failed", error="TrainingError: critic/loss is nan\nat step 7", **values):
-    nothing = dict.fromkeys(["score", "return_mean", "num_episodes", "dataset_digest", "ref_min", "ref_max"])
-    holes = nothing | {"evaluations": [], "curve": [], "steps": 0, "seconds": 0.0}
-    return row(task, seed) | holes | {"status": status, "error": error} | values
-
-
-def without_references(seed, mean):
-    plain = [evaluation(method, None, mean + gain) for method, gain in (("aepo", 0.0), ("diffusion-bc", -9.0))]
-    points = [{"stage": "energy", "step": 500, "score": None, "return_mean": mean}]
-    holes = dict.fromkeys(["ref_min", "ref_max", "score"])
-    return row("own/task-v0", seed, suite="user", source="user") | holes | {"evaluations": plain, "curve": points}
-
-
-def write(folder, *rows, schema=SCHEMA):
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), folder / "runs.parquet")
-    return folder
-
-
-def report(*words):
-    return aepo.cli.run(["report", *map(str, words)])
+from tests.tables import LARGE, MEDIUM, evaluation, lost, report, row, without_references, write
 
 
 def cells(line):

@@ -12,14 +12,14 @@ from aepo.runs import run
 from analysis import mlflow_source
 from analysis.load import evaluations, load_runs
 from analysis.report import write_report
-from tests.analysis.test_load import report
-from tests.tune import test_tracking
+from tests import tracked
+from tests.tables import report
 from tune.plan import run_folder, write_manifest
 from tune.runs_table import collect_rows, write_rows
 from tune.tracking import Tracker
 
-finished, sweep = test_tracking.finished, test_tracking.sweep
-pytestmark = test_tracking.pytestmark
+finished, sweep = tracked.finished, tracked.sweep
+pytestmark = tracked.MLFLOW_WARNINGS
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_plan_that_is_none_is_refused_in_one_line(manifest, sweep, uri, monkey
 
 def test_a_failed_run_is_a_row_with_its_reason(sweep, uri, capsys):
     folder, plan = sweep
-    test_tracking.set_result(folder, plan[0], status="failed", error="TrainingError: critic/loss is nan")
+    tracked.set_result(folder, plan[0], status="failed", error="TrainingError: critic/loss is nan")
     source = track(folder, plan, uri)
     assert report(source, "--tracking-uri", uri) == 3
     assert "critic/loss is nan" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from selenium import webdriver
 
 from analysis.report import write_report
-from tests.analysis.test_load import LARGE, MEDIUM, evaluation, lost, row, write
+from tests.tables import LARGE, MEDIUM, evaluation, lost, row, write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

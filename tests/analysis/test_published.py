@@ -10,7 +10,7 @@ from analysis import published as pub
 from analysis.load import load_runs
 from analysis.scores import suite_averages, task_scores
 from analysis.tables import results
-from tests.analysis.test_load import report, row, write
+from tests.tables import report, row, write
 
 
 def test_every_cell_has_a_source_and_aepo_has_none():

@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from analysis.load import SCHEMA
-from tests.analysis.test_load import LARGE, MEDIUM, evaluation, lost, report, row, without_references, write
-from tests.conftest import ROOT
+from tests import ROOT
+from tests.tables import LARGE, MEDIUM, WHOLE, finished, lost, report, without_references, write
 
 FOLDER = ROOT / "tests" / "golden" / "reports"
-WHOLE = SCHEMA
 D4RL = {"suite": "gym-mujoco", "source": "d4rl"}
 COMMANDS = {
     "whole": [
@@ -35,24 +33,6 @@ COMMANDS = {
     "paired": ["sweeps/holes", "sweeps/after", "--paired", "--allow-missing"],
 }
 """Name of a stored report -> the words behind `aepo report`."""
-
-
-def finished(task, method, seed, score, **values):
-    """A run with a curve that rises to its score, a heat map if it is guided, and its clone's score beside its own."""
-    points = [(500, score / 2), (1000, score + 4.0 * (seed == 1)), (1500, score)]
-    curve = [{"stage": "energy", "step": step, "score": value, "return_mean": 2 * value + 10} for step, value in points]
-    guided = method in ("aepo", "qgpo")
-    pair = {} if guided else {"beta": None, "guidance_scale": None}
-    own = evaluation(method, score, 2 * score + 10, **pair)
-    clone = [evaluation("diffusion-bc", 20.5 + seed, 51.0 + 2 * seed)] if guided else []
-    grid = [
-        {"beta": beta, "guidance_scale": w, "score": score - w * beta, "return_mean": 2 * score, "num_episodes": 2}
-        for beta in (1.0, 1 / 3)
-        for w in (0.0, 2.0)
-        if guided
-    ]
-    names = {"run": f"{task}-{method}-{seed}", "method": method, "evaluations": [own, *clone], "curve": curve}
-    return row(task, seed, score) | names | {"grid": grid} | values
 
 
 def write_sweeps(folder):

@@ -19,9 +19,7 @@ from analysis.load import load_runs
 from analysis.report import write_report
 from analysis.scores import task_scores
 from analysis.tables import aggregate_rows
-from tests.analysis.test_load import LARGE, MEDIUM, evaluation, lost, report, row, write
-from tests.analysis.test_report import WHOLE, finished
-from tests.analysis.test_tables import NASTY
+from tests.tables import LARGE, MEDIUM, NASTY, WHOLE, evaluation, finished, lost, report, row, write
 
 TASKS, SEEDS = (LARGE, MEDIUM), (0, 1, 2)
 METHODS = {"aepo": "AEPO", "own-method": "own-method"}

@@ -20,7 +20,8 @@ from aepo.errors import ConfigError, DataError, ResourceError
 from aepo.runs import rundir
 from cluster import fitness, jobs, local
 from cluster.local import LocalCluster, Process
-from tests.conftest import ROOT, wait_for
+from tests import ROOT
+from tests.examples import wait_for
 from tune.plan import make_plan
 from tune.spec import Execution, SweepSpec
 

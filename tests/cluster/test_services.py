@@ -16,7 +16,7 @@ import yaml
 from aepo import __version__
 from cluster import services
 from cluster.services import Place
-from tests.conftest import ROOT
+from tests import ROOT
 from tune.plan import make_plan
 from tune.spec import read_sweep_file
 

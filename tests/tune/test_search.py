@@ -18,9 +18,9 @@ from aepo import config as configs
 from aepo.errors import CheckpointError, ConfigError
 from aepo.results import RoundResult
 from aepo.runs import run
-from aepo.trials import SEARCH, Confirmation, Outcome, Round, Selection, Spec, Trial, count_steps, read_search
+from aepo.trials import SEARCH, Confirmation, Outcome, Selection, Spec, count_steps, read_search
 from analysis.search_report import write_search_report
-from tests.conftest import wait_for
+from tests.examples import trial, wait_for
 from tune.plan import RUN_FOLDERS
 from tune.search import found_settings, mean_score, write_preset
 from tune.search_record import Record, trial_configs
@@ -51,24 +51,6 @@ def space(tmp_path, tiny_config):
     file = tmp_path / "space.toml"
     file.write_text("critic.expectile = [0.5, 0.7, 0.9]\nenergy.learning_rate = {log = [1e-4, 1e-2]}\n")
     return read_space(file, [tiny_config()])
-
-
-def trial(number, scores=(), state="running", params=None):
-    rounds = [
-        Round(
-            round=i + 1,
-            score=score,
-            scores={},
-            beta=None,
-            guidance_scale=None,
-            steps_reused=0,
-            at=float(10 * i + number),
-        )
-        for i, score in enumerate(scores)
-    ]
-    params = params or {"critic.expectile": 0.5, "energy.learning_rate": 1e-4 * (number + 1)}
-    runs, steps = [f"run-{number}"], [20, 60, 180]
-    return Trial(number=number, params=params, used=params, runs=runs, steps=steps, state=state, rounds=rounds)
 
 
 def record(tmp_path, space, trials, spec=SPEC):

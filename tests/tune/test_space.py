@@ -6,7 +6,7 @@ from aepo import config as configs
 from aepo import tasks
 from aepo.errors import ConfigError
 from aepo.presets import preset
-from tests.tune.test_search import trial
+from tests.examples import trial
 from tune.space import default_space, draw, preset_draw, read_space
 
 TASK = tasks.find("maze2d-umaze")

@@ -22,55 +22,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aepo import config as configs
-from aepo import files, tasks
+from aepo import files
 from aepo.errors import CheckpointError, ConfigError, DataError
 from aepo.policy import Policy
-from aepo.presets import preset
-from aepo.runs import run, rundir, spool
-from tests.conftest import random_transitions, wait_for, write_pendulum
+from aepo.runs import rundir, spool
+from tests import tracked
+from tests.examples import random_transitions, wait_for
+from tests.tracked import small_config
 from tune.plan import run_folder, write_manifest
 from tune.runs_table import collect_rows, write_rows
 from tune.tracking import SWEEP, TAG, Tracker, find_store, sqlite_uri
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
-)
-CPU = torch.device("cpu")
-
-
-def small_config(dataset_id, seed):
-    config = preset("best-smoke", tasks.for_dataset(dataset_id), seed)
-    small = {
-        f"{stage}.{key}": value
-        for stage in config.stages
-        for key, value in (("steps", 60), ("batch_size", 16), ("hidden_size", 16))
-    }
-    grid = {"evaluation.grid_beta": (1.0, 3.0), "evaluation.grid_guidance_scale": (1.0,)}
-    return configs.with_overrides(config, {**small, **grid, "sampling.temperature": 1.0})
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A sweep of three planned runs, two of them finished and one not begun: its folder and plan."""
-    home = tmp_path_factory.mktemp("tracking")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
-        patch.setenv("AEPO_CACHE", str(home / "cache"))
-        dataset_id = write_pendulum()
-        plan = [small_config(dataset_id, seed) for seed in range(3)]
-        folder = home / "sweep"
-        write_manifest(folder, plan)
-        for config in plan[:2]:
-            place = run_folder(folder, config)
-            run.execute(config, place, run.FolderStore(place), device=CPU)
-    return folder, plan
-
-
-@pytest.fixture
-def sweep(finished, tmp_path):
-    """A copy of it, the test's own."""
-    folder, plan = finished
-    return shutil.copytree(folder, tmp_path / "sweep"), plan
+pytestmark = tracked.MLFLOW_WARNINGS
+finished, sweep = tracked.finished, tracked.sweep
 
 
 @pytest.fixture
@@ -89,13 +53,6 @@ def runs_of(uri, folder):
     children = {entry.data.tags[TAG]: entry for entry in entries if entry is not parent}
     assert len(children) == len(entries) - 1, "a run of MLflow per planned run, not two"
     return parent, children
-
-
-def set_result(folder, config, **values):
-    place = run_folder(folder, config)
-    rundir.write_result(
-        place, dataclasses.replace(rundir.read_result(place) or rundir.describe(config, place), **values)
-    )
 
 
 # -- what is there ---------------------------------------------------------------------------------------------------
@@ -135,8 +92,8 @@ def test_tags_say_which_code_ran_where(sweep, uri):
     import mujoco
 
     folder, plan = sweep
-    set_result(folder, plan[0], commit="0123456789ab+dirty")
-    set_result(folder, plan[1], commit="0123456789ab")
+    tracked.set_result(folder, plan[0], commit="0123456789ab+dirty")
+    tracked.set_result(folder, plan[1], commit="0123456789ab")
     assert Tracker(folder, plan, uri=uri).ship()
     parent, children = runs_of(uri, folder)
     tags = [children[config.name].data.tags for config in plan[:2]]
@@ -174,7 +131,7 @@ def test_the_sweep_is_the_parent_of_its_runs_and_ends_with_its_table(sweep, uri)
     assert counts == {"finished": 2, "failed": 0, "missing": 1}
     again, _ = carry_out(plan[:2])
     assert (again.info.run_id, again.info.status) == (parent.info.run_id, "FINISHED")
-    set_result(folder, plan[1], status="failed", error="TrainingError: NaN")
+    tracked.set_result(folder, plan[1], status="failed", error="TrainingError: NaN")
     parent, children = carry_out(plan[:2])
     assert (parent.info.status, parent.data.metrics["runs/failed"]) == ("FAILED", 1)
     assert children[plan[1].name].info.status == "FAILED"
@@ -259,7 +216,7 @@ def test_a_model_is_made_once_and_holds_the_scores_and_the_newest_policy(sweep, 
     place = run_folder(folder, plan[0])
     assert Tracker(folder, plan, uri=uri).ship()
     shutil.copy(run_folder(folder, plan[1]) / rundir.POLICY, place / rundir.POLICY)
-    set_result(folder, plan[0], score=1.0)
+    tracked.set_result(folder, plan[0], score=1.0)
     assert Tracker(folder, plan, uri=uri).ship()
     client = MlflowClient(uri)
     entry = runs_of(uri, folder)[1][plan[0].name]
@@ -299,7 +256,7 @@ def test_a_store_that_takes_no_files_costs_warnings_but_no_row(sweep, uri, capsy
 def test_a_run_that_is_repeated_is_open_again_and_then_ends_as_it_ended(sweep, uri):
     folder, plan = sweep
     result = rundir.read_result(run_folder(folder, plan[0]))
-    set_result(folder, plan[0], status="failed", error="ResourceError: full")
+    tracked.set_result(folder, plan[0], status="failed", error="ResourceError: full")
     assert Tracker(folder, plan, uri=uri).ship()
     assert runs_of(uri, folder)[1][plan[0].name].info.status == "FAILED"
     (run_folder(folder, plan[0]) / rundir.RESULT).unlink()
@@ -640,8 +597,8 @@ def test_a_server_killed_amid_a_shipment_has_every_row_once_and_in_order_in_the_
         assert not tracker.ship()
         for config in plan:  # training goes on meanwhile
             append_rows(folder, config, range(400, 500))
-        set_result(folder, plan[0], status="finished")
-        set_result(folder, plan[1], status="failed", error="TrainingError: NaN")
+        tracked.set_result(folder, plan[0], status="finished")
+        tracked.set_result(folder, plan[1], status="failed", error="TrainingError: NaN")
         server.start()
         assert tracker.ship()
         assert Tracker(folder, plan, uri=server.uri).ship(), "a second process, which sends nothing twice"

@@ -12,7 +12,7 @@ import pytest
 
 from aepo.errors import ResourceError
 from aepo.runs import rundir, spool
-from tests.conftest import wait_for
+from tests.examples import wait_for
 from tune.tracking import find_store
 
 pytestmark = pytest.mark.ray
@@ -63,7 +63,7 @@ def stages(folder):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An unbroken sweep, and the environment in which it ran."""
-    from tests.conftest import write_pendulum
+    from tests.examples import write_pendulum
 
     home = tmp_path_factory.mktemp("ray")
     with pytest.MonkeyPatch.context() as patch:

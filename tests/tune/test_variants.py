@@ -20,15 +20,14 @@ from aepo.errors import ConfigError
 from aepo.method_table import presets
 from aepo.presets import preset
 from aepo.runs import run
-from tests.conftest import ROOT
-from tests.tune import test_tracking
+from tests import ROOT, tracked
 from tune import commands
 from tune import sweep as sweeps
 from tune.plan import describe_variants, grow, make_plan, read_manifest, run_folder, write_manifest
 from tune.runs_table import settings_text
 from tune.spec import SweepSpec, Variant, read_sweep_file
 
-pytestmark = test_tracking.pytestmark
+pytestmark = tracked.MLFLOW_WARNINGS
 PAGE = (ROOT / "docs" / "operations.md").read_text().partition("## Variants")[2]
 FILE = PAGE.partition("```toml\n")[2].partition("```")[0]
 """The sweep file of docs/operations.md: two methods, three variants, the settings of one task and one method."""

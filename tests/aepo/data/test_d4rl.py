@@ -24,66 +24,7 @@ from aepo.data.d4rl import (
 from aepo.data.transitions import load_transitions
 from aepo.environments import register_robotics
 from aepo.errors import DataError
-
-WIDTHS = {
-    "halfcheetah": (17, 6),
-    "hopper": (11, 3),
-    "walker2d": (17, 6),
-    "maze2d": (4, 2),
-    "antmaze": (29, 8),
-    "pen": (45, 24),
-    "hammer": (46, 26),
-    "door": (39, 28),
-    "relocate": (39, 30),
-    "kitchen": (60, 9),
-}
-"""Entries of observations and actions in D4RL's files."""
-D4RL_MAPS = {
-    # D4RL's own, # = wall, G = the evaluation goal; antmaze starts in row 1, column 1
-    "PointMaze_UMaze": "##### #GOO# ###O# #OOO# #####",
-    "PointMaze_Medium": "######## #OO##OO# #OO#OOO# ##OOO### #OO#OOO# #O#OO#O# #OOO#OG# ########",
-    "PointMaze_Large": "############ #OOOO#OOOOO# #O##O#O#O#O# #OOOOOO#OOO# #O####O###O# #OO#O#OOOOO# "
-    "##O#O#O#O### #OO#OOO#OGO# ############",
-    "AntMaze_UMaze": "##### #OOO# ###O# #GOO# #####",
-    "AntMaze_Medium": "######## #OO##OO# #OO#OOO# ##OOO### #OO#OOO# #O#OO#O# #OOO#OG# ########",
-    "AntMaze_Large": "############ #OOOO#OOOOO# #O##O#O#O#O# #OOOOOO#OOO# #O####O###O# #OO#O#OOOOO# "
-    "##O#O#O#O### #OO#OOO#OGO# ############",
-}
-D4RL = [row.task for row in tasks.rows() if row.source == "d4rl"]
-MINARI = [row.task for row in tasks.rows() if row.source == "minari"]
-
-
-def map_of(env_id):
-    lines = next(text for name, text in D4RL_MAPS.items() if env_id.startswith(name)).split()
-    return np.array([list(line) for line in lines])
-
-
-def write_file(path, task, num_rows=300, *, timeouts=True, **changes):
-    """Write a file in D4RL's layout; positions of mazes are in free cells."""
-    rng = np.random.default_rng(0)
-    state_dim, action_dim = WIDTHS[task.partition("-")[0]]
-    row = tasks.find(task, "d4rl")
-    fields = {
-        "observations": rng.normal(size=(num_rows, state_dim)).astype(np.float32),
-        "actions": rng.uniform(-1, 1, (num_rows, action_dim)).astype(np.float32),
-        "rewards": (rng.random(num_rows) < 0.05).astype(np.float32),
-        "terminals": np.arange(num_rows) % 71 == 70,
-    }
-    if row.suite in ("maze2d", "antmaze"):
-        cells = np.argwhere(map_of(row.env_id) != "#")[rng.integers(0, 5, num_rows)]
-        centres = cells if row.suite == "maze2d" else 4.0 * (cells[:, ::-1] - 1)
-        fields["observations"][:, :2] = centres + rng.uniform(-0.1, 0.1, (num_rows, 2))
-        fields["infos/goal"] = np.tile(centres[:1], (num_rows, 1)).astype(np.float32)
-    if timeouts and row.suite != "kitchen":  # D4RL's kitchen files have none
-        fields["timeouts"] = np.arange(num_rows) % 100 == 99
-    if row.suite == "gym-mujoco":
-        fields["next_observations"] = fields["observations"] + 0.5
-    with h5py.File(path, "w") as file:
-        for name, array in {**fields, **changes}.items():
-            if array is not None:
-                file[name] = array
-    return path
-
+from tests.families import D4RL, map_of, write_file
 
 # -- episodes ----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from aepo import method_table, methods, pipeline
 from aepo.data.transitions import MAX_HELD_OUT
 from aepo.errors import DataError
 from aepo.stages import critic
-from tests.conftest import random_transitions
+from tests.examples import random_transitions
 
 CPU = torch.device("cpu")
 

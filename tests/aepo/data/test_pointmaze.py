@@ -29,7 +29,7 @@ from aepo.data.pointmaze import (
 )
 from aepo.data.steering import Navigator, steer_depth_first, steer_shortest
 from aepo.errors import ConfigError, DataError, ResourceError
-from tests.conftest import ROOT
+from tests import ROOT
 
 gymnasium.register_envs(gymnasium_robotics)
 

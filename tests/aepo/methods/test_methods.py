@@ -10,7 +10,7 @@ import pytest
 from aepo import method_table, methods, pipeline
 from aepo.config import StageConfig
 from aepo.errors import ConfigError
-from tests.conftest import ROOT
+from tests import ROOT
 
 NAMED = re.compile(r"\b(rebrac|td3bc|qgpo|iql)\b")
 

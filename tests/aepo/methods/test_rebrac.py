@@ -13,8 +13,8 @@ from aepo.methods import rebrac
 from aepo.policy import Policy
 from aepo.presets import preset
 from aepo.stages import actor_critic
-from tests.conftest import random_transitions
-from tests.test_learning import bandit, best_action
+from tests.examples import random_transitions
+from tests.training import bandit, best_action
 
 CPU = torch.device("cpu")
 

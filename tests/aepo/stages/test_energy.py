@@ -13,7 +13,7 @@ from aepo.diffusion.schedule import alpha_sigma
 from aepo.stages import behavior, critic, energy, targets
 from aepo.stages.behavior import BehaviorState
 from aepo.stages.critic import CriticState
-from tests.conftest import random_transitions
+from tests.examples import random_transitions
 
 
 def linear(q, slope_A):

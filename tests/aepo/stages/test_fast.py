@@ -15,7 +15,7 @@ from aepo.config import ENERGY_TARGETS
 from aepo.data.transitions import Batch, Pairs
 from aepo.diffusion.schedule import add_noise, alpha_sigma, draw_times
 from aepo.stages import actor, actor_critic, behavior, critic, energy, fast, targets
-from tests.conftest import random_transitions
+from tests.examples import random_transitions
 
 NETWORKS = [("silu", True), ("silu", False), ("relu", True), ("relu", False)]
 

@@ -19,43 +19,10 @@ from aepo.errors import CheckpointError, ConfigError, TrainingError
 from aepo.kernels import multiplying
 from aepo.policy import Policy
 from aepo.presets import preset
-from tests.conftest import random_transitions
+from tests.examples import random_transitions
+from tests.training import CPU, finish, same, weights
 
 METHODS = method_table.presets()
-
-CPU = torch.device("cpu")
-
-
-def weights(state):
-    """All tensors of a state as one dict of copies."""
-    flat = {}
-
-    def walk(prefix, value):
-        if isinstance(value, torch.Tensor):
-            flat[prefix] = value.clone()
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{prefix}.{key}", item)
-        elif isinstance(value, list):
-            for i, item in enumerate(value):
-                walk(f"{prefix}.{i}", item)
-        else:
-            flat[prefix] = value
-
-    walk("", checkpoint.collect(state))
-    return flat
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(
-        torch.equal(first[key], second[key]) if isinstance(first[key], torch.Tensor) else first[key] == second[key]
-        for key in first
-    )
-
-
-def finish(config, data, resume=None):
-    *_, last = pipeline.train(config, data, device=CPU, resume=resume)
-    return weights(last.states)
 
 
 STAGES_OF = {preset: [stage.name for stage in methods.find(name).stages()] for preset, name in METHODS.items()}

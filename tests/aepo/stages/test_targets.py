@@ -11,8 +11,8 @@ from aepo import checkpoint, cli, config, parallel, pipeline, toy
 from aepo.config import CRITIC_LEARNERS, ENERGY_TARGETS, EnergyTarget, with_overrides
 from aepo.errors import ConfigError
 from aepo.stages import energy, targets
-from tests.aepo.stages.test_stages import CPU, finish, same
-from tests.conftest import ROOT
+from tests import ROOT
+from tests.training import CPU, finish, same
 from tune import estimate
 
 SUPPORT = {"energy__target": "cumulants", "energy__num_samples": 4, "energy__num_support_states": 90}

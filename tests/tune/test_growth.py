@@ -12,12 +12,12 @@ from aepo import cli
 from aepo.errors import CheckpointError
 from aepo.runs import run
 from analysis.load import load_runs
-from tests.tune import test_tracking
+from tests import tracked
 from tune import sweep as sweeps
 from tune.plan import MANIFEST, grow, make_plan, read_manifest, run_folder, write_manifest
 from tune.spec import SweepSpec
 
-pytestmark = test_tracking.pytestmark
+pytestmark = tracked.MLFLOW_WARNINGS
 CPU = torch.device("cpu")
 TINY = ["critic.steps=20", "actor.steps=20", "critic.hidden_size=16", "actor.hidden_size=16"]
 
