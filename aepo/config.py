@@ -406,23 +406,26 @@ class EvaluationConfig:
     horizon: int = setting(0, "[0, inf)")
     """Steps of an episode; 0 = the environment's own limit."""
     grid_beta: tuple[float, ...] = ()
-    """Inverse temperatures of the heat map at the end of a guided run, times `grid_guidance_scale`."""
+    """Inverse temperatures of the heat map at the end of a guided run, times `grid_guidance_scale` or `grid_nats`."""
     grid_guidance_scale: tuple[float, ...] = ()
     """Guidance scales of the heat map."""
+    grid_nats: tuple[float, ...] = setting((), later=True)
+    """Budgets of the heat map in place of guidance scales, in nats, each at the run's scale [M16]."""
     num_grid_episodes: int = setting(10, "[1, inf)")
     """Episodes of each of its cells."""
 
     def __post_init__(self) -> None:
         _check(self)
-        if bool(self.grid_beta) != bool(self.grid_guidance_scale):
+        scales, nats = self.grid_guidance_scale, self.grid_nats
+        if bool(self.grid_beta) != bool(scales or nats) or (scales and nats):
             raise ConfigError(
-                "a heat map wants both evaluation.grid_beta and evaluation.grid_guidance_scale, "
-                f"got {self.grid_beta or 'none'} and "
-                f"{self.grid_guidance_scale or 'none'}"
+                "a heat map wants evaluation.grid_beta and evaluation.grid_guidance_scale or evaluation.grid_nats, "
+                f"got {self.grid_beta or 'none'}, {scales or 'none'} and {nats or 'none'}"
             )
-        betas, scales = self.grid_beta, self.grid_guidance_scale
-        if not all(0 < beta < math.inf for beta in betas) or not all(0 <= scale < math.inf for scale in scales):
-            raise ConfigError("evaluation.grid_beta must be above 0 and evaluation.grid_guidance_scale not below it")
+        if not all(0 < value < math.inf for value in (*self.grid_beta, *nats)):
+            raise ConfigError("evaluation.grid_beta and evaluation.grid_nats must be above 0")
+        if not all(0 <= scale < math.inf for scale in scales):
+            raise ConfigError("evaluation.grid_guidance_scale must not be below 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -453,7 +456,7 @@ class RunConfig:
             check_variant(self.variant)
         if self.evaluation.grid_beta and "sampling" not in self.groups:
             raise ConfigError(
-                f"evaluation.grid_beta: {self.method} has neither beta nor guidance scale, so no heat map"
+                f"evaluation.grid_beta: {self.method} has neither beta nor guidance scale, so no heat map; leave it out"
             )
         shares = (0.0, *self.rounds)
         if shares[-1] != 1.0 or not all(low < high for low, high in pairwise(shares)):

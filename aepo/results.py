@@ -103,7 +103,7 @@ class RoundResult:
     steps_reused: int
     """Gradient steps that the stage store has saved the run so far."""
     cells: dict[tuple[float, float], float] = dataclasses.field(default_factory=dict)
-    """(beta, guidance scale) -> score, or mean return without references; empty without a heat map."""
+    """(beta, guidance scale or nats) -> score, or mean return without references; empty without a heat map."""
 
     @property
     def value(self) -> float:

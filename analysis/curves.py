@@ -44,8 +44,10 @@ class HeatMap:
 
     task: str
     arm: Arm
-    scales: NDArray[np.float64]
-    """Guidance scales, [S], ascending."""
+    strength: str
+    """The setting beside beta, "guidance scale" or "nats"."""
+    strengths: NDArray[np.float64]
+    """Its values, [S], ascending."""
     betas: NDArray[np.float64]
     """Betas, [B], ascending."""
     values: NDArray[np.float64]
@@ -115,13 +117,15 @@ def heat_maps(runs: pd.DataFrame) -> list[HeatMap]:
     maps = []
     for (task, *own), group in cells.groupby(["task", "run_method", "run_variant"], sort=False):
         measure = "return_mean" if group["score"].isna().all() else "score"
-        table = group.pivot_table(index="beta", columns="guidance_scale", values=measure, aggfunc="mean")
-        counts = group.pivot_table(index="beta", columns="guidance_scale", values=measure, aggfunc="count")
+        strength = "nats" if (group["nats"] > 0).any() else "guidance_scale"
+        table = group.pivot_table(index="beta", columns=strength, values=measure, aggfunc="mean")
+        counts = group.pivot_table(index="beta", columns=strength, values=measure, aggfunc="count")
         maps.append(
             HeatMap(
                 task=str(task),
                 arm=Arm(*map(str, own)),
-                scales=table.columns.to_numpy(float),
+                strength=strength.replace("_", " "),
+                strengths=table.columns.to_numpy(float),
                 betas=table.index.to_numpy(float),
                 values=table.where(counts == group["run"].nunique()).to_numpy(float),
             )

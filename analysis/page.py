@@ -257,7 +257,8 @@ def _heat_map(found: HeatMap) -> dict[str, Any]:
     return {
         "task": found.task,
         "label": found.arm.label,
-        "x": _numbers(found.scales),
+        **({"strength": found.strength} if found.strength != "guidance scale" else {}),
+        "x": _numbers(found.strengths),
         "y": _numbers(found.betas),
         "z": [_numbers(line) for line in found.values],
     }

@@ -24,9 +24,9 @@ EVALUATION_SEED = 1_000_000
 """Distance between the first evaluation seeds of runs whose seeds are neighbours; see `evaluation_seed`."""
 
 
-def cell_name(beta: float, guidance_scale: float) -> str:
+def cell_name(config: RunConfig, beta: float, strength: float) -> str:
     """Return the name of a cell of the heat map among the metrics of a round; its numbers are those of the config."""
-    return f"grid/beta {beta:g} scale {guidance_scale:g}"
+    return f"grid/beta {beta:g} {'nats' if config.evaluation.grid_nats else 'scale'} {strength:g}"
 
 
 def evaluation_seed(seed: int) -> int:
@@ -61,8 +61,9 @@ def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: i
 
 
 def grid_pairs(config: RunConfig) -> Iterator[tuple[float, float]]:
-    """Yield beta and guidance scale of each cell of the config's heat map, none where it has no heat map."""
-    return itertools.product(config.evaluation.grid_beta, config.evaluation.grid_guidance_scale)
+    """Yield beta and guidance scale, or nats, of each cell of the config's heat map, none where it has no heat map."""
+    evaluation = config.evaluation
+    return itertools.product(evaluation.grid_beta, evaluation.grid_nats or evaluation.grid_guidance_scale)
 
 
 def evaluate_grid(policy: Policy, evaluator: Evaluator, config: RunConfig) -> list[GridCell]:
@@ -70,8 +71,11 @@ def evaluate_grid(policy: Policy, evaluator: Evaluator, config: RunConfig) -> li
     cells: list[GridCell] = []
     if policy.sampling is None:
         return cells
-    for beta, scale in grid_pairs(config):
-        each = policy.with_sampling(dataclasses.replace(policy.sampling, beta=beta, guidance_scale=scale))
+    by_nats = bool(config.evaluation.grid_nats)
+    for beta, strength in grid_pairs(config):
+        own = dataclasses.replace(policy.sampling, beta=beta)
+        own = dataclasses.replace(own, nats=strength) if by_nats else dataclasses.replace(own, guidance_scale=strength)
+        each = policy.with_sampling(own)
         num_episodes = config.evaluation.num_grid_episodes
         row = evaluate(each, evaluator, num_episodes=num_episodes, seed=evaluation_seed(config.seed))
         cells.append(row.cell())

@@ -201,7 +201,7 @@ def advance(
         score=metrics.get("eval/score"),
         return_mean=metrics["eval/return_mean"],
         steps_reused=int(metrics["steps_reused"]),
-        cells={pair: metrics[cell_name(*pair)] for pair in grid_pairs(config)},
+        cells={pair: metrics[cell_name(config, *pair)] for pair in grid_pairs(config)},
     )
 
 
@@ -388,7 +388,10 @@ class _Training:
             best = max(cells, key=lambda cell: cell.return_mean)
             keys = ("score", "return_mean", "beta", "guidance_scale")
             metrics = {f"eval/{key}": value for key in keys if (value := getattr(best, key)) is not None}
-            metrics |= {cell_name(cell.beta, cell.guidance_scale): cell.value for cell in cells}
+            metrics |= {
+                cell_name(self._config, *pair): cell.value
+                for pair, cell in zip(grid_pairs(self._config), cells, strict=True)
+            }
         else:
             metrics = self._evaluate(state, self._config.evaluation.num_curve_episodes)
         metrics |= {ROUND: float(number), "steps_reused": float(self._steps_reused)}

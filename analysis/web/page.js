@@ -114,13 +114,14 @@ const drawers = {
     return [traces, layout({ yaxis: { autorange: "reversed", type: "category" } })];
   },
   grid(area, map) {
+    const strength = map.strength || "guidance scale";
     const text = map.z.map((line) => line.map((value) => (value === null ? "" : value.toFixed(0))));
     return [[{
       type: "heatmap", x: map.x.map(String), y: map.y.map(String), z: map.z, text, texttemplate: "%{text}",
       colorscale: "Cividis", colorbar: { thickness: 10, outlinewidth: 0 }, xgap: 2, ygap: 2,
-      hovertemplate: "beta %{y}, guidance scale %{x}: %{z:.1f}<extra></extra>",
+      hovertemplate: `beta %{y}, ${strength} %{x}: %{z:.1f}<extra></extra>`,
     }], layout({
-      xaxis: { title: label("guidance scale"), type: "category" }, yaxis: { title: label("beta"), type: "category" },
+      xaxis: { title: label(strength), type: "category" }, yaxis: { title: label("beta"), type: "category" },
     })];
   },
 };

@@ -34,11 +34,14 @@ def row(result, **values):
 # -- files from before ---------------------------------------------------------------------------------------
 
 
-def test_a_result_from_before_is_read_and_written_byte_for_byte(result, tmp_path):
+def test_a_result_from_before_is_read_and_written_with_what_came_later_alone(result, tmp_path):
     assert isinstance(result.evaluations[0], Evaluation)
     assert [(cell.beta, cell.value == cell.score) for cell in result.grid] == [(1 / 3, True), (1.0, True)]
     rundir.write_result(tmp_path, result)
-    assert (tmp_path / rundir.RESULT).read_bytes() == (BEFORE / rundir.RESULT).read_bytes()
+    after, before = (json.loads((folder / rundir.RESULT).read_text()) for folder in (tmp_path, BEFORE))
+    for key, later in (("evaluations", {"nats": 0.0, "kl": None}), ("grid", {"nats": 0.0})):
+        before[key] = [{**row, **later} for row in before[key]]
+    assert list(after.items()) == list(before.items())
 
 
 def test_a_table_from_before_is_read_and_what_it_lacks_is_null(result):

@@ -119,6 +119,10 @@ def test_a_round_tries_the_cells_of_the_heat_map_and_counts_the_best(config, tmp
     ((*_, metrics),) = [row for row in losses(tmp_path) if "round" in row[2]]
     assert result.cells[metrics["eval/beta"], metrics["eval/guidance_scale"]] == result.score
     assert metrics["grid/beta 0.333333 scale 5"] == result.cells[1 / 3, 5]
+    grid = {"evaluation.grid_beta": (3.0,), "evaluation.grid_nats": (0.5, 2.0)}
+    result = advance(configs.with_overrides(config, grid), tmp_path / "nats", 1)
+    assert list(result.cells) == [(3.0, 0.5), (3.0, 2.0)]
+    assert losses(tmp_path / "nats")[-1][2].keys() >= {"grid/beta 3 nats 0.5", "grid/beta 3 nats 2"}
 
 
 @pytest.mark.parametrize("method", ["iql", "td3bc"])

@@ -62,6 +62,25 @@ def test_a_heat_map_of_beta_and_guidance_scale_ends_a_run(make_dataset, tiny_con
     assert (tmp_path / rundir.GRID).read_bytes().startswith(b"\x89PNG")
 
 
+def test_nats_are_an_axis_of_the_heat_map_too(make_dataset, tiny_config, tmp_path):
+    settings = {"grid_beta": "1", "grid_nats": "0.01,1000", "num_grid_episodes": 2}
+    evaluation = {f"evaluation__{key}": value for key, value in settings.items()}
+    config = tiny_config(make_dataset(), sampling__guidance_scale=1e3, **evaluation)
+    result = execute(config, tmp_path)
+    assert [(row.beta, row.guidance_scale, row.nats) for row in result.grid] == [(1.0, 1e3, 0.01), (1.0, 1e3, 1e3)]
+    assert (tmp_path / rundir.GRID).read_bytes().startswith(b"\x89PNG")
+    own, cloned = result.evaluations
+    assert own.kl > policy_of(tmp_path).sampler.cost()["kl"] / 10 > 0
+    assert cloned.kl is None
+    assert result.grid[1].return_mean != result.grid[0].return_mean
+    with pytest.raises(ConfigError, match=r"grid_guidance_scale or evaluation\.grid_nats, got"):
+        tiny_config(evaluation__grid_beta="1", evaluation__grid_guidance_scale="1", evaluation__grid_nats="1")
+
+
+def policy_of(folder):
+    return Policy.load(folder / rundir.POLICY)
+
+
 def test_every_setting_of_the_evaluation_is_heeded(make_dataset, tiny_config, tmp_path):
     """Each changes how often, how long or with what the policy is rolled out, and so the result."""
     base = {
@@ -76,7 +95,7 @@ def test_every_setting_of_the_evaluation_is_heeded(make_dataset, tiny_config, tm
 
     def measure(settings):
         config = tiny_config(dataset, **{f"evaluation__{key}": value for key, value in settings.items()})
-        assert set(settings) == {field.name for field in dataclasses.fields(config.evaluation)}
+        assert {*settings, "grid_nats"} == {field.name for field in dataclasses.fields(config.evaluation)}
         result = execute(config, tmp_path / config.name)
         return result.evaluations, result.curve, result.grid
 
