@@ -211,7 +211,8 @@ class Transitions:
 
     def sample(self, num: int) -> Pairs:
         """Return states and actions of at most `num` rows that lie equally far apart, the same at every call."""
-        return self.take_pairs(self.sample_rows(num))
+        states_BS, actions_BA = self.take_pairs(self.sample_rows(num))
+        return Pairs(states_BS.contiguous(), actions_BA.contiguous())  # strided operands have no fast path
 
     def sample_rows(self, num: int) -> Tensor:
         """Return at most `num` rows that lie equally far apart, ascending."""

@@ -31,12 +31,12 @@ def steps(monkeypatch):
     counted = {}
     original = pipeline._stage
 
-    def counting(config, name, number, train_step, state):
+    def counting(config, name, number, train_step, *rest):
         def step():
             counted[name] = counted.get(name, 0) + 1
             return train_step()
 
-        return original(config, name, number, step, state)
+        return original(config, name, number, step, *rest)
 
     monkeypatch.setattr(pipeline, "_stage", counting)
     return counted

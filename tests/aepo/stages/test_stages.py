@@ -287,7 +287,7 @@ def test_every_setting_of_sampling_changes_the_actions(tiny_config, transitions)
         changed = policy.with_sampling(dataclasses.replace(config.sampling, **changes))
         return changed.sampler.sample(states, torch.Generator().manual_seed(1))
 
-    other = {"beta": 3.0, "guidance_scale": 0.5, "num_steps": 4, "temperature": 1.0, "num_candidates": 2, "nats": 0.5}
+    other = {"beta": 3.0, "guidance_scale": 0.5, "num_steps": 4, "temperature": 1.0, "num_candidates": 2, "nats": 1e-4}
     assert set(other) == {field.name for field in dataclasses.fields(config.sampling)}, "a new setting wants a value"
     for name, value in other.items():
         assert not torch.equal(act(**{name: value}), act()), name
