@@ -14,8 +14,8 @@ install: .venv/installed
 quickstart: install  ## the main job: 2 tasks x 2 seeds, the results table
 	$(BIN)/aepo quickstart
 
-test: install check  ## all tests but the slow ones
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+test: install check  ## all tests but the slow ones; names the 20 that take longest
+	$(BIN)/python -m pytest -n auto --dist loadgroup --durations=20 -m "not slow"
 
 test-slow: install  ## the tests marked `slow`: every documented command, hundreds of odd inputs, long training
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
