@@ -30,6 +30,7 @@ COMMANDS = {
     ),
     "data": ("aepo.commands.data:DATA", "list, show and collect data sets"),
     "store": ("aepo.commands.runs:STORE", "list and prune the trained stages that runs share"),
+    "clean": ("tune.clean:Clean", "delete what finished runs no longer need, never results, policies or metrics"),
     "cluster": ("cluster.commands:CLUSTER", "bring up a cluster on this machine, look at one, take it down"),
     "submit": ("cluster.commands:Submit", "run a sweep file on a Ray cluster, as a job that survives this command"),
     "jobs": ("cluster.commands:JOBS", "list, show, follow, stop the sweeps on a cluster, fetch their tables"),

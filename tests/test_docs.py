@@ -26,6 +26,7 @@ APPENDED = {
     "doctor": [],
     "bench": ["--preset", "smoke", "--transitions", "2000", "--seconds", "0.02", "--processes", "1"],
     "store": [],
+    "clean": [],
 }
 REPLACED = {"1000000": "3000", "24": "2", **{method: f"{method}-smoke" for method in METHODS}}
 
