@@ -20,6 +20,7 @@ COMMANDS = {
     ),
     "train": ("aepo.commands.runs:Train", "train and evaluate one run, without Ray"),
     "sweep": ("tune.commands:Sweep", "train tasks x seeds on Ray, track in MLflow, resume when repeated"),
+    "benchmark": ("tune.benchmark:Benchmark", "all tasks from nothing to the table: plan, fetch, import, run, report"),
     "search": ("tune.search_commands:Search", "find settings by ASHA, each stage trained once, checked on fresh seeds"),
     "evaluate": ("aepo.commands.runs:Evaluate", "roll out a trained policy again, with other settings if wanted"),
     "report": ("analysis.report:Report", "turn a sweep's runs into tables and figures"),
