@@ -9,7 +9,7 @@ import csv
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -165,6 +165,13 @@ def of_suite(suite: str, source: str = "") -> list[Task]:
         known = sorted({f"{row.suite} ({row.source})" for row in rows()})
         raise ConfigError(f"no suite {suite!r} with {source or 'any'} data; there are {', '.join(known)}")
     return found
+
+
+def lacking(source: str, suites: Collection[str] = ()) -> list[str]:
+    """Return the tasks of the benchmark, or of some of its suites, that a source has no data of."""
+    benchmark = [row.task for row in rows() if row.source == "d4rl" and (not suites or row.suite in suites)]
+    own = {row.task for row in rows() if row.source == source}
+    return [name for name in benchmark if source and own and name not in own]
 
 
 def for_dataset(dataset: str) -> Task:

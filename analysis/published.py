@@ -19,6 +19,8 @@ from aepo.errors import ConfigError, DataError
 from aepo.files import read_text
 
 SCORES, SOURCES = "published.csv", "published_sources.csv"
+OWN = ("method", "task", "score", "spread", "source")
+"""Columns of a table of the user's own."""
 UNKNOWN = "AEPO"
 """A column that is always blank: its numbers are unknown here."""
 CHECKPOINTS = {
@@ -117,11 +119,16 @@ def published() -> tuple[Published, ...]:
 def find_columns(names: Sequence[str]) -> dict[str, list[Published]]:
     """Return column -> its cells for names as METHOD@SOURCE, or METHOD if it has one source; UNKNOWN has no cell.
 
+    A name that ends in .csv is a table of the user's own.
+
     Raises:
         ConfigError: for a name that is unknown or has several sources.
     """
     found: dict[str, list[Published]] = {}
     for name in names:
+        if name.endswith(".csv"):
+            found |= own_columns(Path(name))
+            continue
         if name.lower() == UNKNOWN.lower():
             found[UNKNOWN] = []
             continue
@@ -134,6 +141,40 @@ def find_columns(names: Sequence[str]) -> dict[str, list[Published]]:
             raise ConfigError(f"no published column {name!r}, or several; {told}")
         found[columns[0]] = cells
     return found
+
+
+def own_columns(file: Path) -> dict[str, list[Published]]:
+    """Return column -> its cells from a user's table: columns method, task, score, spread, source.
+
+    A spread is a standard deviation, or empty; the source says where the number is from, in words.
+
+    Raises:
+        DataError: if it is no such table; names the line.
+    """
+    if not file.is_file():
+        raise DataError(f"no table {file}; wanted CSV with the columns {', '.join(OWN)}")
+    reader = csv.DictReader(io.StringIO(read_text(file)), strict=True)
+    if set(reader.fieldnames or ()) != set(OWN):
+        raise DataError(f"{file} has columns {reader.fieldnames}, wanted {', '.join(OWN)}")
+    found: dict[str, dict[str, Published]] = {}
+    for row in reader:
+        place = f"{file}, line {reader.line_num}"
+        if None in row or None in row.values():
+            raise DataError(f"{place}: wanted {len(OWN)} fields")
+        try:
+            mean, std = float(row["score"]), float(row["spread"] or "nan")
+        except ValueError as error:
+            raise DataError(f"{place}: {error}; wanted numbers, or no spread") from error
+        if not math.isfinite(mean) or std < 0 or math.isinf(std) or not (row["method"] and row["task"]):
+            raise DataError(f"{place}: wanted a method, a task, a finite score and no spread below 0; got {row}")
+        source = Source(
+            key=file.stem, checkpoint="unknown", own=row["method"], others="unknown", spread="std", seeds=0,
+            source=row["source"] or file.name,
+        )  # fmt: skip
+        cell = Published(suite="", task=row["task"], method=row["method"], mean=mean, std=std, source=source)
+        if found.setdefault(cell.column, {}).setdefault(cell.task, cell) is not cell:
+            raise DataError(f"{place}: {cell.method} on {cell.task} stands there twice")
+    return {column: list(cells.values()) for column, cells in found.items()}
 
 
 def column_rows() -> list[dict[str, str]]:

@@ -36,6 +36,7 @@ class Report:
       aepo report sweeps/mazes
       aepo report sweeps/mazes sweeps/others --json
       aepo report sweeps/mazes --published IQL@corl-last TD3+BC@corl-last     # and --published list
+      aepo report sweeps/mazes --published AEPO mine.csv
       aepo report mlflow:aepo/mazes --tracking-uri http://127.0.0.1:5000
       aepo report sweeps/before sweeps/after --paired
       aepo report searches/umaze
@@ -51,7 +52,8 @@ class Report:
     ] = None
     """Folder for the report."""
     published: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN...", help_behavior_hint="")] = ()
-    """Published scores to stand beside ours, as METHOD@SOURCE; `list` shows what there is."""
+    """Published scores to stand beside ours, as METHOD@SOURCE, `list` shows what there is; or a table of your own,
+    FILE.csv with the columns method, task, score, spread, source."""
     paired: bool = False
     """Compare two sweeps, task by task: the second less the first."""
     tracking_uri: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: MLFLOW_TRACKING_URI)")] = ""

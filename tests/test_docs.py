@@ -26,6 +26,8 @@ APPENDED = {
     "doctor": [],
     "bench": ["--preset", "smoke", "--transitions", "2000", "--seconds", "0.02", "--processes", "1"],
     "store": [],
+    "clean": [],
+    "benchmark": ["--preset", "smoke", "--seeds", "0"],
 }
 REPLACED = {"1000000": "3000", "24": "2", **{method: f"{method}-smoke" for method in METHODS}}
 
@@ -104,6 +106,18 @@ def test_the_search_space_of_the_operations_page_is_one(tmp_path):
     space = read_space(tmp_path / "space.toml", [preset("quick", tasks.find("maze2d-umaze"), 0)])
     assert set(space.varied) == {"critic.expectile", "critic.backup_steps", "energy.learning_rate"}
     assert space.grid == {"sampling.beta": (1.0, 3.0), "sampling.guidance_scale": (1.0, 10.0)}
+
+
+def test_every_command_of_the_benchmark_page_is_one(capsys):
+    """The steps run in tests/test_benchmark.py and tests/test_all_tasks.py; here their words are parsed."""
+    from tune.benchmark import Benchmark
+
+    text = (ROOT / "docs" / "benchmark.md").read_text()
+    commands = re.findall(r"^ *aepo benchmark (.+?)(?:\s+#.*)?$", text, re.MULTILINE)
+    commands += [words for words in re.findall(r"`aepo\sbenchmark ([^`|]+)`", text) if words.split()[0] == "d4rl"]
+    assert len(commands) > 8
+    for words in commands:
+        cli.parse(Benchmark, "aepo benchmark", shlex.split(words))
 
 
 def test_every_command_of_the_report_page_runs(tmp_path, monkeypatch, capsys):

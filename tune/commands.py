@@ -9,16 +9,20 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tyro
 from rich.prompt import Confirm
 
+from aepo import tasks
 from aepo.config import RunConfig
 from aepo.console import emit_json, emit_table, err, say, warn
 from aepo.errors import ConfigError, IncompleteError
 from aepo.results import Row
 from tune.spec import Execution, SweepSpec, is_manifest, read_sweep_file
+
+if TYPE_CHECKING:
+    from tune.estimate import Total
 
 Switch: TypeAlias = tyro.conf.FlagCreatePairsOff[bool]
 """A flag that no file sets: there is no --no-... of it."""
@@ -117,17 +121,20 @@ class Sweep:
         from tune.plan import STAGES, describe_variants, pending, planned_runs, read_digests
 
         plan = planned_runs(self.file, self.spec)
+        if left_out := tasks.lacking(self.spec.source, self.spec.suite) if self.spec.suite else []:
+            warn(f"not planned, since there are no {self.spec.source} data of them: {', '.join(left_out)}")
         if plain := describe_variants(self.spec, plan):
             say(plain)
         waiting = pending(how.out.resolve(), plan, retry_failed=how.retry_failed)
         asks = sys.stdin.isatty() and err.is_terminal and not self.yes
-        if self.dry_run or (asks and waiting):
-            shown = self._show_plan(plan, waiting)
+        expected = None
+        if self.dry_run or (waiting and (asks or _runs_here(how))):
+            shown, expected = self._show_plan(plan, waiting, quietly=not (self.dry_run or asks))
             if self.dry_run:
                 if self.json:
                     emit_json(shown)
                 return 0
-            if not Confirm.ask("start?", console=err, default=True):
+            if asks and not Confirm.ask("start?", console=err, default=True):
                 return 0
         from tune.sweep import run_sweep
         from tune.tracking import find_store
@@ -141,6 +148,8 @@ class Sweep:
             retry_failed=how.retry_failed,
             only=how.only,
             digests=read_digests(self.file) if self.file is not None and is_manifest(self.file) else None,
+            keep=how.keep,
+            expected=expected,
         )
         print_rows(rows, as_json=self.json)
         say(f"tables and figures:  aepo report {shlex.quote(str(how.out))}")
@@ -148,20 +157,30 @@ class Sweep:
         check_complete(rows)
         return 0
 
-    def _show_plan(self, plan: Sequence[RunConfig], waiting: Sequence[RunConfig]) -> list[dict[str, Any]]:
-        """Print the plan, a row per task, method and variant, with what it is estimated to take; return the rows."""
+    def _show_plan(
+        self, plan: Sequence[RunConfig], waiting: Sequence[RunConfig], *, quietly: bool
+    ) -> "tuple[list[dict[str, Any]], Total]":
+        """Print the plan, a row per task, method and variant, with what it takes; return the rows and the total.
+
+        Quietly it is only estimated.
+        """
         how = self.execution
-        from tune.estimate import memory_gib, seconds_per_run
+        from tune.estimate import Costs, memory_gib, run_costs, total
         from tune.plan import describe_leaving, grow
 
-        if leaving := grow(how.out.resolve(), plan, only=how.only)[1]:
+        if not quietly and (leaving := grow(how.out.resolve(), plan, only=how.only)[1]):
             err.print(describe_leaving(leaving), markup=False, soft_wrap=True)
-        here = [config for config in plan if _is_here(config.data.dataset)]
-        seconds = seconds_per_run([config for config in here if config in waiting], cpus=how.cpus, gpus=how.gpus)
+        measured = Costs(cpus=how.cpus, gpus=how.gpus)
+        costs = run_costs(waiting, measured, how.runner)
+        cores = len(os.sched_getaffinity(0))
+        slots = how.max_concurrent or max(1, int(cores / how.cpus / how.workers_per_run))
+        sharing = dataclasses.replace(how, stages=how.out if how.reuse_stages else None)
+        whole = total(waiting, costs, sharing, slots=slots, start_s=measured.sweep_start() if costs else 0.0)
         rows: list[dict[str, Any]] = []
+        here = {config.data.dataset for config in plan if _is_here(config.data.dataset)}
         for (task, method, preset, variant), runs in _grouped(plan).items():
             to_do = [config for config in runs if config in waiting]
-            known = [seconds[config.name] for config in to_do if config.name in seconds]
+            known = [costs[config.name].seconds for config in to_do if config.name in costs]
             rows.append(
                 {
                     "task": task,
@@ -174,11 +193,11 @@ class Sweep:
                     "steps": runs[0].num_steps,
                     "seconds": max(known, default=None),
                     "memory_gib": memory_gib(runs[0], how.runner),
-                    "data": "here" if runs[0] in here else "missing",
+                    "data": "here" if runs[0].data.dataset in here else "missing",
                 }
             )
-        cores = len(os.sched_getaffinity(0))
-        slots = max(1, min(int(cores / how.cpus), how.max_concurrent or len(waiting), len(waiting) or 1))
+        if quietly:
+            return rows, whole
         if not self.json:
             shown = [
                 {
@@ -193,20 +212,30 @@ class Sweep:
                 for row in rows
             ]
             emit_table(f"plan of {how.out}", shown)
-        total = sum(seconds.values())
-        unknown = sum(config.name not in seconds for config in waiting)
+        unknown = sum(config.name not in costs for config in waiting)
         lacking = f", {unknown} of unknown length (their data are missing)" if unknown else ""
-        err.print(
-            f"{len(waiting)} of {len(plan)} runs to do{lacking}: {_duration(total)} of gradient steps with "
-            f"{how.cpus:g} of these cores each; on this machine {slots} at a time, about {_duration(total / slots)}, "
-            "preparation and evaluation not counted",
-            soft_wrap=True,
-        )
-        for dataset in dict.fromkeys(config.data.dataset for config in plan if config not in here):
+        say(f"{len(waiting)} of {len(plan)} runs to do{lacking}: {described(whole, how)}")
+        for dataset in dict.fromkeys(config.data.dataset for config in plan if config.data.dataset not in here):
             from aepo.data.library import remedy
 
             warn(f"missing: {dataset}; {remedy(dataset)}")
-        return rows
+        return rows, whole
+
+
+def described(whole: "Total", how: Execution) -> str:
+    """Return a line of what a plan takes."""
+    gpu = f", {whole.gpu_hours:.3g} GPU hours" if how.gpus else ""
+    saves = f"sharing stages {'saves' if how.reuse_stages else 'would save (--reuse-stages)'} {whole.saved_hours:.3g}"
+    return (
+        f"about {whole.core_hours:.3g} core hours{gpu} and, {whole.slots} at a time, {whole.wall_hours:.3g} hours on "
+        f"the clock, with {whole.start_hours:.3g} core hours of start-up and {whole.evaluation_hours:.3g} of "
+        f"evaluation; {saves}"
+    )
+
+
+def _runs_here(how: Execution) -> bool:
+    """Return whether runs are carried out by this machine's cores, so that measuring them here says something."""
+    return not how.address and not how.gpus
 
 
 def _duration(seconds: float | None) -> str | None:

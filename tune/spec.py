@@ -21,6 +21,7 @@ from aepo.documents import read_toml
 from aepo.errors import AEPOError, ConfigError
 
 Runner = Literal["train", "inline"]
+Keep = Literal["all", "policies"]
 MAX_CPUS = 10_000
 """Cores of a run."""
 Parsed = TypeVar("Parsed")
@@ -217,6 +218,8 @@ class Execution(Resources):
     keeps them."""
     retry_failed: bool = False
     """Run again what failed before."""
+    keep: Keep = "all"
+    """What stays on the disk of a finished run beside its result and metrics: all, or policies, without checkpoints."""
     only: bool = False
     """Let --out plan these runs alone. Without it the folder keeps what it has planned before, but for other settings
     of the same task, method and variant; files of runs that are no longer planned stay."""

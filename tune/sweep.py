@@ -22,13 +22,15 @@ from aepo.console import err, say, warn
 from aepo.errors import DataError, ResourceError
 from aepo.results import Row
 from aepo.runs import run, rundir
-from tune.estimate import memory_gib, work
+from tune.clean import of_run
+from tune.estimate import Total, memory_gib, work
 from tune.plan import STOP, describe_leaving, grow, pending, read_digests, run_folder, write_manifest
 from tune.runs_table import collect_rows, each_row, write_rows
 from tune.sockets import make_socket_folder
-from tune.spec import Resources
+from tune.spec import Keep, Resources
 from tune.status import LINE_INTERVAL_S, Board, driving
 from tune.tracking import Tracker
+from tune.usage import Meter
 
 SHIP_INTERVAL_S = 5.0
 ORPHAN_INTERVAL_S = 2.0
@@ -45,6 +47,8 @@ def run_sweep(
     retry_failed: bool = False,
     only: bool = False,
     digests: Mapping[str, str] | None = None,
+    keep: Keep = "all",
+    expected: Total | None = None,
 ) -> list[Row]:
     """Carry out what the plan lists and the folder lacks; return one row per run of the plan.
 
@@ -58,6 +62,8 @@ def run_sweep(
         retry_failed: run again what failed before.
         only: let the folder plan these runs alone; the files of others stay.
         digests: of the data that another sweep of this plan was trained on.
+        keep: what stays of a finished run; `policies`: its checkpoints go at once.
+        expected: what the runs to do were estimated to take; stands beside what they took.
 
     Raises:
         DataError: if a data set or its environment is missing, or the data have changed since the sweep was planned;
@@ -70,7 +76,17 @@ def run_sweep(
         whole, leaving = grow(sweep, plan, only=only)
         if leaving:
             err.print(describe_leaving(leaving), markup=False, soft_wrap=True)
-        return _drive(sweep, plan, whole, resources, known, tracking_uri=tracking_uri, retry_failed=retry_failed)
+        return _drive(
+            sweep,
+            plan,
+            whole,
+            resources,
+            known,
+            tracking_uri=tracking_uri,
+            retry_failed=retry_failed,
+            keep=keep,
+            expected=expected,
+        )
 
 
 def _drive(
@@ -82,7 +98,10 @@ def _drive(
     *,
     tracking_uri: str,
     retry_failed: bool,
+    keep: Keep,
+    expected: Total | None,
 ) -> list[Row]:
+    meter = Meter()
     for config in plan:
         parallel.check_batches(config, resources.workers_per_run)
     waiting = sorted(pending(sweep, plan, retry_failed=retry_failed), key=work, reverse=True)  # the longest first
@@ -100,8 +119,10 @@ def _drive(
 
         def write() -> None:
             write_rows(sweep, each_row(sweep, whole, errors=errors, mlflow_run_ids=tracker.run_ids))
+            if keep == "policies":
+                _drop_checkpoints(sweep, waiting)
 
-        with watching(Board(sweep, waiting), tracker, write):
+        with watching(Board(sweep, waiting), tracker, write, meter):
             errors |= _run_on_ray(sweep, waiting, resources)
     for config in plan:
         if config.name in errors and rundir.read_result(run_folder(sweep, config)) is None:
@@ -110,6 +131,11 @@ def _drive(
     rows = collect_rows(sweep, whole, errors=errors, mlflow_run_ids=tracker.run_ids)
     write_rows(sweep, rows)
     tracker.close([row.status for row in rows])
+    if waiting:
+        if keep == "policies":
+            _drop_checkpoints(sweep, waiting)
+        meter.look()
+        say(taken(meter, expected, on_cluster=bool(resources.address)))
     if (sweep / STOP).exists():
         err.print("stopped as asked; the same command goes on")
     wanted, others = rows[len(rows) - len(plan) :], rows[: len(rows) - len(plan)]  # as `grow` orders them
@@ -117,6 +143,25 @@ def _drive(
         open_ = sum(row.status != "finished" for row in others)
         err.print(f"{len(others)} other runs were planned here before, {open_} of them without a result")
     return wanted
+
+
+def taken(meter: Meter, expected: Total | None, *, on_cluster: bool = False) -> str:
+    """Return a line of what a sweep has taken, beside what was expected; a cluster's processes are not seen from here.
+
+    Start-up and evaluation are in all of the numbers.
+    """
+    core = "" if on_cluster else f"{meter.core_hours:.3g} core hours, "
+    line = f"took {core}{meter.wall_hours:.3g} hours on the clock"
+    if expected is None:
+        return line
+    guess = "" if on_cluster else f"{expected.core_hours:.3g} core hours, "
+    return f"{line}; estimated: {guess}{expected.wall_hours:.3g} hours on the clock, start-up and evaluation included"
+
+
+def _drop_checkpoints(sweep: Path, plan: Sequence[RunConfig]) -> None:
+    for config in plan:
+        for item in of_run(run_folder(sweep, config)):
+            item.delete()
 
 
 def check_results(sweep: Path, ended: Sequence[RunConfig]) -> None:
@@ -279,7 +324,9 @@ class Shown(Protocol):
 
 
 @contextmanager
-def watching(board: Shown, tracker: Tracker, on_ended: Callable[[], object]) -> Iterator[None]:
+def watching(
+    board: Shown, tracker: Tracker, on_ended: Callable[[], object], meter: Meter | None = None
+) -> Iterator[None]:
     """Show the runs and ship their metrics, in a thread, while the body runs; `on_ended` is called when some ended."""
     stop = threading.Event()
 
@@ -290,6 +337,8 @@ def watching(board: Shown, tracker: Tracker, on_ended: Callable[[], object]) -> 
             while True:
                 last = stop.wait(1.0)
                 board.refresh()
+                if meter is not None:
+                    meter.look()
                 if live is not None:
                     live.update(board.table(), refresh=True)
                 elif time.monotonic() >= next_line or last:

@@ -115,21 +115,23 @@ class Combine:
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """Make a Minari data set of an original D4RL file: HDF5, as D4RL's servers give it.
+    """Make Minari data sets of original D4RL files: HDF5, as D4RL's servers give them.
 
-    Transitions are those of D4RL's own q-learning view. `aepo data show TASK` names the file and its address.
+    Transitions are those of D4RL's own q-learning view. `aepo data show TASK` names the file and its address. A file's
+    name says whose it is; of a folder all such files are imported, those that are there are left alone.
 
     For example:
       aepo data import d4rl hopper_medium-v2.hdf5 --task hopper-medium-v2
-      aepo data import d4rl maze2d-umaze-sparse-v1.hdf5 --task maze2d-umaze-v1 --overwrite
+      aepo data import d4rl maze2d-umaze-sparse-v1.hdf5 --overwrite
+      aepo data import d4rl ~/.d4rl/datasets
     """
 
     layout: tyro.conf.Positional[Literal["d4rl"]]
     """Whose files."""
-    file: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE")]]
-    """The HDF5 file."""
-    task: str
-    """Name of the task whose data it holds."""
+    files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE_OR_FOLDER")]]
+    """HDF5 files, or folders of such."""
+    task: str = ""
+    """Name of the task whose data the one file holds; none = the file's name says it."""
     clip_actions: bool = False
     """Move actions that lie outside of the action space to its bounds, as the environments do when they step."""
     overwrite: bool = False
@@ -139,12 +141,22 @@ class Import:
 
     def run(self) -> int:
         """Import and print what was made; return the exit status."""
-        from aepo.data.d4rl import import_file
+        from aepo.data.d4rl import find_files, import_file, import_files
 
-        summary = import_file(
-            self.file, tasks.find(self.task, "d4rl"), overwrite=self.overwrite, clip_actions=self.clip_actions
-        )
-        _emit(summary.dataset, dataclasses.asdict(summary), as_json=self.json)
+        if self.task:
+            if len(self.files) != 1:
+                raise ConfigError(f"--task is of one file, got {len(self.files)}; leave it out, names say it")
+            task = tasks.find(self.task, "d4rl")
+            summary = import_file(self.files[0], task, overwrite=self.overwrite, clip_actions=self.clip_actions)
+            _emit(summary.dataset, dataclasses.asdict(summary), as_json=self.json)
+            return 0
+        found = find_files(self.files)
+        rows = [
+            dataclasses.asdict(one)
+            for one in import_files(found, overwrite=self.overwrite, clip_actions=self.clip_actions)
+        ]
+        columns = ("task", "dataset", "num_episodes", "num_steps", "mean_return")
+        emit_json(rows) if self.json else emit_table("imported", rows, columns=columns)
         return 0
 
 

@@ -18,7 +18,7 @@ N = rows of the file, S = entries of an observation, A = of an action. This modu
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,10 +31,11 @@ from gymnasium.wrappers import FilterObservation, FlattenObservation
 from numpy.typing import NDArray
 
 import aepo
-from aepo.console import warn
+from aepo import tasks
+from aepo.console import say, warn
 from aepo.data.episodes import DAMAGE, action_bounds, find_problems, one_line
 from aepo.data.pointmaze import REQUIREMENTS
-from aepo.data.staging import progress_bars, staged, write_episodes
+from aepo.data.staging import library_path, progress_bars, say_left_alone, staged, write_episodes
 from aepo.environments import register_robotics
 from aepo.errors import DataError, ResourceError
 from aepo.tasks import Task
@@ -319,6 +320,60 @@ def import_file(file: Path, task: Task, *, overwrite: bool = False, clip_actions
         ref_max=task.ref_max,
         warnings=doubts,
     )
+
+
+def find_files(paths: Sequence[Path]) -> dict[Path, Task]:
+    """Return the D4RL files among these files and below these folders, each with the task that its name is of.
+
+    Files of other names are said, and left out.
+
+    Raises:
+        DataError: if a path is not there, no file is of a task, or two are of the same.
+    """
+    by_name = {row.origin.rpartition("/")[2]: row for row in tasks.rows() if row.source == "d4rl"}
+    found: dict[Path, Task] = {}
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"no file or folder {path}; wanted D4RL's files, as in {next(iter(by_name))}")
+        for file in sorted(path.rglob("*.hdf5")) if path.is_dir() else [path]:
+            if file.name in by_name:
+                found[file] = by_name[file.name]
+            else:
+                warn(f"{file}: no task's file has this name; --task says whose it is")
+    of_task: dict[str, Path] = {}
+    for file, task in found.items():
+        if (other := of_task.setdefault(task.task, file)) != file:
+            raise DataError(f"{other} and {file} are both of {task.task}; name the one to import")
+    if not found:
+        raise DataError(
+            f"no D4RL file in {', '.join(map(str, paths))}; wanted names as D4RL's servers give, as in "
+            f"{next(iter(by_name))}"
+        )
+    return found
+
+
+def import_files(
+    files: Mapping[Path, Task], *, overwrite: bool = False, clip_actions: bool = False
+) -> list[ImportSummary]:
+    """Import files, each as the data set of its task; one that is there is left alone, one that fails stops no other.
+
+    Raises:
+        DataError: after all were tried, if some failed; says which and why.
+    """
+    done, failed = [], []
+    for number, (file, task) in enumerate(files.items(), 1):
+        if library_path(task.dataset).exists() and not overwrite:
+            say_left_alone(task.dataset)
+            continue
+        say(f"{number} of {len(files)}: {file} as {task.dataset}")
+        try:
+            done.append(import_file(file, task, overwrite=overwrite, clip_actions=clip_actions))
+        except DataError as error:
+            failed.append(str(error))
+            warn(str(error), kind="error", style="red")
+    if failed:
+        raise DataError(f"{len(failed)} of {len(files)} files are not imported: {'; '.join(failed)}")
+    return done
 
 
 def read_file(file: Path) -> dict[str, Any]:

@@ -126,3 +126,41 @@ def test_the_list_needs_no_sweep(capsys):
     assert report("--published", "list") == 0
     assert "TD3+BC@rebrac-t4" in capsys.readouterr().out
     assert report("--published", "Gato", "sweeps/none") == 2
+
+
+def test_a_table_of_ones_own_gives_columns(tmp_path):
+    lines = [
+        {"method": "AEPO", "task": "pen-human-v1", "score": "76.7", "spread": "", "source": "its Table 2"},
+        {"method": "AEPO", "task": "hopper-medium-v2", "score": "100", "spread": "0.5", "source": "its Table 1"},
+        {"method": "Other", "task": "pen-human-v1", "score": "1", "spread": "2", "source": ""},
+    ]
+    with (tmp_path / "mine.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    found = pub.find_columns([str(tmp_path / "mine.csv"), "AEPO"])
+    assert list(found) == ["AEPO@mine", "Other@mine", "AEPO"]
+    assert [(cell.task, cell.mean, cell.source.source) for cell in found["AEPO@mine"]] == [
+        ("pen-human-v1", 76.7, "its Table 2"),
+        ("hopper-medium-v2", 100.0, "its Table 1"),
+    ]
+    assert math.isnan(found["AEPO@mine"][0].std)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method,task\n", "wanted method, task, score, spread, source"),
+        ("method,task,score,spread,source\nA,t,x,,\n", "line 2: could not convert"),
+        ("method,task,score,spread,source\nA,t,nan,,\n", "line 2: wanted a method, a task, a finite score"),
+        ("method,task,score,spread,source\nA,t,1,-1,\n", "line 2: wanted"),
+        ("method,task,score,spread,source\nA,t,1\n", "line 2: wanted 5 fields"),
+        ("method,task,score,spread,source\nA,t,1,,\nA,t,2,,\n", "line 3: A on t stands there twice"),
+    ],
+)
+def test_a_broken_table_of_ones_own_is_refused_by_line(tmp_path, text, message):
+    (tmp_path / "mine.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        pub.own_columns(tmp_path / "mine.csv")
+    with pytest.raises(DataError, match="no table"):
+        pub.own_columns(tmp_path / "none.csv")

@@ -1,0 +1,45 @@
+"""What a sweep has really taken: processor time of all of its processes, and time on the clock."""
+
+import os
+import time
+
+import psutil
+
+INTERVAL_S = 2.0
+"""Between two looks; a process that begins and ends between two is not seen."""
+
+
+class Meter:
+    """Counts the processor seconds of this process and of all that it has started, since it was made."""
+
+    def __init__(self) -> None:
+        """Begin to count."""
+        self._own = psutil.Process(os.getpid())
+        self._seen: dict[tuple[int, float], float] = {}
+        self._looked = 0.0
+        self._began_s = time.monotonic()
+        self.look()
+        self._before = sum(self._seen.values())
+        self._looked = 0.0
+
+    def look(self) -> None:
+        """Read what each process has used, unless that was done a moment ago."""
+        if time.monotonic() - self._looked < INTERVAL_S:
+            return
+        self._looked = time.monotonic()
+        for process in [self._own, *self._own.children(recursive=True)]:
+            try:
+                used = process.cpu_times()
+                self._seen[process.pid, process.create_time()] = used.user + used.system
+            except psutil.Error:  # ended meanwhile
+                continue
+
+    @property
+    def core_hours(self) -> float:
+        """Of this process and those that it has started."""
+        return (sum(self._seen.values()) - self._before) / 3600
+
+    @property
+    def wall_hours(self) -> float:
+        """Since the meter was made."""
+        return (time.monotonic() - self._began_s) / 3600
