@@ -204,6 +204,7 @@ def _receive(url: str, part: Path, *, stop: threading.Event, advance: Callable[[
     try:
         answer = urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
         if error.code != 416:  # nothing lies behind what is there
             raise
         total = int((error.headers.get("Content-Range") or "*/-1").rpartition("/")[2])
