@@ -180,10 +180,10 @@ def make_templates(folder: Path, root: Path) -> None:
     from aepo import config as configs
     from aepo.presets import preset
     from aepo.runs import run
+    from tune.mlflow_sink import mlflow_tracker
     from tune.plan import make_plan, run_folder, write_manifest
     from tune.runs_table import collect_rows, write_rows
     from tune.spec import SweepSpec
-    from tune.tracking import Tracker
 
     library = folder / "library"
     library.mkdir()
@@ -220,7 +220,7 @@ def make_templates(folder: Path, root: Path) -> None:
     for config in plan:
         place = run_folder(sweep, config)
         run.execute(config, place, run.FolderStore(place), device=run.select_device("cpu"))
-    tracker = Tracker(sweep, plan, uri=f"sqlite:///{sweep}/mlflow.db")
+    tracker = mlflow_tracker(sweep, plan, uri=f"sqlite:///{sweep}/mlflow.db")
     tracker.ship_rest()
     rows = collect_rows(sweep, plan, mlflow_run_ids=tracker.run_ids)
     write_rows(sweep, rows)

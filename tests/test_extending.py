@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from aepo import cli, pipeline, presets, tasks, toy
-from aepo.runs import run, rundir
+from aepo.runs import run, rundir, spool
 from aepo.stages import targets
+from tune.plan import run_folder, write_manifest
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 SMALL = [
@@ -249,12 +250,15 @@ def test_a_command_is_a_class_and_a_line(make_dataset, tmp_path, monkeypatch, ca
     assert json.loads(capsys.readouterr().out) == {"datasets": 1}
 
 
-def test_a_tracker_reads_folders(make_dataset, tiny_config, tmp_path):
+def test_a_sink_of_another_tracker_is_sent_what_is_new(make_dataset, tiny_config, tmp_path):
     names = {}
     exec(compile(block("python", "# tracker.py"), str(PAGE), "exec"), names)
     config = tiny_config(make_dataset(), method="iql")
-    folder = tmp_path / "runs" / "one"
+    folder, path = run_folder(tmp_path, config), tmp_path / "sent" / "lines.jsonl"
+    write_manifest(tmp_path, [config])
     run.execute(config, folder, run.FolderStore(folder), device=torch.device("cpu"))
-    found = list(names["rows"](tmp_path))
-    assert {(name, stage) for name, stage, _, _ in found} == {("one", "critic"), ("one", "actor")}
-    assert any("actor/loss" in metrics for _, _, _, metrics in found)
+    assert names["ship"](tmp_path, path)
+    assert names["ship"](tmp_path, path)
+    sent = [line for line in map(json.loads, path.read_text().splitlines()) if line["run"] == config.name]
+    assert sent.pop() == {"run": config.name, "status": "FINISHED", "score": rundir.read_result(folder).score}
+    assert sent == [{"run": config.name, **row} for row in spool.read_spool(folder / rundir.METRICS)[0]]

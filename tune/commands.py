@@ -136,8 +136,8 @@ class Sweep:
                 return 0
             if asks and not Confirm.ask("start?", console=err, default=True):
                 return 0
+        from tune.mlflow_sink import find_store
         from tune.sweep import run_sweep
-        from tune.tracking import find_store
 
         uri = find_store(how.tracking_uri, how.out)
         rows = run_sweep(

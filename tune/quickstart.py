@@ -40,10 +40,10 @@ class Quickstart:
         """Do it all; return the exit status."""
         from aepo.data.pointmaze import collect
         from tune.commands import check_complete, page_command
+        from tune.mlflow_sink import find_store
         from tune.plan import make_plan
         from tune.spec import Resources, SweepSpec
         from tune.sweep import run_sweep
-        from tune.tracking import find_store
 
         begin = time.monotonic()
         uri = find_store("", self.out)

@@ -25,13 +25,13 @@ from aepo.console import err, say
 from aepo.errors import IncompleteError
 from aepo.results import Row
 from aepo.trials import OPEN, Confirmation, Outcome, Selection, Spec, Trial, count_steps, words_of
+from tune.mlflow_sink import mlflow_tracker
 from tune.plan import RUN_FOLDERS, STAGES, STOP, read_digests, write_manifest
 from tune.search_record import Record, example, trial_configs
 from tune.space import Space
 from tune.spec import Resources
 from tune.status import Board, driving
 from tune.sweep import check_data, on_ray, run_sweep, watching
-from tune.tracking import Tracker
 
 FOUND, SELECT, CONFIRM = "found.toml", "select", "confirm"
 """In a search's folder: the found settings, the sweeps of best and preset and of found and default."""
@@ -146,7 +146,7 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
         return
     examples = [example(spec, base) for base in bases]
     digests = check_data(examples, read_digests(search))
-    tracker = Tracker(search, [config for plan in plans.values() for config in plan], uri=tracking_uri)
+    tracker = mlflow_tracker(search, [config for plan in plans.values() for config in plan], uri=tracking_uri)
     board = SearchBoard(search, record, plans)
 
     def plan(trial: Trial) -> None:

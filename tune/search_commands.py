@@ -158,7 +158,7 @@ class Search:
                 err.print(facts["cost"], soft_wrap=True)
             if self.dry_run or not Confirm.ask("start?", console=err, default=True):
                 return 0
-        from tune.tracking import find_store
+        from tune.mlflow_sink import find_store
 
         uri = find_store(self.place.tracking_uri, self.out)
         resources = Resources(**dataclasses.asdict(self.place), runner="inline")

@@ -24,6 +24,7 @@ from aepo.results import Row
 from aepo.runs import run, rundir
 from tune.clean import of_run
 from tune.estimate import Total, memory_gib, work
+from tune.mlflow_sink import mlflow_tracker
 from tune.plan import STOP, describe_leaving, grow, pending, read_digests, run_folder, write_manifest
 from tune.runs_table import collect_rows, each_row, write_rows
 from tune.sockets import make_socket_folder
@@ -107,7 +108,7 @@ def _drive(
     waiting = sorted(pending(sweep, plan, retry_failed=retry_failed), key=work, reverse=True)  # the longest first
     check_results(sweep, [config for config in plan if config not in waiting])
     write_manifest(sweep, whole, check_data(waiting, digests))
-    tracker = Tracker(sweep, whole, uri=tracking_uri)
+    tracker = mlflow_tracker(sweep, whole, uri=tracking_uri)
     errors: dict[str, str] = {}
     ended = len(plan) - len(waiting)
     say(f"{len(plan)} runs planned in {sweep}: {ended} ended, {len(waiting)} to do")

@@ -14,9 +14,9 @@ from analysis.load import evaluations, load_runs
 from analysis.report import write_report
 from tests import tracked
 from tests.tables import report
+from tune.mlflow_sink import mlflow_tracker as Tracker
 from tune.plan import run_folder, write_manifest
 from tune.runs_table import collect_rows, write_rows
-from tune.tracking import Tracker
 
 finished, sweep = tracked.finished, tracked.sweep
 pytestmark = tracked.MLFLOW_WARNINGS
@@ -116,7 +116,7 @@ def test_a_failed_run_is_a_row_with_its_reason(sweep, uri, capsys):
 
 def test_an_unknown_schema_version_is_refused(sweep, uri, monkeypatch):
     folder, plan = sweep
-    monkeypatch.setattr("tune.tracking.SCHEMA_VERSION", 99)
+    monkeypatch.setattr("tune.mlflow_sink.SCHEMA_VERSION", 99)
     with pytest.raises(DataError, match="schema version 99, wanted 2"):
         load_runs(track(folder, plan, uri), tracking_uri=uri)
 

@@ -29,9 +29,9 @@ from pathlib import Path
 from aepo import files, tasks
 from aepo.presets import preset
 from aepo.runs import rundir, spool
+from tune.mlflow_sink import mlflow_tracker
 from tune.plan import run_folder, write_manifest
 from tune.sweep import SHIP_INTERVAL_S
-from tune.tracking import Tracker
 
 NUM_METRICS, NUM_PROCESSES = 10, 4
 STORES = ("sqlite", "server-sqlite", "server-postgres")
@@ -169,7 +169,7 @@ def measure(name, options):
             )
             for i in range(NUM_PROCESSES)
         ]
-        tracker, ticks, refused = Tracker(sweep, plan, uri=uri), [], 0
+        tracker, ticks, refused = mlflow_tracker(sweep, plan, uri=uri), [], 0
         for writer in writers:
             writer.start()
         is_last = False

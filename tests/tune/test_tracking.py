@@ -29,9 +29,11 @@ from aepo.runs import rundir, spool
 from tests import tracked
 from tests.examples import random_transitions, wait_for
 from tests.tracked import small_config
+from tune import tracking
+from tune.mlflow_sink import SWEEP, TAG, find_store, sqlite_uri
+from tune.mlflow_sink import mlflow_tracker as Tracker
 from tune.plan import run_folder, write_manifest
 from tune.runs_table import collect_rows, write_rows
-from tune.tracking import SWEEP, TAG, Tracker, find_store, sqlite_uri
 
 pytestmark = tracked.MLFLOW_WARNINGS
 finished, sweep = tracked.finished, tracked.sweep
@@ -568,6 +570,60 @@ def append_rows(folder, config, steps):
             row = {"time": 1.7e9 + step, "stage": "critic", "step": step, "num_steps": 10_000}
             row["metrics"] = {f"critic/{i}": step + i / 16 for i in range(10)}
             file.write(json.dumps(row).encode() + b"\n")
+
+
+class Memory:
+    """A sink that outlives the process that writes it; one call of a name raises."""
+
+    name, address = "Memory", "here"
+
+    def __init__(self, failing=None):
+        self.run_ids, self.taken, self.failing = {}, [], failing
+
+    def _take(self, call, *what):
+        if call == self.failing:
+            self.failing = None
+            raise OSError("away")
+        self.taken += what
+
+    def open(self, sweep, planned, answered):
+        self._take("open")
+
+    def run(self, config, folder, *, is_open):
+        self._take("run")
+        return self.run_ids.setdefault(config.name, f"id of {config.name}")
+
+    def log(self, run, rows):
+        self._take("log" if run else "load", *((run, row["step"]) for row in rows if run))
+
+    def end(self, config, folder, status, reason, result):
+        self._take("end", (config.name, status))
+
+    def close(self, statuses):
+        self._take("close", *statuses)
+
+
+@pytest.mark.parametrize("failing", [None, "open", "load", "run", "log", "end", "close"])
+def test_a_sink_has_every_row_though_the_process_stops_between_and_the_sink_fails(failing, tmp_path, capsys):
+    plan = [small_config("tests/pendulum/random-v0", seed) for seed in range(2)]
+    first, second = (config.name for config in plan)
+    sink, refused = Memory(failing), 0
+    for steps in (range(3), range(3, 5), range(5, 5)):
+        for config in plan:
+            append_rows(tmp_path, config, steps)
+        if not steps:
+            tracked.set_result(tmp_path, plan[0], status="finished")
+        for _ in range(2):
+            tracker = tracking.Tracker(tmp_path, plan, sink)  # of a process of its own
+            refused += not tracker.ship()
+    refused += not tracker.close(["finished", "missing"])
+    assert refused == (failing is not None)
+    assert ("Memory at here does not answer" in " ".join(capsys.readouterr().err.split())) == bool(refused)
+    assert tracker.close(["finished", "missing"])
+    rows = [(name, step) for steps in (range(3), range(3, 5)) for name in (first, second) for step in steps]
+    assert [row for row in sink.taken if row in rows] == rows, "each once, in the order of each shipment"
+    assert sink.taken.count((first, "FINISHED")) == 1
+    assert sink.run_ids == tracker.run_ids == {config.name: f"id of {config.name}" for config in plan}
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 from aepo.errors import ResourceError
 from aepo.runs import rundir, spool
 from tests.examples import wait_for
-from tune.tracking import find_store
+from tune.mlflow_sink import find_store
 
 pytestmark = pytest.mark.ray
 
