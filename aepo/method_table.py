@@ -28,6 +28,8 @@ class Row:
     """The name in tables and figures."""
     colour: str = ""
     """The colour in figures, #RRGGBB; empty = one of the figures' further colours."""
+    published: str = ""
+    """The published column that stands beside the method in the table of a benchmark; empty = none."""
     object: str = ""
     """Where the Method object is, as in `package.module:NAME`."""
 

@@ -21,9 +21,9 @@ from aepo.tasks import Task
 from tune.spec import Execution, SweepSpec, read_sweep_file
 
 SOURCES = ("d4rl", "minari")
-PRESETS = tuple(f"{method}-paper" for method in ("best", "analytic", "qgpo", "iql", "td3bc"))
+PRESETS = tuple(f"{preset}-paper" for preset in method_table.presets())
 SEEDS = (0, 1, 2, 3, 4)
-PUBLISHED = ("AEPO", "QGPO@qgpo", "IQL@corl-last", "TD3+BC@corl-last")
+PUBLISHED = tuple(row.published for row in method_table.rows().values() if row.published)
 SHARED = "shared"
 """Stands for any folder of stages: runs share them."""
 
@@ -95,7 +95,7 @@ class Plan(Chosen):
 
     For example:
       aepo benchmark d4rl plan
-      aepo benchmark d4rl plan --preset best-quick iql-quick --seeds 0 1 2 --json
+      aepo benchmark d4rl plan --preset best-quick analytic-quick --seeds 0 1 2 --json
       aepo benchmark d4rl plan --gpus 1 --measure h100.json
       aepo benchmark d4rl plan --gpus 0.25 --max-concurrent 32 --cost-of h100.json --price-per-hour 25
     """
@@ -300,7 +300,7 @@ class Run(Chosen):
     Again, it goes on; a folder that has a plan goes on with that plan. Stages that runs have alike are trained once.
 
     For example:
-      aepo benchmark d4rl run --preset best-quick iql-quick --seeds 0 1 2
+      aepo benchmark d4rl run --preset best-quick analytic-quick --seeds 0 1 2
       aepo benchmark d4rl run --keep policies --yes
     """
 

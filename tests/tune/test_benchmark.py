@@ -6,7 +6,7 @@ from threading import Thread
 
 import pytest
 
-from aepo import cli, tasks
+from aepo import cli, method_table, tasks
 from aepo.config import with_overrides
 from aepo.data import fetch as fetching
 from aepo.data.fetch import address, file_name
@@ -51,7 +51,7 @@ def run_json(capsys, *words, status=0):
 
 def test_a_plan_without_data_knows_hours_sizes_and_what_is_missing(measured, capsys):
     found = run_json(capsys, "d4rl", "plan")
-    assert (found["tasks"], found["runs"], found["missing"]) == (36, 36 * 5 * 5, [])
+    assert (found["tasks"], found["runs"], found["missing"]) == (36, 36 * len(method_table.presets()) * 5, [])
     assert len(found["data_to_come"]) == 36
     assert set(found["estimated_sizes"]) == {
         row.task for row in tasks.rows() if row.source == "d4rl" and file_name(row) not in fetching.known_files()
