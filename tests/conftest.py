@@ -18,7 +18,8 @@ hypothesis.settings.load_profile("aepo")
 
 
 TRAINS = """bench cluster diffusion energy extending families folders fuzz golden growth kernels learning odd_data page
-parallel pointmaze ray rebrac rounds run search slots stages store sweep targets toy tracked tracking tune variants"""
+parallel places pointmaze ray rebrac rounds run search slots stages store sweep targets toy tracked tracking
+tune variants"""
 """Test files that train networks, roll out policies or start servers."""
 
 
