@@ -9,9 +9,13 @@ import tyro
 
 from aepo.console import emit_json, emit_table, emit_text, err
 from aepo.errors import ConfigError
+from cluster.slurm.allocation import Allocation
 
 if TYPE_CHECKING:
+    from aepo.config import RunConfig
     from cluster.jobs import Job
+    from cluster.slurm.client import SlurmJob
+    from tune.spec import Execution
 
 JOB_WORDS = ("list", "status", "logs", "stop", "fetch")
 
@@ -107,7 +111,7 @@ class Down:
 
 @dataclasses.dataclass(frozen=True)
 class Submit:
-    """Run a sweep file on a Ray cluster, as a job that goes on when this command ends.
+    """Run a sweep file on a Ray cluster or by SLURM, as a job that goes on when this command ends.
 
     Packs this code and the file, starts the job and shows its log. Given again it joins the job while it runs;
     after its end a new attempt does what is missing. Exits as the sweep does. The folder that the file names lies on
@@ -117,6 +121,7 @@ class Submit:
       aepo submit mazes.toml --address http://127.0.0.1:8265
       aepo submit mazes.toml --detach
       aepo submit sweeps/mazes/sweep.json --out sweeps/again
+      aepo submit mazes.toml --slurm --nodes 4 --cpus-per-node 16 --gpus-per-node 1 --time 2-00 --partition gpu
     """
 
     file: tyro.conf.Positional[Path]
@@ -135,6 +140,11 @@ class Submit:
     asked for them and waited for, a quarter of an hour at most."""
     detach: bool = False
     """Do not wait for the end."""
+    slurm: bool = False
+    """Write a batch file and have SLURM run it, with a Ray of its own. This is then a login node, and its folders are
+    there on the nodes too."""
+    allocation: tyro.conf.OmitArgPrefixes[Allocation] = dataclasses.field(default_factory=Allocation)
+    """What is asked of SLURM."""
     json: bool = False
     """Print one JSON document on standard output, the job, and nothing else."""
 
@@ -157,6 +167,10 @@ class Submit:
             only=self.only or execution.only,
         )
         plan = planned_runs(self.file, spec)
+        if self.slurm:
+            return self._by_slurm(execution, plan)
+        if self.allocation != Allocation():
+            raise ConfigError("--partition, --time, --nodes and the like are for --slurm")
         client = jobs.connect(self.address)
         name, is_new = jobs.submit(client, self.file, execution, plan, places=self.places)
         err.print(f"{'started' if is_new else 'joined'} {name}: {len(plan)} runs", markup=False, soft_wrap=True)
@@ -172,6 +186,23 @@ class Submit:
             emit_json(dataclasses.asdict(job))
         return _exit_status(job)
 
+    def _by_slurm(self, execution: "Execution", plan: "list[RunConfig]") -> int:
+        from cluster import jobs
+        from cluster.slurm import client
+
+        if self.address or self.places:
+            raise ConfigError("--address and --places are for a Ray cluster that is up; leave them out with --slurm")
+        flags = ["--retry-failed"] * execution.retry_failed + ["--only"] * execution.only
+        job, is_new = client.submit(self.file, execution.out, self.allocation, flags=flags, plan=jobs.plan_digest(plan))
+        err.print(f"{'submitted' if is_new else 'joined'} job {job.job}: {len(plan)} runs", soft_wrap=True)
+        err.print(f"aepo jobs logs {job.job} shows it again, aepo jobs stop {job.job} ends it", soft_wrap=True)
+        if not self.detach:
+            job = client.follow(job, lambda text: err.print(text, end="", markup=False, soft_wrap=True))
+            err.print(f"job {job.job}: {job.state}; the report is in {job.sweep}/report", markup=False, soft_wrap=True)
+        if self.json:
+            emit_json(dataclasses.asdict(job))
+        return _slurm_status(job)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobsList:
@@ -179,17 +210,24 @@ class JobsList:
 
     For example:
       aepo jobs list --address http://127.0.0.1:8265
+      aepo jobs list --slurm
     """
 
     address: str = ""
     """Jobs server, as of `aepo submit`."""
+    slurm: bool = False
+    """Those of SLURM instead."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 
     def run(self) -> int:
         """Print one row per attempt."""
         from cluster import jobs
+        from cluster.slurm import client
 
+        if self.slurm:
+            _print_slurm(client.listed(), as_json=self.json)
+            return 0
         _print_jobs(jobs.jobs(jobs.connect(self.address)), as_json=self.json)
         return 0
 
@@ -203,7 +241,8 @@ class JobsStatus:
     """
 
     job: tyro.conf.Positional[str]
-    """Job, or folder of the sweep as in its file: its last attempt."""
+    """Job, or folder of the sweep as in its file: its last attempt. A number, or a folder here that SLURM has run, is a
+    job of SLURM."""
     address: str = ""
     """Jobs server, as of `aepo submit`."""
     json: bool = False
@@ -212,7 +251,11 @@ class JobsStatus:
     def run(self) -> int:
         """Print one row."""
         from cluster import jobs
+        from cluster.slurm import client
 
+        if client.is_slurm(self.job):
+            _print_slurm([client.find(self.job)], as_json=self.json)
+            return 0
         _print_jobs([jobs.find(jobs.connect(self.address), self.job)], as_json=self.json)
         return 0
 
@@ -226,16 +269,23 @@ class JobsLogs:
     """
 
     job: tyro.conf.Positional[str]
-    """Job, or folder of the sweep as in its file: its last attempt."""
+    """Job, or folder of the sweep as in its file: its last attempt. A number, or a folder here that SLURM has run, is a
+    job of SLURM."""
     address: str = ""
     """Jobs server, as of `aepo submit`."""
 
     def run(self) -> int:
         """Write the log to standard output."""
         from cluster import jobs
+        from cluster.slurm import client as slurm
 
+        def write(text: str) -> None:
+            emit_text(text.removesuffix("\n"))
+
+        if slurm.is_slurm(self.job):
+            return _slurm_status(slurm.follow(slurm.find(self.job), write))
         client = jobs.connect(self.address)
-        job = jobs.follow(client, jobs.find(client, self.job).job, lambda text: emit_text(text.removesuffix("\n")))
+        job = jobs.follow(client, jobs.find(client, self.job).job, write)
         return _exit_status(job)
 
 
@@ -248,7 +298,8 @@ class JobsStop:
     """
 
     job: tyro.conf.Positional[str]
-    """Job, or folder of the sweep as in its file: its last attempt."""
+    """Job, or folder of the sweep as in its file: its last attempt. A number, or a folder here that SLURM has run, is a
+    job of SLURM."""
     address: str = ""
     """Jobs server, as of `aepo submit`."""
     timeout_s: float = 120.0
@@ -257,7 +308,12 @@ class JobsStop:
     def run(self) -> int:
         """Stop the job and wait for its end."""
         from cluster import jobs
+        from cluster.slurm import client as slurm
 
+        if slurm.is_slurm(self.job):
+            slurm.stop(slurm.find(self.job), timeout_s=self.timeout_s)
+            _print_slurm([slurm.find(self.job)], as_json=False)
+            return 0
         client = jobs.connect(self.address)
         jobs.stop(client, jobs.find(client, self.job), timeout_s=self.timeout_s)
         _print_jobs([jobs.find(client, self.job)], as_json=False)
@@ -273,7 +329,8 @@ class JobsFetch:
     """
 
     job: tyro.conf.Positional[str]
-    """Job, or folder of the sweep as in its file: its last attempt."""
+    """Job, or folder of the sweep as in its file: its last attempt. A number, or a folder here that SLURM has run, is a
+    job of SLURM."""
     address: str = ""
     """Jobs server, as of `aepo submit`."""
     out: Path | None = None
@@ -283,7 +340,13 @@ class JobsFetch:
         """Fetch runs.parquet and sweep.json, write report/ beside them; return 3 if planned runs have no result."""
         from analysis.report import Report
         from cluster import jobs
+        from cluster.slurm import client as slurm
 
+        if slurm.is_slurm(self.job):
+            found = slurm.find(self.job)
+            home = self.out or Path(found.sweep)
+            err.print(f"{home}: {', '.join(slurm.fetch(found, home))}", markup=False, soft_wrap=True)
+            return Report(runs=(home,), allow_missing=found.state != "COMPLETED").run()
         client = jobs.connect(self.address)
         job = jobs.find(client, self.job)
         home = self.out or Path(
@@ -357,6 +420,21 @@ def _exit_status(job: "Job") -> int:
     if job.status in ("SUCCEEDED", "PENDING", "RUNNING"):
         return 0
     return job.exit_status if job.exit_status and job.exit_status > 0 else 1
+
+
+def _print_slurm(found: "list[SlurmJob]", *, as_json: bool) -> None:
+    rows = [dataclasses.asdict(job) for job in found]
+    if as_json:
+        emit_json(rows)
+    else:
+        shown = [{key: value for key, value in row.items() if key != "log"} for row in rows]
+        emit_table("jobs of SLURM", shown, None if rows else ["job", "sweep", "state"])
+
+
+def _slurm_status(job: "SlurmJob") -> int:
+    if not job.is_over or job.state == "COMPLETED":
+        return 0
+    return job.exit_status or 1
 
 
 CLUSTER: TypeAlias = (

@@ -130,7 +130,7 @@ def submit(
     if "@" in execution.tracking_uri:
         raise ConfigError("a job shows its settings: set MLFLOW_TRACKING_USERNAME and _PASSWORD on the cluster instead")
     out = remote_folder(execution.out)
-    identity, digest = hashlib.sha256(out.encode()).hexdigest()[:8], _digest(plan)
+    identity, digest = hashlib.sha256(out.encode()).hexdigest()[:8], plan_digest(plan)
     stem = f"aepo-{re.sub(r'[^A-Za-z0-9_.]', '-', execution.out.name)}-{identity}"
     last = next((job for job in reversed(jobs(client)) if job.job.rpartition("-")[0] == stem), None)
     if last is not None and last.status in ("PENDING", "RUNNING"):
@@ -316,7 +316,8 @@ def _quoted(out: str) -> str:
     return f'"${{{STORAGE}:?{hint}}}"/{shlex.quote(out.removeprefix(prefix))}'
 
 
-def _digest(plan: Sequence[RunConfig]) -> str:
+def plan_digest(plan: Sequence[RunConfig]) -> str:
+    """Return what tells a plan of runs from another."""
     return hashlib.sha256(json.dumps(sorted(config.name for config in plan)).encode()).hexdigest()[:12]
 
 

@@ -130,8 +130,10 @@ class LocalCluster:
 
         Raises:
             ResourceError: if a program is missing or a service does not come up, which its log's last lines explain;
-                what this call started has been stopped then. Or if the cluster is up with other nodes.
+                what this call started has been stopped then. Or if the cluster is up with other nodes, or
+                CUDA_VISIBLE_DEVICES names fewer GPUs than the nodes are to offer.
         """
+        devices_of_node(nodes - 1, gpus)
         self._make_folder()
         with self._lock():
             state = self.state()
@@ -193,7 +195,7 @@ class LocalCluster:
             yield
 
     def _new_state(self, nodes: int, cpus: int, gpus: int) -> dict[str, Any]:
-        wanted = {"postgres": 5432, "mlflow": 5000, "gcs": 6379, "dashboard": 8265, "client": 10001}
+        wanted = {"postgres": 5432, "mlflow": 5000, "gcs": 6379, "dashboard": 8265}
         state = {
             "boot": _boot(),
             "nodes": nodes,
@@ -299,12 +301,12 @@ class LocalCluster:
         head, node = name == "ray-head", f"{name}-{secrets.token_hex(3)}"
         words = services.ray_head(place) if head else services.ray_worker(place)
         words = [sys.executable, "-m", "cluster.node", *words[1:], "--node-name", node]
-        words += ["--node-ip-address", LOCALHOST, "--num-cpus", str(state["cpus"])]
-        words += ["--num-gpus", str(state["gpus"]), "--memory", str(state["memory"])]
-        words += ["--dashboard-agent-listen-port", "0"]
-        words += ["--temp-dir", f"{state['temp']}/{name[4:]}"]  # in a shared one nodes replace each other's code
-        if head:
-            words += ["--ray-client-server-port", str(ports["client"])]
+        words += ["--node-ip-address", LOCALHOST]
+        words += services.on_shared_machine(
+            cpus=state["cpus"], gpus=state["gpus"], memory=state["memory"], folder=f"{state['temp']}/{name[4:]}"
+        )
+        if devices := devices_of_node(0 if head else int(name.rpartition("-")[2]), state["gpus"]):
+            environment["CUDA_VISIBLE_DEVICES"] = devices
         environment |= self._tracking(state) | {
             NODE: node,
             "RAY_AUTH_MODE": "token",
@@ -437,6 +439,26 @@ def default_folder() -> Path:
     if named := os.environ.get("AEPO_CLUSTER_FOLDER"):
         return Path(named)
     return Path("/var/lib/aepo/cluster") if os.geteuid() == 0 else Path.home() / ".local/share/aepo/cluster"
+
+
+def devices_of_node(number: int, gpus: int) -> str:
+    """Return the CUDA_VISIBLE_DEVICES of a node, empty for one without GPUs: nodes of one machine share no device.
+
+    Raises:
+        ResourceError: if this process may see fewer devices than the nodes up to this one take.
+    """
+    if not gpus:
+        return ""
+    end, visible = gpus * (number + 1), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return ",".join(map(str, range(end - gpus, end)))
+    devices = [name.strip() for name in visible.split(",") if name.strip()]
+    if end > len(devices):
+        raise ResourceError(
+            f"the nodes are to offer {end} GPUs, CUDA_VISIBLE_DEVICES={visible!r} has {len(devices)}; name more there, "
+            "or take fewer --nodes or --gpus-per-node"
+        )
+    return ",".join(devices[end - gpus : end])
 
 
 def token_file(address: str) -> Path | None:

@@ -7,6 +7,8 @@ The request is taken back in the end: a node goes again when it has been idle fo
 import sys
 import time
 
+from tune.places import places_on_node
+
 TIMEOUT_S, POLL_S = 900.0, 2.0
 
 
@@ -17,8 +19,7 @@ def fitting(nodes: list[dict[str, object]], cpus: float, gpus: float) -> int:
         have = node["Resources"]
         assert isinstance(have, dict)
         if node["Alive"]:
-            fits = have.get("CPU", 0.0) / cpus
-            total += int(min(fits, have.get("GPU", 0.0) / gpus) if gpus else fits)
+            total += places_on_node(have, cpus=cpus, gpus=gpus)
     return total
 
 

@@ -65,11 +65,13 @@ def mlflow(place: Place) -> list[str]:
     ]
 
 
-def ray_head(place: Place) -> list[str]:
-    """Return the head's command line; the dashboard is the jobs server."""
+def ray_head(place: Place, *, has_dashboard: bool = True) -> list[str]:
+    """Return the head's command line; the dashboard is the jobs server. Port 0 of `place` is any free one."""
+    served = ("--dashboard-host", place.host, "--dashboard-port", str(place.dashboard_port))
     return [
-        *("ray", "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard", "true"),
-        *("--port", str(place.gcs_port), "--dashboard-host", place.host, "--dashboard-port", str(place.dashboard_port)),
+        *("ray", "start", "--head", "--block", "--disable-usage-stats"),
+        *("--include-dashboard", "true" if has_dashboard else "false", "--port", str(place.gcs_port)),
+        *(served if has_dashboard else ()),
         *RAY_NODE,
     ]
 
@@ -82,5 +84,22 @@ def ray_worker(place: Place) -> list[str]:
     ]
 
 
-RAY_NODE = ["--min-worker-port", "0", "--max-worker-port", "0", "--object-store-memory", "200000000"]
-"""Ports that are free, as several nodes may share an address; little shared memory, for runs pass no objects."""
+def on_shared_machine(*, cpus: int, gpus: int, memory: int, folder: Path | str) -> list[str]:
+    """Return what a node's command line says besides, where it is not the only one of its machine.
+
+    Args:
+        cpus: cores that it offers.
+        gpus: GPUs that it offers.
+        memory: bytes that it offers to runs, beside its object store; Ray's own guess is all of the machine's.
+        folder: its own folder for files and sockets; in a shared one nodes replace each other's code.
+    """
+    return [
+        *("--num-cpus", str(cpus), "--num-gpus", str(gpus), "--memory", str(memory)),
+        *("--dashboard-agent-listen-port", "0", "--temp-dir", str(folder)),
+    ]
+
+
+OBJECT_STORE = 200_000_000
+"""Bytes of shared memory of a node: little, for runs pass no objects."""
+RAY_NODE = ["--min-worker-port", "0", "--max-worker-port", "0", "--object-store-memory", str(OBJECT_STORE)]
+"""Ports that are free, as several nodes may share an address."""

@@ -45,6 +45,7 @@ test_extending
 test_fuzz
 test_learning
 tune/test_growth
+tune/test_places
 tune/test_plan
 tune/test_search
 tune/test_sweep

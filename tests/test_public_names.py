@@ -124,8 +124,7 @@ def test_keys_of_json_and_the_place_of_the_cache_stay(make_dataset, tmp_path, ca
 
 
 def test_a_slurm_job_takes_a_sweep_file_and_a_folder():
+    """tests/test_slurm.py runs it with them."""
     script = (Path(__file__).parent.parent / "cluster" / "slurm" / "sweep.sbatch").read_text()
     assert "SWEEP.toml FOLDER" in script
-    assert re.search(r"^sweep_file=\$1\nfolder=\$2$", script, re.MULTILINE)
-    assert 'aepo sweep "$sweep_file" --yes --address "$address" --out "$folder"' in script
-    assert 'aepo sweep --stop --out "$folder"' in script
+    assert '-m cluster.slurm.job "$notes" "$@"' in script

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from aepo.errors import ResourceError
 
+PREFIX = "aepo-"
+"""What the name of such a folder begins with."""
 MAX_BYTES = 107
 """Bytes of a socket's path at most, on Linux."""
 BELOW = "/session_2026-11-28_07-29-29_123456_1234567/sockets/plasma_store"
@@ -32,7 +34,7 @@ def make_socket_folder() -> Path:
             faults.append(f"{name}: longer than {ROOM} bytes")
             continue
         try:
-            return Path(tempfile.mkdtemp(prefix="aepo-", dir=name))
+            return Path(tempfile.mkdtemp(prefix=PREFIX, dir=name))
         except OSError as error:
             faults.append(f"{name}: {error.strerror}")
     raise ResourceError(

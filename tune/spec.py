@@ -191,6 +191,8 @@ class Place:
                 "numbers not below it; "
                 f"got {self.cpus:g}, {self.gpus:g}, {self.max_concurrent} and {self.checkpoint_s:g}"
             )
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ConfigError(f"--gpus must be a part of one GPU, or whole ones; got {self.gpus:g}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from aepo.runs import run, rundir
 from tune.clean import of_run
 from tune.estimate import Total, memory_gib, work
 from tune.mlflow_sink import mlflow_tracker
+from tune.places import places_on_node
 from tune.plan import STOP, describe_leaving, grow, pending, read_digests, run_folder, write_manifest
 from tune.runs_table import collect_rows, each_row, write_rows
 from tune.sockets import make_socket_folder
@@ -292,10 +293,8 @@ def _slots(nodes: Sequence[dict[str, Any]], resources: Resources, memory: float)
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     per_node = []
     for node in alive:
-        fits = node.get("CPU", 0.0) / resources.cpus
-        if resources.gpus:
-            fits = min(fits, node.get("GPU", 0.0) / resources.gpus)
-        per_node.append(int(min(fits, node.get("memory", 0.0) / 2**30 / memory)))
+        fits = places_on_node(node, cpus=resources.cpus, gpus=resources.gpus)
+        per_node.append(min(fits, int(node.get("memory", 0.0) / 2**30 / memory)))
     if sum(per_node) < resources.workers_per_run:
         have = ", ".join(
             f"{node.get('CPU', 0):g} CPU {node.get('GPU', 0):g} GPU {node.get('memory', 0) / 2**30:.1f} GiB"

@@ -31,6 +31,10 @@ End = TypeVar("End")
 MAX_WORKER_FAILURES = 3
 STOP_INTERVAL_S = 1.0
 """Between two looks for the file that asks a sweep to stop."""
+PLACE_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""Ray's variable: how long a run may wait for a place before that counts as a failed start. By default a minute, and 18
+starts later a run that only had to wait for others would be a failure."""
+A_YEAR_S = 365 * 86400
 WAIT_S = 120.0
 """For the worker that this one replaces, if it has not ended: an orphan does within seconds, and a network file system
 takes back the locks of a node that is gone after a minute and a half."""
@@ -89,6 +93,7 @@ def run_trial(values: dict[str, Any]) -> None:
     """
     if _is_stopped(values):
         return
+    os.environ[PLACE_TIMEOUT] = str(A_YEAR_S)
     folder = Path(values["sweep"]) / RUN_FOLDERS / values["run"]
     trainer = SlimTrainer(
         train_worker,

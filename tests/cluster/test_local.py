@@ -54,6 +54,19 @@ def test_what_a_killed_leader_leaves_in_its_session_ends_too():
     assert not local.is_alive(orphan)
 
 
+def test_nodes_of_one_machine_share_no_device(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [local.devices_of_node(number, 2) for number in range(2)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-1f2e,7")
+    assert [local.devices_of_node(number, 1) for number in range(3)] == ["5", "GPU-1f2e", "7"]
+    with pytest.raises(ResourceError, match="offer 4 GPUs, CUDA_VISIBLE_DEVICES='5, GPU-1f2e,7' has 3"):
+        local.devices_of_node(1, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local.devices_of_node(1, 0) == ""
+    with pytest.raises(ResourceError, match="has 0"):
+        local.devices_of_node(0, 1)
+
+
 def test_a_process_that_has_taken_a_number_over_is_never_signalled():
     process, now = start("sleep", "300")
     before = Process(now.pid, now.ticks - 1)  # what had the number when it was written down
@@ -89,7 +102,7 @@ def write_state(folder, **changes):
         "gpus": 0,
         "memory": 1,
         "temp": str(folder / "ray"),
-        "ports": {"postgres": 1, "mlflow": 2, "gcs": 3, "dashboard": 4, "client": 5},
+        "ports": {"postgres": 1, "mlflow": 2, "gcs": 3, "dashboard": 4},
         "services": {},
     } | changes
     folder.mkdir(exist_ok=True)
