@@ -461,7 +461,7 @@ def _environment(config: RunConfig, row: tasks.Task) -> dict[str, float]:
 def _start() -> float:
     """Return the seconds of processor time that a process takes to import what a run needs."""
     before = os.times()
-    subprocess.run([sys.executable, "-c", "import aepo.run, ray.train, ray.tune"], check=False, capture_output=True)
+    subprocess.run([sys.executable, "-c", "import aepo.runs.run, ray.train, ray.tune"], check=True)
     after = os.times()
     return after.children_user - before.children_user + after.children_system - before.children_system
 

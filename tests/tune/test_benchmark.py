@@ -269,3 +269,7 @@ def test_the_longest_first_schedule_is_the_greedy_one(measured):
         places[places.index(min(places))] += costs[config.name].seconds
     found = estimate.total(plan, costs, Resources(), slots=2, start_s=0.0)
     assert found.wall_hours * 3600 == pytest.approx(max(places))
+
+
+def test_the_process_whose_start_is_measured_starts():
+    assert estimate._start() > 0.1  # it raises where an import fails
