@@ -63,6 +63,9 @@ STARTS = {"train": 2.0, "inline": 0.0}
 SWEEP_STARTS = 4.0
 """The same of what a sweep starts once: its own process, Ray, MLflow; and each place for a run."""
 
+NUM_COPIES = 2.3
+"""A run keeps two checkpoints and its policy, which is about a third of one."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunCost:
@@ -74,8 +77,8 @@ class RunCost:
     """Of each stage: its steps and what it draws before them."""
     evaluation: float | None
     """Of all evaluations; none = its environment cannot be made here."""
-    disk_bytes: int
-    """Of its checkpoints and policy, about."""
+    disk_bytes: Mapping[str, int]
+    """Bytes that the state of each stage takes in a checkpoint."""
 
     @property
     def seconds(self) -> float:
@@ -98,6 +101,7 @@ class Total:
     slots: int
     """Runs at a time."""
     disk_gb: float
+    """Checkpoints, policies and the stages that runs share."""
 
 
 class Costs:
@@ -162,14 +166,17 @@ class Costs:
                 each = self._between(f"draw {key}", dims, partial(self._draw, config, name))
                 seconds += each * min(stage.support[0], row.steps or stage.support[0])
             stages[name] = seconds
-        size = self._between(f"bytes {_digest(config)}", dims, partial(self._size, config))
+        sizes = {
+            name: int(self._between(f"bytes {name} {_digest(config)}", dims, partial(self._size, config, name)))
+            for name in config.stages
+        }
         starts = STARTS[runner] * self._once("start", _start)
         read = self._once("byte read", _read) * library_bytes(row)
         return RunCost(
             start=starts + read,
             stages=stages,
             evaluation=self._evaluation(config, row, dims),
-            disk_bytes=int(size),
+            disk_bytes=sizes,
         )
 
     def sweep_start(self) -> float:
@@ -263,10 +270,9 @@ class Costs:
 
         return self._between(f"{what} {num} {_digest(config)}", dims, measure)
 
-    def _size(self, config: RunConfig, at: tuple[int, int]) -> float:
-        """Return the bytes of two checkpoints; the policy is counted as a third of one."""
+    def _size(self, config: RunConfig, name: str, at: tuple[int, int]) -> float:
         states, _, _ = self._ready(config, at)
-        return 2.3 * len(checkpoint.to_bytes(checkpoint.collect(states)))
+        return len(checkpoint.to_bytes(checkpoint.collect({name: states[name]})))
 
     def _timed(self, call: Callable[[], Any], *, threads: int = 0) -> float:
         """Return the seconds of a call."""
@@ -327,7 +333,7 @@ def total(
         start_s: of the sweep itself.
     """
     seen: set[str] = set()
-    seconds, saved = [], 0.0
+    seconds, saved, stored_bytes = [], 0.0, 0.0
     for config in sorted((one for one in plan if one.name in costs), key=work, reverse=True):
         own = costs[config.name]
         shared = 0.0
@@ -335,6 +341,8 @@ def total(
             if key in seen:
                 ends = [0, *config.round_ends(name)]
                 shared += own.stages[name] * (end - ends[ends.index(end) - 1]) / config.stages[name].steps
+            elif resources.stages is not None:
+                stored_bytes += own.disk_bytes[name]
             seen.add(key)
         saved += shared
         seconds.append(own.seconds - (shared if resources.stages is not None else 0.0))
@@ -353,7 +361,7 @@ def total(
         evaluation_hours=sum(cost.evaluation or 0.0 for cost in known) * width / 3600,
         saved_hours=saved * (resources.gpus or width) / 3600,
         slots=slots,
-        disk_gb=sum(cost.disk_bytes for cost in known) / 1e9,
+        disk_gb=(NUM_COPIES * sum(sum(cost.disk_bytes.values()) for cost in known) + stored_bytes) / 1e9,
     )
 
 
