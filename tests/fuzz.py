@@ -327,7 +327,7 @@ def load() -> None:
         *("tune.commands", "tune.search", "tune.search_commands", "tune.status", "tune.estimate", "tune.space"),
         *("analysis.report", "analysis.tables", "analysis.figures", "analysis.page", "analysis.mlflow_source"),
         "mlflow",
-        "tyro.constructors._struct_spec_attrs",  # asked for when flags are parsed, where a child may no longer read it
+        *_modules_of("tyro"),  # some are imported when flags are parsed, where a child may no longer read them
         *("analysis.markdown", "analysis.latex", "analysis.terminal"),
         *("analysis.load", "matplotlib.backends.backend_agg", "h5py", "torch._dynamo", "tests.mutations"),
     ):
@@ -343,6 +343,14 @@ def load() -> None:
         "latin-1",
     ):  # one without rights may not read them later
         codecs.lookup(encoding)
+
+
+def _modules_of(package: str) -> list[str]:
+    """Return the names of all modules of a package."""
+    import importlib
+    import pkgutil
+
+    return [found.name for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")]
 
 
 def main(argv: list[str] | None = None) -> int:
