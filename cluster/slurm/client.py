@@ -258,7 +258,7 @@ def _job(number: str, fields: dict[str, str], sweep: Path) -> SlurmJob:
         time_left=left,
         exit_status=int(code) if code.isdigit() and state not in QUEUED else None,
         reason=next((text for text in places if text and text not in ("(null)", "None")), ""),
-        log=str(_note(sweep).get("log", "")) or str(sweep / f"slurm-{number}.log"),
+        log=fields.get("StdOut") or str(_note(sweep).get("log") or sweep / f"slurm-{number}.log"),
     )
 
 

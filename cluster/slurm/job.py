@@ -30,7 +30,7 @@ from tune.plan import RUN_FOLDERS, STOP
 STOPPED = "stop"
 STARTS = ".slurm-starts.json"
 """In the sweep's folder: what the starts of the last job have gained."""
-NOTICE_S, LEAST_NOTICE_S, NOTICE_SHARE = 300.0, 30.0, 6
+NOTICE_S, LEAST_NOTICE_S, NOTICE_SHARE = 300.0, 45.0, 6
 """Seconds before the time limit in which runs are asked to stop: of short limits a share, but not less than this."""
 RESERVE_S = 12.0
 """Before the limit the job queues itself again whatever still runs; SLURM does so with no job that its limit ended."""

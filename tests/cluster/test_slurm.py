@@ -344,7 +344,7 @@ def test_the_time_that_slurm_prints_is_read(text, seconds):
     assert job.seconds_of(text) == seconds
 
 
-@pytest.mark.parametrize(("limit", "notice"), [(86400, 300), (1800, 300), (600, 100), (120, 30)])
+@pytest.mark.parametrize(("limit", "notice"), [(86400, 300), (1800, 300), (600, 100), (120, 45)])
 def test_the_notice_of_a_short_limit_is_shorter(limit, notice):
     assert job.Clock(0.0, limit).notice_s == notice
 
