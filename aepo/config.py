@@ -281,6 +281,9 @@ class CriticConfig(StageConfig):
 class EnergyConfig(StageConfig):
     """Stage 3, the intermediate energy [M11, M12]."""
 
+    steps: int = setting(interval="[0, inf)")
+    """Gradient steps; 0 = no network: [M11] at the posterior mean is computed from Q as actions are drawn."""
+
     ema_decay: float = setting(0.995, "[0, 1)")
     """Decay per step of the average of weights that guides."""
     target: str = setting("analytic", uses=ENERGY_TARGETS)
@@ -300,6 +303,16 @@ class EnergyConfig(StageConfig):
         StageConfig.__post_init__(self)
         if self.beta_min >= self.beta_max:
             raise ConfigError(f"EnergyConfig: beta_min must be below beta_max, got {self.beta_min} and {self.beta_max}")
+        if not self.is_learned and (self.target, self.expansion) != ("analytic", "posterior_mean"):
+            raise ConfigError(
+                "EnergyConfig: steps 0 is the closed form, target analytic with expansion posterior_mean; got target "
+                f"{self.target} with expansion {self.expansion}: give steps, as in --set energy.steps=4000"
+            )
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether there is an energy network."""
+        return self.steps > 0
 
     @property
     def facts(self) -> EnergyTarget:
@@ -472,7 +485,12 @@ class RunConfig:
 
     @property
     def stages(self) -> dict[str, StageConfig]:
-        """The stages of the method by name, in the order in which they are trained."""
+        """The stages of the method that take steps, by name, in the order in which they are trained."""
+        return {name: stage for name, stage in self.stage_groups.items() if stage.steps}
+
+    @property
+    def stage_groups(self) -> dict[str, StageConfig]:
+        """All stages of the method by name, those without a step too."""
         return {name: value for name, value in self.groups.items() if isinstance(value, StageConfig)}
 
     @property
@@ -584,7 +602,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
         if _has_bool(value) and not isinstance(old, bool):  # which would be 0 or 1
             raise ConfigError(f"{key} takes no truth value; wanted one like {old!r}, got {value!r}")
         values[group][field] = value.split(",") if isinstance(old, tuple) and isinstance(value, str) else value
-    for group, stage in config.stages.items():
+    for group, stage in config.stage_groups.items():
         for choice in _choices(stage):
             if f"{group}.{choice.name}" in overrides:  # what a preset set and this choice lacks is no contradiction
                 for name in _unused(choice, str(values[group][choice.name])):
@@ -612,7 +630,7 @@ def used_settings(config: RunConfig, overrides: Iterable[str] = ()) -> list[str]
     """Return the dotted keys that make a difference to a run, or may, where `overrides` change what is chosen."""
     idle = {
         f"{group}.{name}"
-        for group, stage in config.stages.items()
+        for group, stage in config.stage_groups.items()
         for choice in _choices(stage)
         if f"{group}.{choice.name}" not in overrides
         for name in _unused(choice, getattr(stage, choice.name))

@@ -110,7 +110,7 @@ def prepare(config: RunConfig, data: Transitions, device: torch.device) -> tuple
         raise ConfigError(
             f"a {type(config).__name__} has not the stages of {method.name}: wanted a {method.config.__name__}"
         )
-    stages = method.stages()
+    stages = methods.stages_of(config)
     for stage in stages:
         number = stream(stage.name, config.seed)
         torch.manual_seed(number)  # weights
@@ -149,7 +149,7 @@ def _checks(config: RunConfig, states: States, data: Transitions) -> dict[str, S
         return {}
     return {
         stage.name: stage.check(config.stages[stage.name], states, data.held_out)
-        for stage in methods.find(config.method).stages()
+        for stage in methods.stages_of(config)
         if stage.check is not None
     }
 

@@ -49,7 +49,7 @@ class Policy:
     def from_state(config: RunConfig, states: States, data: Transitions) -> "Policy":
         """Return the policy of a run as it stands; it has weights of its own."""
         policy = Policy(config, data.spaces)
-        policy.sampler.copy_weights(states)
+        policy.sampler.copy_weights(states, data)
         policy.sampler.data = data.sample(NUM_SAMPLE)
         policy.sampler.to(policy.device)
         return policy

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from aepo import config as configs
 from aepo.config import BehaviorConfig, CriticConfig, EnergyConfig, SamplingConfig
-from aepo.data.transitions import Pairs
+from aepo.data.transitions import Pairs, Transitions
 from aepo.diffusion import guidance, sampler
-from aepo.diffusion.networks import NoiseNet
+from aepo.diffusion.networks import ClosedForm, EnergyNet, NoiseNet
 from aepo.errors import ConfigError
 from aepo.networks import TwinQ
-from aepo.stages import States, behavior, energy
+from aepo.stages import States, behavior, critic, energy
 
 
 class Sampler(nn.Module, abc.ABC):
@@ -25,8 +25,8 @@ class Sampler(nn.Module, abc.ABC):
     """A few states of the data and the actions there, for what is measured of a trained policy."""
 
     @abc.abstractmethod
-    def copy_weights(self, states: States) -> None:
-        """Take the weights of a run as it stands."""
+    def copy_weights(self, states: States, data: Transitions) -> None:
+        """Take the weights of a run as it stands, and what else it acts by, measured on its data."""
 
     @abc.abstractmethod
     def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:
@@ -72,7 +72,9 @@ class GuidedSampler(Sampler):
         self._dims = {"state_dim": state_dim, "action_dim": action_dim}
         self.sampling = sampling
         self.noise = NoiseNet(**self._dims, hidden_size=of_behavior.hidden_size, num_layers=of_behavior.num_layers)
-        self.energy = energy.make_net(of_energy, **self._dims)
+        self.energy: EnergyNet | ClosedForm = ClosedForm()
+        if of_energy.is_learned:
+            self.energy = energy.make_net(of_energy, **self._dims)
         self.q = TwinQ(**self._dims, config=of_critic)
         self.requires_grad_(False)
         self._grid: sampler.Grid | None = None
@@ -80,11 +82,14 @@ class GuidedSampler(Sampler):
         self._spent: Tensor | float = 0.0
         self._num_guided = 0
 
-    def copy_weights(self, states: States) -> None:
-        """Take the averaged noise and energy networks and the critics."""
+    def copy_weights(self, states: States, data: Transitions) -> None:
+        """Take the averaged noise and energy networks and the critics; the closed form takes the scale of Q."""
         self.noise.load_state_dict(states["behavior"].ema.net.state_dict())
-        self.energy.load_state_dict(states["energy"].ema.net.state_dict())
         self.q.load_state_dict(states["critic"].q.state_dict())
+        if isinstance(self.energy, ClosedForm):
+            self.energy.scale = critic.advantage_scale(states["critic"], data)
+        else:
+            self.energy.load_state_dict(states["energy"].ema.net.state_dict())
 
     def with_sampling(self, sampling: SamplingConfig) -> "GuidedSampler":
         """Return the same networks, sampling in another way.
@@ -120,8 +125,13 @@ class GuidedSampler(Sampler):
         mean = behavior.predict_mean(self.noise, states_BS, grid)
         if scale == 0:
             return mean
-        slope = energy.predict_slope(self.energy, states_BS, self.sampling.beta, grid)
-        return guidance.guided(mean, slope, [scale * sigma**2 for sigma in grid.sigma], meter)
+        if isinstance(self.energy, ClosedForm):
+            assert meter is not None  # its policies hold states of their data
+            variance_NA = meter.variance_NA
+            shift, factors_N = energy.closed_shift(self.energy, self.q, states_BS, self.sampling.beta, variance_NA)
+        else:
+            shift, factors_N = energy.learned_shift(self.energy, states_BS, self.sampling.beta, grid)
+        return guidance.guided(mean, shift, [scale * factor for factor in factors_N], meter)
 
     def _meter(self, num_actions: int) -> tuple[float, guidance.Meter | None]:
         """Return the guidance scale, and a new meter of its cost where there are data to know it by.
@@ -139,9 +149,8 @@ class GuidedSampler(Sampler):
                     "again, or leave sampling.nats out"
                 )
             return scale, None
-        if self._budget is None:
-            self._budget = self._find_budget(self.data)
-        return self._budget.scale, self._budget.meter(num_actions)
+        budget = self.budget(self.data)
+        return budget.scale, budget.meter(num_actions)
 
     @torch.no_grad()
     def cost(self) -> dict[str, float]:
@@ -152,7 +161,7 @@ class GuidedSampler(Sampler):
         """
         if self.data is None or self.sampling.guidance_scale == 0:
             return {}
-        budget = self._budget = self._budget or self._find_budget(self.data)
+        budget = self.budget(self.data)
         meter = self._solve(self.data, budget, budget.scale)
         return {
             "kl": float(meter.spent_B.mean()),
@@ -164,9 +173,17 @@ class GuidedSampler(Sampler):
         """Return the nats that guidance has cost per action so far, on the mean; None where that is not known."""
         return float(self._spent) / self._num_guided if self._num_guided else None
 
+    def budget(self, data: Pairs) -> guidance.Budget:
+        """Return what guidance costs in states of the data, and the scale that keeps within `sampling.nats` there.
+
+        It is computed once.
+        """
+        if self._budget is None:
+            self._budget = self._find_budget(data)
+        return self._budget
+
     @torch.no_grad()
     def _find_budget(self, data: Pairs) -> guidance.Budget:
-        """Return what guidance costs in states of the data, and the scale that keeps within `sampling.nats` there."""
         grid, draws = self._grid_on(data.states_BS.device), torch.Generator(data.states_BS.device).manual_seed(0)
         noise_BA = torch.randn(data.actions_BA.shape, generator=draws, device=data.actions_BA.device)
         mean = behavior.predict_mean(self.noise, data.states_BS, grid)
@@ -203,7 +220,7 @@ class ActorSampler(Sampler):
         self.actor = actor.requires_grad_(False)
         self._find = find
 
-    def copy_weights(self, states: States) -> None:
+    def copy_weights(self, states: States, data: Transitions) -> None:  # noqa: ARG002  # nothing is measured
         """Take the actor."""
         self.actor.load_state_dict(self._find(states).state_dict())
 

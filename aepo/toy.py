@@ -18,8 +18,9 @@ from torch import Generator, Tensor
 
 from aepo.config import ENERGY_TARGETS, BehaviorConfig, EnergyConfig, Expansion
 from aepo.data.transitions import Spaces, Transitions
-from aepo.diffusion import sampler
+from aepo.diffusion import posterior, sampler
 from aepo.diffusion.networks import EnergyNet
+from aepo.diffusion.schedule import alpha_sigma
 from aepo.stages import behavior, energy, targets
 
 NUM_SAMPLES = 4000
@@ -35,12 +36,19 @@ NUM_SUPPORT_STATES = 2000
 """Support states are so many at most: all states are the same."""
 
 
+CLOSED_FORM = "closed_form"
+"""The energy computed as actions are drawn, at the posterior mean; no network is trained."""
+
+
 def variants() -> list[str]:
-    """Return the targets of stage 3, as `target/expansion` those that expand Q."""
+    """Return the closed form and the targets of stage 3, as `target/expansion` those that expand Q."""
     return [
-        name
-        for target, facts in ENERGY_TARGETS.items()
-        for name in ([f"{target}/{c}" for c in get_args(Expansion)] if "expansion" in facts.settings else [target])
+        CLOSED_FORM,
+        *(
+            name
+            for target, facts in ENERGY_TARGETS.items()
+            for name in ([f"{target}/{c}" for c in get_args(Expansion)] if "expansion" in facts.settings else [target])
+        ),
     ]
 
 
@@ -96,11 +104,12 @@ class Bench:
         self._behavior = behavior.start(config, self._data, torch.Generator().manual_seed(seed + 1))
         while self._behavior.step < steps:
             behavior.train_step(self._behavior, config, self._data)
+        self._variance_K = energy.measure_variance(self._behavior, self._data, torch.Generator().manual_seed(seed + 4))
 
     def compare(self, variant: str) -> list[dict[str, Any]]:
         """Train one target, or `none` for the behaviour model alone; return one row per beta."""
         net: EnergyNet | None = None
-        if variant != "none":
+        if variant not in ("none", CLOSED_FORM):
             config = energy_config(variant, self._steps)
             torch.manual_seed(self._seed)
             state = energy.start(config, self._data, torch.Generator().manual_seed(self._seed + 2))
@@ -123,11 +132,18 @@ class Bench:
                 return noise_BA
 
             def guide(a_t_BA: Tensor, t_B: Tensor, beta: float = beta) -> Tensor:
-                assert net is not None
-                return energy.slope(net, a_t_BA, states_BS, t_B, torch.full_like(t_B, beta))
+                if net is not None:
+                    return energy.slope(net, a_t_BA, states_BS, t_B, torch.full_like(t_B, beta))
+                mean_BA = posterior.posterior_mean(a_t_BA, noise(a_t_BA, t_B), t_B)
+                _, slope_BA = targets.by_autograd(lambda _, a_BA: self._value(a_BA))(states_BS, mean_BA)
+                alpha_B, sigma_B = alpha_sigma(t_B)
+                v_B = posterior.interpolate_variance(self._variance_K, t_B)
+                return (beta * alpha_B / sigma_B.square() * v_B)[:, None] * slope_BA
 
             start_BA = torch.randn(NUM_SAMPLES, 2, generator=torch.Generator().manual_seed(self._seed + 3))
-            drawn_BA = sampler.sample(noise, guide if net else None, start_BA, sampler.make_grid(NUM_SOLVER_STEPS))
+            drawn_BA = sampler.sample(
+                noise, None if variant == "none" else guide, start_BA, sampler.make_grid(NUM_SOLVER_STEPS)
+            )
             self._draws[variant, beta] = drawn_BA
             distance = sliced_wasserstein(drawn_BA, self._exact[beta])
             rows.append(

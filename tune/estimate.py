@@ -248,7 +248,7 @@ class Costs:
 
     def _draw(self, config: RunConfig, name: str, at: tuple[int, int]) -> float:
         states, _, data = self._ready(config, at)
-        stage = next(stage for stage in methods.find(config.method).stages() if stage.name == name)
+        stage = next(stage for stage in methods.stages_of(config) if stage.name == name)
         own = _light(config).stages[name]
         if stage.prepare is None:
             return 0.0

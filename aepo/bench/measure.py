@@ -205,7 +205,7 @@ def works(configs: Mapping[str, RunConfig], data: Transitions) -> Iterator[Work]
     """Yield every stage of these methods once, with all methods whose step costs the same."""
     users: dict[tuple[Any, ...], list[str]] = {}
     for method, config in configs.items():
-        for stage in methods.find(config.method).stages():
+        for stage in methods.stages_of(config):
             own = config.stages[stage.name]
             key = (stage, *(getattr(own, setting, None) for setting in COSTLY))
             users.setdefault(key, []).append(method)

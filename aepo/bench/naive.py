@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from aepo.config import ActorConfig, ActorCriticConfig, BehaviorConfig, CriticConfig, EnergyConfig
 from aepo.data.episodes import flatten
 from aepo.data.transitions import Batch, Pairs, Transitions
-from aepo.diffusion import sampler
-from aepo.diffusion.schedule import draw_times
+from aepo.diffusion import posterior, sampler
+from aepo.diffusion.networks import ClosedForm
+from aepo.diffusion.schedule import alpha_sigma, draw_times
 from aepo.networks import Mlp
 from aepo.samplers import GuidedSampler
 from aepo.stages import Stage, States, actor, actor_critic, behavior, critic, energy, targets
@@ -194,6 +195,11 @@ class Sampler:
         """Copy the policy's networks."""
         self._noise, self._energy, self._sampling = plain(policy.noise), plain(policy.energy), policy.sampling
         self._states_BS, self._action_dim = states_BS, policy.noise.action_dim
+        if isinstance(policy.energy, ClosedForm):
+            assert policy.data is not None
+            times_N = sampler.make_grid(policy.sampling.num_steps).t[:-1]
+            variance_NA = policy.budget(policy.data).variance_NA
+            self._q, self._variance_of = plain(policy.q), dict(zip(times_N.tolist(), variance_NA, strict=True))
 
     def __call__(self) -> Tensor:
         """Return one action per state, [B, A]."""
@@ -205,9 +211,21 @@ class Sampler:
         return noise_BA
 
     def _guide(self, a_t_BA: Tensor, t_B: Tensor) -> Tensor:
+        if isinstance(self._energy, ClosedForm):
+            return self._sampling.guidance_scale * self._closed_slope(self._energy, a_t_BA, t_B)
         beta_B = torch.full_like(t_B, self._sampling.beta)
         slope_BA = energy.slope(self._energy, a_t_BA, self._states_BS, t_B, beta_B)
         return self._sampling.guidance_scale * slope_BA
+
+    def _closed_slope(self, closed: ClosedForm, a_t_BA: Tensor, t_B: Tensor) -> Tensor:
+        """Return alpha_t / sigma_t^2 beta v_t grad_a Q(s, m_t) / scale  [M11]."""
+        mean_BA = posterior.posterior_mean(a_t_BA, self._noise_of(a_t_BA, t_B), t_B)
+        _, slope_BA = targets.by_autograd(self._q.lowest)(self._states_BS, mean_BA)
+        alpha_B, sigma_B = alpha_sigma(t_B)
+        variance_A = self._variance_of[float(t_B[0])]
+        factor_B = alpha_B / sigma_B.square() * self._sampling.beta / closed.scale
+        closed_BA: Tensor = factor_B[:, None] * variance_A * slope_BA
+        return closed_BA
 
 
 def load(dataset_id: str) -> tuple[Tensor, ...]:

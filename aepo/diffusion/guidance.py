@@ -23,14 +23,19 @@ NUM_HALVINGS = 30
 """Halvings of the range of scales: the scale is then known to 1 part in 10^9."""
 
 
-def guided(mean: Predict, slope: Predict, weights_N: list[float], meter: "Meter | None") -> Predict:
-    """Return m_t + w sigma_t^2 / alpha_t grad E_t, held to the meter, from w sigma_t^2  [M4, M16]."""
-    if meter is None:
-        return lambda a_t_BA, i: torch.add(mean(a_t_BA, i), slope(a_t_BA, i), alpha=weights_N[i])
+Shift = Callable[[Tensor, Tensor, int], Tensor]
+"""(a_t [B, A], m_t [B, A], number of the solver's step) -> d_t [B, A], but for a factor of the step."""
+
+
+def guided(mean: Predict, shift: Shift, factors_N: list[float], meter: "Meter | None") -> Predict:
+    """Return m_t + d_t, d_t = factor times shift, held to the meter  [M4, M16]."""
 
     def predict(a_t_BA: Tensor, i: int) -> Tensor:
-        bounded_BA = meter.bound(slope(a_t_BA, i), weights_N[i], i)
-        return torch.add(mean(a_t_BA, i), bounded_BA, alpha=weights_N[i])
+        mean_BA = mean(a_t_BA, i)
+        shift_BA = shift(a_t_BA, mean_BA, i)
+        if meter is not None:
+            shift_BA = meter.bound(shift_BA, factors_N[i], i)
+        return torch.add(mean_BA, shift_BA, alpha=factors_N[i])
 
     return predict
 
@@ -91,19 +96,24 @@ class Meter:
         self.deviations: list[float] = []
         """What each step added, sqrt(mean_a d_a^2 / v_a) deviations of the posterior, the median over the actions."""
 
-    def bound(self, slope_BA: Tensor, weight: float, step: int) -> Tensor:
-        """Return a slope, shortened where weight times slope, which guidance adds, costs more than its share."""
+    @property
+    def variance_NA(self) -> Tensor:
+        """V of the posterior at the beginning of each step."""
+        return self._budget.variance_NA
+
+    def bound(self, shift_BA: Tensor, factor: float, step: int) -> Tensor:
+        """Return a shift, shortened where factor times shift, which guidance adds, costs more than its share."""
         budget = self._budget
-        cost_B = slope_BA.square() @ budget.rates_NA[step] * weight**2
+        cost_B = shift_BA.square() @ budget.rates_NA[step] * factor**2
         if math.isfinite(budget.cap):
             allowed_B = budget.shares[step] * (budget.cap - self.spent_B).clamp(min=0.0)
-            factor_B = (allowed_B / cost_B.clamp(min=1e-30)).clamp(max=1.0)
-            slope_BA, cost_B = slope_BA * factor_B.sqrt()[:, None], cost_B * factor_B
+            left_B = (allowed_B / cost_B.clamp(min=1e-30)).clamp(max=1.0)
+            shift_BA, cost_B = shift_BA * left_B.sqrt()[:, None], cost_B * left_B
         self.spent_B = self.spent_B + cost_B
         if self._sizes:
-            far_B = (slope_BA.square() * weight**2 / budget.variance_NA[step]).mean(dim=1).sqrt()
+            far_B = (shift_BA.square() * factor**2 / budget.variance_NA[step]).mean(dim=1).sqrt()
             self.deviations.append(float(far_B.median()))
-        return slope_BA
+        return shift_BA
 
 
 class Budget(NamedTuple):

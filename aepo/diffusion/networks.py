@@ -1,7 +1,7 @@
 """The networks of (a_t, s, t) in the forms that the schedule gives them: noise [M5], variance [M10], energy [M12]."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aepo.diffusion.schedule import alpha_sigma
 from aepo.networks import TimeNet
@@ -71,6 +71,22 @@ class EnergyNet(TimeNet):
         """Return E_t(s, a_t) at inverse temperature beta, [B]."""
         outputs_BO = self.outputs(a_t_BA, states_BS, t_B, beta_B)
         return beta_B * outputs_BO[:, 0] if self.takes_beta else combine(outputs_BO, beta_B)
+
+
+class ClosedForm(nn.Module):
+    """E_t = beta Q(s, m_t) / scale + ... [M11] in closed form, expanded at the posterior mean: no weights of its own.
+
+    Its gradient moves m_t by beta v_t grad_a Q(s, m_t) / scale: the mean of the guided policy's own posterior where
+    actions are Gaussian and Q is linear. v_t is measured per action dimension [M10].
+    """
+
+    scale: Tensor
+    """Standard deviation of Q - V over the data."""
+
+    def __init__(self) -> None:
+        """Scale 1 until one is measured."""
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
 
 
 def combine(heads_B2: Tensor, beta_B: Tensor) -> Tensor:

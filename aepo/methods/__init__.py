@@ -48,6 +48,11 @@ class Method:
         return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:24]
 
 
+def stages_of(config: RunConfig) -> "list[Stage]":
+    """Return the stages of a run's method that take steps, in the order of training."""
+    return [stage for stage in find(config.method).stages() if stage.name in config.stages]
+
+
 @cache
 def find(name: str) -> Method:
     """Return the method of a name.

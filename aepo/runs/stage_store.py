@@ -42,7 +42,7 @@ def stage_keys(config: RunConfig, data_digest: str) -> dict[tuple[str, int], str
         data_digest: of its transitions.
     """
     method, keys = methods.find(config.method), dict[tuple[str, int], str]()
-    stages = method.stages()
+    stages = methods.stages_of(config)
     for number in range(len(config.rounds)):
         ends = {name: config.round_ends(name) for name in config.stages}
         for stage in stages:

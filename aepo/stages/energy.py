@@ -20,9 +20,11 @@ from aepo import backward
 from aepo.config import EnergyConfig
 from aepo.data.transitions import Transitions
 from aepo.diffusion import posterior
-from aepo.diffusion.networks import EnergyNet
-from aepo.diffusion.sampler import Grid, Predict
+from aepo.diffusion.guidance import Shift
+from aepo.diffusion.networks import ClosedForm, EnergyNet
+from aepo.diffusion.sampler import Grid
 from aepo.diffusion.schedule import add_noise, draw_times
+from aepo.networks import TwinQ
 from aepo.parallel import share
 from aepo.stages import Stage, States, Step, critic, fast, targets
 from aepo.stages.behavior import NUM_CHECKED, BehaviorState, sample_support
@@ -65,7 +67,7 @@ class EnergyState:
 
 
 def make_net(config: EnergyConfig, state_dim: int, action_dim: int) -> EnergyNet:
-    """Return the untrained network that the config's target wants."""
+    """Return the untrained network that the config's target wants; a closed form has none."""
     return EnergyNet(
         state_dim,
         action_dim,
@@ -125,13 +127,35 @@ def slope(net: EnergyNet, a_t_BA: Tensor, states_BS: Tensor, t_B: Tensor, beta_B
 
 
 @torch.no_grad()
-def predict_slope(net: EnergyNet, states_BS: Tensor, beta: float, grid: Grid) -> Predict:
-    """Return grad E_t / alpha_t in these states for the solver: what the sampler would divide by alpha_t [M13]."""
+def learned_shift(net: EnergyNet, states_BS: Tensor, beta: float, grid: Grid) -> tuple[Shift, list[float]]:
+    """Return grad E_t / alpha_t in these states, and sigma_t^2 of each step: their product is d_t  [M4, M13]."""
     if net.takes_beta:
         states_BS = torch.cat([states_BS, states_BS.new_full((len(states_BS), 1), beta).log()], dim=-1)
     heads_O = states_BS.new_tensor([beta] if net.takes_beta else [beta, beta**2])
     cached = backward.CachedTimeNet(net, states_BS, grid.t)
-    return lambda a_t_BA, i: cached.slope(grid.alpha[i] * a_t_BA, i, heads_O)
+    factors_N = [sigma**2 for sigma in grid.sigma]
+    return lambda a_t_BA, _, i: cached.slope(grid.alpha[i] * a_t_BA, i, heads_O), factors_N
+
+
+@torch.no_grad()
+def closed_shift(
+    closed: ClosedForm, q: TwinQ, states_BS: Tensor, beta: float, variance_NA: Tensor
+) -> tuple[Shift, list[float]]:
+    """Return v_t grad_a Q(s, m_t) in these states, and beta / scale of each step: their product is d_t  [M11].
+
+    Args:
+        closed: has the scale.
+        q: the critics; the lower one counts.
+        states_BS: normalised states.
+        beta: inverse temperature.
+        variance_NA: v of the posterior at each step of the solver [M10].
+    """
+
+    def shift(_: Tensor, mean_BA: Tensor, i: int) -> Tensor:
+        slope_BA = backward.lowest_with_slope(q, states_BS, mean_BA.clamp(-1.0, 1.0))[1]
+        return variance_NA[i] * slope_BA
+
+    return shift, [beta / float(closed.scale)] * len(variance_NA)
 
 
 class QSource(NamedTuple):

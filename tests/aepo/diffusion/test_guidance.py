@@ -19,7 +19,7 @@ def gaussian(grid, mean, variance, slope):
         v, alpha, sigma = posterior(i), grid.alpha[i], grid.sigma[i]
         return v * (mean / variance + alpha / sigma**2 * a_t_BA)
 
-    def predict_slope(a_t_BA, i):  # grad E_t / alpha_t, E_t = slope m_t + constant
+    def predict_slope(a_t_BA, _, i):  # grad E_t / alpha_t, E_t = slope m_t + constant
         return torch.full_like(a_t_BA, slope * posterior(i) / grid.sigma[i] ** 2)
 
     variance_NA = torch.tensor([[posterior(i)] for i in range(len(grid.steps))])
