@@ -88,13 +88,13 @@ class Sweep:
 
     def _look(self) -> int:
         from tune.plan import STOP, read_manifest
-        from tune.status import is_driven, status, watch
+        from tune.status import is_running, status, watch
 
         out = self.execution.out
         sweep = out.resolve()
         plan = read_manifest(sweep)
         if self.stop:
-            if not is_driven(sweep):
+            if not is_running(sweep):
                 raise IncompleteError(f"nobody carries {out} out; there is nothing to stop")
             (sweep / STOP).touch()
             err.print("asked to stop; every run stores a checkpoint first (--watch shows it)", soft_wrap=True)

@@ -30,7 +30,7 @@ from tune.plan import RUN_FOLDERS, STAGES, STOP, read_digests, write_manifest
 from tune.search_record import Record, example, trial_configs
 from tune.space import Space
 from tune.spec import Resources
-from tune.status import Board, driving
+from tune.status import LiveStatus, sweep_lock
 from tune.sweep import check_data, on_ray, run_sweep, watching
 
 FOUND, SELECT, CONFIRM = "found.toml", "select", "confirm"
@@ -57,7 +57,7 @@ def run_search(
     """
     search = search.resolve()
     resources = dataclasses.replace(resources, runner="inline", stages=search / STAGES)
-    with driving(search):
+    with sweep_lock(search):
         record = Record.open(search, spec, space)
         _try_out(search, record, bases, resources, tracking_uri)
         _check_stop(search)
@@ -147,14 +147,14 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
     examples = [example(spec, base) for base in bases]
     digests = check_data(examples, read_digests(search))
     tracker = mlflow_tracker(search, [config for plan in plans.values() for config in plan], uri=tracking_uri)
-    board = SearchBoard(search, record, plans)
+    status = LiveSearchStatus(search, record, plans)
 
     def plan(trial: Trial) -> None:
         plans[trial.number] = added = trial_configs(record, trial.params, bases)
         write_manifest(search, [config for each in plans.values() for config in each], digests)
         for config in added:
             tracker.add(config)
-            board.add(config)
+            status.add(config)
 
     def end(trial: Trial) -> None:
         for config in plans[trial.number]:
@@ -171,7 +171,7 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
     for trial in record.trials:
         if trial.state not in OPEN:
             end(trial)
-    with watching(board, tracker, lambda: None), on_ray(resources, examples) as slots:
+    with watching(status, tracker, lambda: None), on_ray(resources, examples) as slots:
         import ray.tune
 
         from tune.asha import ASHASearcher
@@ -219,18 +219,18 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
 _ROW_STATUS = {"finished": "finished", "stopped": "finished", "failed": "failed"} | dict.fromkeys(OPEN, "missing")
 
 
-class SearchBoard:
-    """Where each trial stands."""
+class LiveSearchStatus:
+    """Where each trial of a search stands, from its record and its runs' folders."""
 
     def __init__(self, search: Path, record: Record, plans: Mapping[int, Sequence[RunConfig]]):
-        """Read nothing yet."""
+        """Watch the runs of all trials; nothing is read before `refresh`."""
         self._record = record
-        self._board = Board(search, [config for plan in plans.values() for config in plan])
+        self._runs = LiveStatus(search, [config for plan in plans.values() for config in plan])
         self._lines: dict[int, str] = {}
 
     def add(self, config: RunConfig) -> None:
         """Watch one more run."""
-        self._board.add(config)
+        self._runs.add(config)
 
     @property
     def num_ended(self) -> int:
@@ -239,11 +239,11 @@ class SearchBoard:
 
     def refresh(self) -> None:
         """Read what the runs have written."""
-        self._board.refresh()
+        self._runs.refresh()
 
     def table(self) -> Table:
         """Return a row per trial, those under way and the best."""
-        record, runs = self._record, self._board.rows()
+        record, runs = self._record, self._runs.rows()
         best = record.best()
         title = f"{self.num_ended} of {record.spec.trials} trials ended, {_saved(record)}"
         table = Table(title=title, title_justify="left")
@@ -257,7 +257,7 @@ class SearchBoard:
 
     def lines(self) -> list[str]:
         """Return one line per trial that has moved since the last call."""
-        lines, runs = [], self._board.rows()
+        lines, runs = [], self._runs.rows()
         for trial in list(self._record.trials):
             scores = ", ".join(f"{row.score:.1f}" for row in trial.rounds)
             text = f"trial {trial.number}  {trial.state}  {_now(trial, runs)}  {f'scores {scores}' * bool(scores)}"

@@ -100,10 +100,10 @@ class Search:
     def _stop(self) -> int:
         from tune.plan import STOP
         from tune.search import CONFIRM, SELECT
-        from tune.status import is_driven
+        from tune.status import is_running
 
         search = self.out.resolve()
-        if not is_driven(search):
+        if not is_running(search):
             raise IncompleteError(f"nobody carries {self.out} out; there is nothing to stop")
         for folder in (search, *(search / name for name in (SELECT, CONFIRM))):
             if folder.is_dir():
