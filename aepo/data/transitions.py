@@ -76,7 +76,7 @@ class Pairs(NamedTuple):
     actions_BA: Tensor
 
 
-class After(NamedTuple):
+class NextActions(NamedTuple):
     """The actions that the data took after some transitions."""
 
     actions_BA: Tensor
@@ -219,12 +219,12 @@ class Transitions:
         num = min(num, len(self))
         return torch.arange(num, device=self.rows_ND.device) * len(self) // num
 
-    def take_after(self, index_B: Tensor) -> "After":
+    def take_next_actions(self, index_B: Tensor) -> NextActions:
         """Return the actions that the data took after these rows."""
         following_B = index_B + 1
         ends_B = self.episode_ends_E[torch.searchsorted(self.episode_ends_E, following_B)]
         exists_B = ends_B != following_B
-        return After(self.take_pairs(torch.where(exists_B, following_B, index_B)).actions_BA, exists_B)
+        return NextActions(self.take_pairs(torch.where(exists_B, following_B, index_B)).actions_BA, exists_B)
 
     def batch(self, rows_BD: Tensor) -> Batch:
         """Return raw rows normalised and cut into their parts."""
