@@ -22,7 +22,7 @@ _STRICT = ConfigDict(strict=True, extra="ignore")
 
 @with_config(_STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Spec:
+class SearchSpec:
     """What a search is; a continued one must have the same, except for the number of trials and confirming seeds."""
 
     tasks: tuple[str, ...]
@@ -185,7 +185,7 @@ class SearchFile:
 
     format: Literal[1] = FORMAT
     commit: str | None
-    spec: Spec
+    spec: SearchSpec
     shares: tuple[float, ...]
     """Share of the budget at the end of each round."""
     space: SpaceText

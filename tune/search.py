@@ -24,10 +24,10 @@ from aepo.config import RunConfig
 from aepo.console import err, say
 from aepo.errors import IncompleteError
 from aepo.results import Row
-from aepo.trials import OPEN, Confirmation, Outcome, Selection, Spec, Trial, count_steps, words_of
+from aepo.trials import OPEN, Confirmation, Outcome, SearchSpec, Selection, Trial, count_steps, words_of
 from tune.mlflow_sink import mlflow_tracker
 from tune.plan import RUN_FOLDERS, STAGES, STOP, read_digests, write_manifest
-from tune.search_record import Record, example, trial_configs
+from tune.search_record import SearchRecord, example, trial_configs
 from tune.space import Space
 from tune.spec import Resources
 from tune.status import LiveStatus, sweep_lock
@@ -38,8 +38,8 @@ FOUND, SELECT, CONFIRM = "found.toml", "select", "confirm"
 
 
 def run_search(
-    search: Path, spec: Spec, bases: Sequence[RunConfig], space: Space, resources: Resources, *, tracking_uri: str
-) -> Record:
+    search: Path, spec: SearchSpec, bases: Sequence[RunConfig], space: Space, resources: Resources, *, tracking_uri: str
+) -> SearchRecord:
     """Carry a search out, or on, and return its record, `confirm` filled in.
 
     Args:
@@ -58,7 +58,7 @@ def run_search(
     search = search.resolve()
     resources = dataclasses.replace(resources, runner="inline", stages=search / STAGES)
     with sweep_lock(search):
-        record = Record.open(search, spec, space)
+        record = SearchRecord.open(search, spec, space)
         _try_out(search, record, bases, resources, tracking_uri)
         _check_stop(search)
         best = record.best()
@@ -117,7 +117,7 @@ def found_settings(space: Space, trial: Trial) -> dict[str, Any]:
     return {**trial.used, **{key: value for key, value in pair.items() if space.grid and value is not None}}
 
 
-def write_preset(path: Path, record: Record, trial: Trial | None, changes: Mapping[str, Any]) -> None:
+def write_preset(path: Path, record: SearchRecord, trial: Trial | None, changes: Mapping[str, Any]) -> None:
     """Write the found settings, a trial's or the preset's own (None), as a file that `aepo sweep` takes."""
     spec = record.spec
     which = "the preset's own settings, which no trial beat" if trial is None else f"trial {trial.number}"
@@ -133,7 +133,9 @@ def write_preset(path: Path, record: Record, trial: Trial | None, changes: Mappi
     files.write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
-def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources: Resources, tracking_uri: str) -> None:
+def _try_out(
+    search: Path, record: SearchRecord, bases: Sequence[RunConfig], resources: Resources, tracking_uri: str
+) -> None:
     """Bring the record to the number of trials that the spec wants."""
     spec = record.spec
     plans: dict[int, list[RunConfig]] = {
@@ -222,7 +224,7 @@ _ROW_STATUS = {"finished": "finished", "stopped": "finished", "failed": "failed"
 class LiveSearchStatus:
     """Where each trial of a search stands, from its record and its runs' folders."""
 
-    def __init__(self, search: Path, record: Record, plans: Mapping[int, Sequence[RunConfig]]):
+    def __init__(self, search: Path, record: SearchRecord, plans: Mapping[int, Sequence[RunConfig]]):
         """Watch the runs of all trials; nothing is read before `refresh`."""
         self._record = record
         self._runs = LiveStatus(search, [config for plan in plans.values() for config in plan])
@@ -274,12 +276,12 @@ def _now(trial: Trial, runs: Mapping[str, Mapping[str, str]]) -> str:
     return f"{rows[-1]['stage']} {rows[-1]['step']}" if rows else "waiting"
 
 
-def _saved(record: Record) -> str:
+def _saved(record: SearchRecord) -> str:
     taken, reused, _ = count_steps(record.trials)
     return f"{taken:,} gradient steps taken, {reused:,} saved by shared stages"
 
 
-def describe_space(spec: Spec, bases: Sequence[RunConfig], space: Space) -> dict[str, Any]:
+def describe_space(spec: SearchSpec, bases: Sequence[RunConfig], space: Space) -> dict[str, Any]:
     """Return what a search varies, a row per setting, and what it costs at most."""
     rows = []
     for key, kind in space.varied.items():

@@ -166,7 +166,7 @@ class SweepSpec(TaskChoice):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class Compute:
     """Where runs are carried out, and what each takes there: flags of a sweep and of a search."""
 
     address: str = ""
@@ -196,7 +196,7 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Resources(Place):
+class Resources(Compute):
     """How the trials of a sweep or a search run there."""
 
     runner: Runner = "train"
