@@ -113,7 +113,7 @@ def setting(
         default: the field's default; none given = the field must be.
         interval: where a number lies, as in "(0, 1]"; a whole number without an upper end has MAX_COUNT.
         uses: the values of a choice, each with the settings that it uses.
-        later: the field came after runs were made: at its default it changes no identity (`identity`).
+        later: the field came after runs were made: at its default it changes no identity (`identifying_fields`).
     """
     return dataclasses.field(default=default, metadata={"interval": interval, "uses": uses or {}, "later": later})
 
@@ -478,7 +478,7 @@ class RunConfig:
     @property
     def fingerprint(self) -> str:
         """12 hex digits of the whole config."""
-        values = identity(self)
+        values = identifying_fields(self)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -507,7 +507,7 @@ class RunConfig:
         return step + sum(ends[i][here + (i < number)] for i in range(len(ends)) if i != number)
 
 
-def identity(config: Any) -> dict[str, Any]:
+def identifying_fields(config: Any) -> dict[str, Any]:
     """Return what tells a config apart: its fields as nested dicts, without those that came later and have the default.
 
     So runs and stored stages from before a setting was added are still found.
@@ -516,7 +516,7 @@ def identity(config: Any) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not (field.metadata.get("later") and value == field.default):
-            values[field.name] = identity(value) if dataclasses.is_dataclass(value) else value
+            values[field.name] = identifying_fields(value) if dataclasses.is_dataclass(value) else value
     return values
 
 
@@ -533,10 +533,10 @@ def parse(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     try:
         return parser.validate_python(dict(values))
     except ValidationError as error:
-        raise ConfigError(described(error)) from None
+        raise ConfigError(validation_message(error)) from None
 
 
-def described(error: ValidationError) -> str:
+def validation_message(error: ValidationError) -> str:
     """Return in one line what pydantic found wrong: the setting, what was wanted, what was got."""
     return "; ".join(
         f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}{_got(item)}"

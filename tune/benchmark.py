@@ -29,7 +29,7 @@ SHARED = "shared"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chosen:
+class BenchmarkSpec:
     """Which runs: tasks x methods x seeds."""
 
     task: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ def benchmark_rows(what: str, names: Sequence[str] = ()) -> list[Task]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan(Chosen):
+class Plan(BenchmarkSpec):
     """Say what the whole benchmark takes, before any data are here: hours, downloads, disk, and what is missing.
 
     A few steps of every method are measured on this machine. For a machine with a GPU: `--measure FILE` there, then
@@ -114,7 +114,7 @@ class Plan(Chosen):
     def carry_out(self, what: str) -> int:
         """Measure, add up and print; return the exit status."""
         from aepo.data.fetch import file_bytes, library_bytes
-        from tune.commands import described
+        from tune.commands import describe_estimate
         from tune.estimate import Costs, read_costs, row_of, run_costs, total
         from tune.plan import make_plan
 
@@ -161,7 +161,7 @@ class Plan(Chosen):
         facts = {key: value for key, value in document.items() if not isinstance(value, list)}
         shown = [{"of the whole": key, "": _number(value)} for key, value in facts.items() if value is not None]
         emit_table(f"benchmark {what}", shown)
-        say(described(whole, how))
+        say(describe_estimate(whole, how))
         if document["missing"]:
             warn(f"no {what} data of {_named(document['missing'])}")
         if document["estimated_sizes"]:
@@ -294,7 +294,7 @@ class Verify:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run(Chosen):
+class Run(BenchmarkSpec):
     """Carry the benchmark out on this machine, or on a Ray cluster (--address), as `aepo sweep` does.
 
     Again, it goes on; a folder that has a plan goes on with that plan. Stages that runs have alike are trained once.
@@ -319,7 +319,7 @@ class Run(Chosen):
         how, spec = _execution(what, self.execution), self.spec(what)
         held = read_manifest(how.out) if (how.out / MANIFEST).exists() else None
         if held is not None and {one.name for one in held} != {one.name for one in make_plan(spec)}:
-            if self.spec(what) != Chosen().spec(what) or what not in SOURCES:
+            if self.spec(what) != BenchmarkSpec().spec(what) or what not in SOURCES:
                 raise ConfigError(
                     f"{how.out} has another plan, of {len(held)} runs; give the same tasks, presets and seeds, none of "
                     "these flags to go on with it, or another folder with --out"
@@ -340,7 +340,7 @@ class Run(Chosen):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Submit(Chosen):
+class Submit(BenchmarkSpec):
     """Submit the benchmark to a Ray cluster, as `aepo submit` does with a sweep file; the file is kept in --out.
 
     For example:

@@ -214,7 +214,7 @@ class Sweep:
             emit_table(f"plan of {how.out}", shown)
         unknown = sum(config.name not in costs for config in waiting)
         lacking = f", {unknown} of unknown length (their data are missing)" if unknown else ""
-        say(f"{len(waiting)} of {len(plan)} runs to do{lacking}: {described(whole, how)}")
+        say(f"{len(waiting)} of {len(plan)} runs to do{lacking}: {describe_estimate(whole, how)}")
         for dataset in dict.fromkeys(config.data.dataset for config in plan if config.data.dataset not in here):
             from aepo.data.library import remedy
 
@@ -222,7 +222,7 @@ class Sweep:
         return rows, whole
 
 
-def described(whole: "Total", how: Execution) -> str:
+def describe_estimate(whole: "Total", how: Execution) -> str:
     """Return a line of what a plan takes."""
     gpu = f", {whole.gpu_hours:.3g} GPU hours" if how.gpus else ""
     saves = f"sharing stages {'saves' if how.reuse_stages else 'would save (--reuse-stages)'} {whole.saved_hours:.3g}"

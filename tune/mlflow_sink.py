@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from aepo import __version__, files
-from aepo.config import RunConfig, flatten, identity
+from aepo.config import RunConfig, flatten, identifying_fields
 from aepo.errors import ConfigError
 from aepo.results import SCHEMA_VERSION, Result
 from aepo.runs import rundir
@@ -277,7 +277,7 @@ class MlflowSink:
 
         entry = self._entries.get(config.name) or self._create(config, folder)
         if not entry.has_params:
-            flat = flatten(identity(config) | {"rounds": config.rounds})
+            flat = flatten(identifying_fields(config) | {"rounds": config.rounds})
             params = [Param(key, str(value)) for key, value in flat.items()]
             self._client.log_batch(entry.run_id, params=params)
             entry.has_params = True

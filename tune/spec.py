@@ -273,7 +273,7 @@ def read_sweep_file(file: Path) -> tuple[SweepSpec, Execution]:
         execution = {name: value for name, value in values.items() if name in of_execution}
         return TypeAdapter(SweepSpec).validate_python(spec), TypeAdapter(Execution).validate_python(execution)
     except ValidationError as error:
-        raise ConfigError(f"{file}: {configs.described(error)}") from None
+        raise ConfigError(f"{file}: {configs.validation_message(error)}") from None
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
 

@@ -19,7 +19,7 @@ from typing import Any, TextIO, TypeAlias
 import torch
 
 from aepo import checkpoint, kernels, methods, pipeline
-from aepo.config import RunConfig, identity
+from aepo.config import RunConfig, identifying_fields
 from aepo.console import say, warn
 from aepo.documents import parse_json
 from aepo.errors import CheckpointError
@@ -52,7 +52,7 @@ def stage_keys(config: RunConfig, data_digest: str) -> dict[tuple[str, int], str
                 "torch": torch.__version__,
                 "arithmetic": [kernels.ARITHMETIC, kernels.backend()],
                 "stage": name,
-                "config": identity(own),
+                "config": identifying_fields(own),
                 "data": [data_digest, list(config.data.observation_keys), config.data.reward_rule],
                 "seed": config.seed,
                 "upstream": [keys[other, ends[other][number]] for other in stage.learns_from(own)],
