@@ -67,7 +67,7 @@ class Doctor:
 
     def _measure(self) -> int:
         from aepo import kernels
-        from aepo.bench.measure import backends
+        from aepo.bench.measure import backend_gains
         from aepo.runs.run import own_table, set_up_torch
         from aepo.runs.rundir import commit
 
@@ -77,7 +77,7 @@ class Doctor:
             raise ResourceError("/proc/cpuinfo does not say which processor this is: torch's own layers are used")
         set_up_torch(1)
         gains = {}
-        for name, gain in backends(self.seconds):
+        for name, gain in backend_gains(self.seconds):
             err.print(f"{name}: {gain:.2f} times as fast by onednn as by torch", soft_wrap=True)
             gains[name] = gain
         here, median = kernels.processor(), statistics.median(gains.values())

@@ -120,7 +120,7 @@ class Bench:
         if self._has("processes"):
             guided = configs[0]["best"]
             for num in self.processes:
-                total = measure.together(num, guided, shapes[0], seconds=self.seconds)
+                total = measure.concurrent_rate(num, guided, shapes[0], seconds=self.seconds)
                 rates.append({"processes": num, "critic_steps_per_s": total})
                 err.print(f"{num} process{'es' if num > 1 else ''} at once: {total:.0f} critic steps/s in all")
         machine = {

@@ -163,7 +163,7 @@ def q_source(critic_state: CriticState, state: EnergyState, config: EnergyConfig
         q_B, slope_BA = backward.lowest_with_slope(critic_state.q, states_BS, actions_BA)
         return (q_B - critic_state.v(states_BS)) / state.q_scale, slope_BA / state.q_scale
 
-    resting = functools.partial(critic.while_resting, critic_state)
+    resting = functools.partial(critic.cached_until_trained, critic_state)
     return source_of(value, with_slope, state, config, data, resting=resting)
 
 
