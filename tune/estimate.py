@@ -41,7 +41,7 @@ from aepo.evaluate import MAX_ENVS
 from aepo.policy import Policy
 from aepo.runs import run, rundir
 from aepo.runs.stage_store import stage_keys
-from aepo.slots import naming
+from aepo.slots import environment_errors
 from tune.spec import Resources
 
 SECONDS = 0.15
@@ -441,7 +441,7 @@ def _environment(config: RunConfig, row: tasks.Task) -> dict[str, float]:
             return gymnasium.make(row.env_id, disable_env_checker=True)
         return make_environment(open_dataset(row.dataset), env_id=row.env_id, horizon=config.evaluation.horizon)
 
-    with own_temporary_folder(), warnings.catch_warnings(), naming(row.env_id or row.dataset):
+    with own_temporary_folder(), warnings.catch_warnings(), environment_errors(row.env_id or row.dataset):
         warnings.simplefilter("ignore")  # of versions that tasks name on purpose
         make().close()
         begin = time.process_time()
