@@ -1,6 +1,6 @@
 """Gradients of the networks without autograd, which costs as much as the arithmetic of layers of these sizes.
 
-What training and sampling use. Everything here runs under `torch.no_grad` only;
+Training and sampling use them. Everything here runs under `torch.no_grad` only;
 tests/aepo/test_networks.py holds it equal to autograd.
 """
 

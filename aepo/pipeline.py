@@ -1,6 +1,6 @@
 """The stages of a method as one generator of Progress: the seam that every driver uses (plain, Ray, tests).
 
-It knows neither files nor schedulers. A driver iterates, stores `state` when it wants to, and stops when it
+It knows neither files nor schedulers. A driver iterates, stores `states` when it wants to, and stops when it
 likes; `train(..., resume=saved)` continues bit for bit on the same kind of CPU.
 """
 
@@ -25,9 +25,9 @@ STREAMS = {"behavior": 0, "critic": 1, "energy": 2, "actor": 3, "actor_critic": 
 HEARTBEAT = 50
 """Steps between two Progress at most; a driver can store the state at each."""
 NUM_LOGS = 200
-"""Progress with metrics per stage."""
+"""Logs of a stage: so many of its Progress have metrics."""
 NUM_CHECKS = 20
-"""Those of them per stage with what is measured on held-out episodes."""
+"""Logs of a stage that also hold what is measured on held-out episodes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 `aepo cluster up --local` runs these as processes; docker-compose.yml and cluster/kubernetes repeat them word for word,
 and a test compares. A password is in no command line, for every user of a machine can read those: PostgreSQL's clients
-take theirs from PGPASSWORD, Ray its token from RAY_AUTH_TOKEN or a file, MLflow from the variables in `secret_names`.
+take theirs from PGPASSWORD, Ray its token from RAY_AUTH_TOKEN or a file, MLflow its own from its variables.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ MLFLOW_SETTINGS = {
     "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "20",
     "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "20",
 }
-"""Without the second and third a wide sweep loses metrics; the first saves 1.5 GB. Two workers stay below PostgreSQL's
-100 connections."""
+"""Environment of MLflow's server. The first saves 1.5 GB; without the others a wide sweep loses metrics. Two workers
+stay below PostgreSQL's 100 connections."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The same steps as most research code writes them: the baseline of `aepo bench`.
 
-The losses with which the stage files open, the same networks, batches and data, and nothing of how our steps compute
-them: PyTorch's own linear layers, one optimizer per network and its default loop, averages parameter by parameter, a
-loss read out at every step, autograd for every gradient.
+They have the losses with which the stage files open, the same networks, batches and data, and nothing of how our steps
+compute them: PyTorch's own linear layers, one optimizer per network and its default loop, averages parameter by
+parameter, a loss read out at every step, autograd for every gradient.
 """
 
 import copy
