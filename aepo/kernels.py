@@ -31,7 +31,7 @@ from aepo.errors import ConfigError
 from aepo.files import read_text, write_atomically
 
 ARITHMETIC = 2
-"""Raised by every change to the bits of a training step: what was begun under another number is never continued."""
+"""Version of the bits of a training step; every change to them raises it, and what another began is not continued."""
 Backend = Literal["torch", "onednn"]
 MIN_GAIN = 1.15
 """Whole steps must be so many times as fast by `onednn` as by `torch` for it to be used."""
@@ -43,7 +43,7 @@ BLOCK_ROWS = 512
 At 256 units 4,096 rows take 1.5 times as long in one piece (docs/decisions/speed.md). GPUs take all rows at once.
 """
 MATMUL_PRECISION: dict[Precision, str] = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}
-"""Torch's names."""
+"""Precision -> torch's name of it."""
 
 _backend: Backend = "torch"
 _small_differ = False
@@ -60,7 +60,7 @@ class Measured:
     """The name in /proc/cpuinfo: GenuineIntel, AuthenticAMD."""
     family: str
     model: str
-    """Empty = every model of the family."""
+    """Number of the model in /proc/cpuinfo; empty = every model of the family."""
     torch: str
     """Version of torch, major and minor: 2.13."""
     gain: float

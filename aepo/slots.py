@@ -29,12 +29,12 @@ from aepo.errors import AEPOError, ConfigError, DataError, ResourceError, Traini
 from aepo.tasks import ReturnRule
 
 CLOSING_S = 10.0
-"""A process that has not ended so long after it was told to is killed."""
+"""Seconds after which a process that was told to end is killed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EnvironmentSpec:
-    """Where policies are evaluated and what counts there: all that a process must know to make the environments."""
+    """All that a process must know to make the environments of an evaluation, and what counts in their episodes."""
 
     dataset_id: str
     """Minari id; the environment is the one that it names."""

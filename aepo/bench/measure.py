@@ -75,7 +75,7 @@ class Shape:
     state_dim: int
     action_dim: int
     task: Task
-    """Whose suite's settings are measured."""
+    """A task of these dimensions, whose suite's settings are measured."""
     num_transitions: int
 
     def __str__(self) -> str:
@@ -184,16 +184,16 @@ COSTLY = (
 
 @dataclasses.dataclass
 class BenchedStep:
-    """A stage's step, ours and the baseline's."""
+    """A stage's step to be measured, ours and the baseline's."""
 
     stage: str
     kind: str
-    """Learner or target, where the stage has several."""
+    """Learner or target of the stage where it has several; else empty."""
     methods: list[str]
     size: str
     ours: Callable[[], Metrics]
     baseline: naive.Step | None
-    """None where there is no baseline."""
+    """The baseline's step; None where there is none."""
 
     @property
     def name(self) -> str:

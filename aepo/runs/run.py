@@ -58,7 +58,7 @@ from aepo.stages import States
 
 
 class CheckpointStore(Protocol):
-    """Where a run keeps its checkpoint."""
+    """Keeps the checkpoint of a run; any object with these two methods will do."""
 
     def load(self) -> dict[str, Any] | None:
         """Return the newest checkpoint, None at the first start."""

@@ -78,7 +78,7 @@ class StoredStage:
     key: str
     num_bytes: int
     used_at: float
-    """Seconds since the epoch."""
+    """When the stage was last used, in seconds since the epoch."""
     path: Path
 
 
@@ -86,7 +86,7 @@ class StageStore:
     """A folder of trained stages, shared by all runs that see it."""
 
     def __init__(self, folder: Path):
-        """Nothing is made before something is stored."""
+        """Name the folder, which is made when something is stored."""
         self.folder = folder
         self._held: dict[str, TextIO] = {}
         self._has_warned = False
@@ -186,7 +186,7 @@ class StageReuse:
     """One run's dealings with a store: it takes the stages that are there and gives those that it trains."""
 
     def __init__(self, store: StageStore, config: RunConfig, data_digest: str):
-        """Nothing is claimed before a stage begins."""
+        """Compute the keys of the run's stages; none is claimed before it begins."""
         self._store, self._config = store, config
         self._keys = stage_keys(config, data_digest)
         self.steps_reused = 0

@@ -140,11 +140,11 @@ class QSource(NamedTuple):
     value: Value
     """Q of any actions."""
     with_slope: WithSlope
-    """The same with its gradient by them."""
+    """Q of any actions, and its gradient by them."""
     of_rows: ByRow
     """Q of the data's actions in these rows."""
     with_slope_of_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """The same with its gradient by them."""
+    """Q of the data's actions in these rows, and its gradient by the actions."""
     of_support: ByRow
     """Q of the support actions in the states at these places among those that have some, [B] -> [B, K]."""
 
