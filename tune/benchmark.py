@@ -25,12 +25,12 @@ PRESETS = tuple(f"{preset}-paper" for preset in method_table.presets())
 SEEDS = (0, 1, 2, 3, 4)
 PUBLISHED = tuple(row.published for row in method_table.rows().values() if row.published)
 SHARED = "shared"
-"""Stands for any folder of stages: runs share them."""
+"""Stands for any folder of stages in an estimate, which asks only whether there is one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkSpec:
-    """Which runs: tasks x methods x seeds."""
+    """What a benchmark runs: tasks x methods x seeds."""
 
     task: tuple[str, ...] = ()
     """Only these tasks; none given = all of the benchmark."""
@@ -101,13 +101,13 @@ class Plan(BenchmarkSpec):
     """
 
     execution: tyro.conf.OmitArgPrefixes[Execution] = dataclasses.field(default_factory=Execution)
-    """Where and how."""
+    """Where and how the runs are carried out."""
     cost_of: Path | None = None
-    """Measurements of another machine, instead of this one's."""
+    """File with the measurements of another machine, taken instead of this one's."""
     measure: Path | None = None
-    """Keep this machine's measurements in a file."""
+    """File in which this machine's measurements are kept."""
     price_per_hour: float = 0.0
-    """Of all machines together, in any currency."""
+    """Price of an hour of all machines together, in any currency."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 
@@ -189,7 +189,7 @@ class Fetch:
     task: tuple[str, ...] = ()
     """Only these tasks; none given = all."""
     folder: Path = Path("d4rl")
-    """Of the original files."""
+    """Folder of the original files."""
     jobs: int = 4
     """Files at a time."""
     mirror: str = ""
@@ -305,7 +305,7 @@ class Run(BenchmarkSpec):
     """
 
     execution: tyro.conf.OmitArgPrefixes[Execution] = dataclasses.field(default_factory=Execution)
-    """Where and how."""
+    """Where and how the runs are carried out."""
     yes: bool = False
     """Start without asking."""
     json: bool = False
@@ -349,9 +349,9 @@ class Submit(BenchmarkSpec):
     """
 
     execution: tyro.conf.OmitArgPrefixes[Execution] = dataclasses.field(default_factory=Execution)
-    """Where and how; --out lies on the cluster, below AEPO_STORAGE."""
+    """Where and how the runs are carried out; --out lies on the cluster, below AEPO_STORAGE."""
     cluster: str = ""
-    """Jobs server, as --address of `aepo submit`."""
+    """Jobs server of the cluster, as --address of `aepo submit`."""
     detach: bool = False
     """Do not wait for the end."""
 
@@ -379,7 +379,7 @@ class Report:
     out: Path | None = None
     """Folder of the benchmark; none = benchmarks/ and its name."""
     published: tuple[str, ...] = PUBLISHED
-    """As of `aepo report`."""
+    """Published scores to stand beside ours, as METHOD@SOURCE; `aepo report --published list` shows what there is."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 

@@ -24,7 +24,7 @@ class Item:
     """Something that may be deleted."""
 
     what: str
-    """checkpoints, stages or scheduler."""
+    """Kind of file: checkpoints, stages or scheduler."""
     path: Path
     num_bytes: int
 

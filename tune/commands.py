@@ -47,12 +47,12 @@ class Sweep:
     """
 
     file: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[FILE]")]] = None
-    """TOML with the same names as the flags below, as in docs/operations.md; a flag that is given wins. Or the
-    sweep.json of a sweep, whose runs are then planned again."""
+    """TOML with the same names as the flags below, as in docs/operations.md; a flag that is given wins.
+    Or the sweep.json of a sweep, whose runs are then planned again."""
     spec: tyro.conf.OmitArgPrefixes[SweepSpec] = dataclasses.field(default_factory=SweepSpec)
     """What is run: tasks x methods x variants x seeds."""
     execution: tyro.conf.OmitArgPrefixes[Execution] = dataclasses.field(default_factory=Execution)
-    """Where and how."""
+    """Where and how the runs are carried out."""
     dry_run: Switch = False
     """Show the plan with its estimate and start nothing."""
     yes: Switch = False
@@ -60,7 +60,7 @@ class Sweep:
     status: Switch = False
     """Show where every run of --out stands, of failed ones why, and start nothing; from any terminal."""
     watch: Switch = False
-    """The same as a live table, until the sweep ends."""
+    """Show where every run of --out stands as a live table, until the sweep ends."""
     stop: Switch = False
     """Ask the process that carries --out out to end: every run stores a checkpoint first."""
     json: Switch = False

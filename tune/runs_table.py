@@ -17,7 +17,7 @@ from tune.plan import run_folder
 
 RUNS = "runs.parquet"
 ROWS_AT_ONCE = 200
-"""Held while they are written."""
+"""Rows in memory at a time while they are written."""
 
 
 def collect_rows(

@@ -34,7 +34,7 @@ from tune.status import LiveStatus, sweep_lock
 from tune.sweep import check_data, on_ray, run_sweep, watching
 
 FOUND, SELECT, CONFIRM = "found.toml", "select", "confirm"
-"""In a search's folder: the found settings, the sweeps of best and preset and of found and default."""
+"""Names in a search's folder: of the found settings, and of the sweeps of best and preset, of found and default."""
 
 
 def run_search(

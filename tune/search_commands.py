@@ -37,7 +37,7 @@ class Search:
     """
 
     tasks: tyro.conf.OmitArgPrefixes[TaskChoice] = dataclasses.field(default_factory=TaskChoice)
-    """Which data."""
+    """Data that the trials train on."""
     preset: str = "quick"
     """Where the search starts, and what it is compared with; METHOD, BUDGET or METHOD-BUDGET, as in `aepo sweep`."""
     set: Settings = dataclasses.field(default_factory=dict)
