@@ -29,13 +29,13 @@ CHECKPOINTS = {
     "offline": "checkpoint picked by an offline criterion; ours is the last",
     "unknown": "the source, as quoted here, does not say which checkpoint",
 }
-"""Whose scores a source reports, and what that means beside ours."""
+"""Checkpoint whose scores a source reports -> what that means beside ours."""
 OTHERS = {
     "requoted": "quoted by a third party",
     "rerun": "rerun by a third party",
     "unknown": "from a third party's table",
 }
-"""Where a source has the numbers of methods from that are not its own."""
+"""Origin of a source's numbers of others' methods -> how a note says it."""
 SPREADS = ("std", "stderr")
 NOTE = (
     "Published scores are of D4RL's files, in the simulator that their authors had (mujoco-py); ours are of the "
@@ -50,19 +50,19 @@ class PublishedTable:
     """A published table."""
 
     key: str
-    """Names it on the command line."""
+    """Name on the command line, behind the @."""
     checkpoint: str
-    """One of CHECKPOINTS."""
+    """A key of CHECKPOINTS."""
     own: str
-    """The method that it proposes; empty if it tells only of others'."""
+    """Method that the source proposes; empty if it tells only of others'."""
     others: str
-    """One of OTHERS."""
+    """A key of OTHERS."""
     spread: str
     """What stands behind the ±: `std` or `stderr` over seeds."""
     seeds: int
-    """0 = not said."""
+    """Number of seeds; 0 = not said."""
     source: str
-    """Citation."""
+    """Citation of the table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,7 +35,7 @@ class Cell:
     spread: float = math.nan
     """What is printed behind ±: `stderr`, or of a published cell the spread that its source gives."""
     count: int = 0
-    """Seeds; 0 = not said, not printed."""
+    """Number of seeds; 0 = not said, not printed."""
     marks: tuple[str, ...] = ()
     is_best: bool = False
 

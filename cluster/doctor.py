@@ -21,7 +21,7 @@ Status = Literal["pass", "warn", "fail"]
 PACKAGES = ["torch", "ray", "mlflow", "minari", "gymnasium", "gymnasium-robotics", "mujoco", "pandas"]
 FREE_DISK_GIB = 5.0
 FREE_MEMORY_GIB = 2.5
-"""A private Ray and one running trial."""
+"""GiB of memory that a private Ray and one running trial take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Doctor:
     """
 
     measure: bool = False
-    """Instead, measure in about a minute which of torch's two backends multiplies faster in training on this processor,
-    and keep the answer, beside decoded data, for all runs that begin here."""
+    """Instead, measure in about a minute which of torch's two backends trains faster on this processor.
+    The answer is kept, beside decoded data, for all runs that begin here."""
     seconds: float = 1.5
     """Seconds of measuring per stage and dimensions, with --measure."""
     json: bool = False

@@ -42,7 +42,8 @@ LOG_LINES = 15
 MARK = "AEPO_CLUSTER"
 """Variable in the environment of every process of a cluster: its folder."""
 NODE = "AEPO_NODE"
-"""The same: which node of Ray it is, of this start; a node that died keeps its name for a while."""
+"""Variable in the environment of every process of a node of Ray: the node's name, another one at each start, since a
+node that died keeps its own for a while."""
 POSTGRES_STEP = "install it: apt-get install postgresql (Debian, Ubuntu), dnf install postgresql-server (Fedora)"
 EXTRA_STEP = "install the cluster's packages: pip install 'aepo-platform[cluster]'"
 
