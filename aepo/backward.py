@@ -1,6 +1,6 @@
 """Gradients of the networks without autograd, which costs as much as the arithmetic of layers of these sizes.
 
-What training and sampling use. Everything here runs under `torch.no_grad` only;
+Training and sampling use them. Everything here runs under `torch.no_grad` only;
 tests/aepo/test_networks.py holds it equal to autograd.
 """
 
@@ -30,7 +30,7 @@ def vjp(mlp: Mlp, x_BI: Tensor) -> tuple[Tensor, Pull]:
     return output_BO, functools.partial(_pull, mlp, kept)
 
 
-def fit(mlp: Mlp, x_BI: Tensor, target_BO: Tensor) -> tuple[Tensor, list[Tensor]]:
+def error_and_gradients(mlp: Mlp, x_BI: Tensor, target_BO: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return the error output - target, [B, O], and the gradients of its mean square by the `parameters()`.
 
     Under `torch.no_grad` only. Unlike `vjp` it goes block by block through the rows, forwards and back.

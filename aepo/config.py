@@ -23,7 +23,7 @@ from aepo.names import bounded
 from aepo.tasks import ReturnRule, RewardRule, Source, check_references
 
 Expansion = Literal["posterior_mean", "data_action"]
-"""Where Q is expanded in [M11]."""
+"""Points at which Q is expanded in [M11]."""
 
 VarianceEstimate = Literal["time", "learned"]
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -32,7 +32,7 @@ MAX_COUNT = 2**31 - 1
 MAX_VARIANT = 40
 """Characters in the name of a variant, which heads a column."""
 Activation = Literal["silu", "relu"]
-"""Between a network's layers; where a gradient by the action is used, SiLU gives a smooth one."""
+"""Activations between a network's layers; where a gradient by the action is used, SiLU gives a smooth one."""
 
 
 Ask = Literal["data", "posterior", "slope", "curvature", "draws", "support"]
@@ -113,7 +113,7 @@ def setting(
         default: the field's default; none given = the field must be.
         interval: where a number lies, as in "(0, 1]"; a whole number without an upper end has MAX_COUNT.
         uses: the values of a choice, each with the settings that it uses.
-        later: the field came after runs were made: at its default it changes no identity (`identity`).
+        later: the field came after runs were made: at its default it changes no identity (`identifying_fields`).
     """
     return dataclasses.field(default=default, metadata={"interval": interval, "uses": uses or {}, "later": later})
 
@@ -171,9 +171,9 @@ class DataConfig:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     dataset: str
-    """Minari id."""
+    """Minari id of the data set."""
     source: Source
-    """Stands in every result row: data of different sources are different data."""
+    """Source of the data, which stands in every result row: data of different sources are different data."""
     env_id: str = ""
     """Gymnasium id of the environment that the data set must name, its version aside; empty = any."""
     observation_keys: tuple[str, ...] = ()
@@ -200,7 +200,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
-    """What every stage has."""
+    """Settings that every stage has."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -210,7 +210,7 @@ class StageConfig:
     hidden_size: int = setting(interval="[1, 1000000]")
     num_layers: int = setting(interval="[1, 1000]")
     learning_rate: float = setting(3e-4, "(0, 1]")
-    """Adam, decayed to 0 by a cosine over `steps`."""
+    """Adam's first rate, decayed to 0 by a cosine over `steps`."""
     precision: Precision = "float32"
     """Precision of the factors in large matrix products while the stage trains, if the device has units for it: tf32
     has 10 bits of mantissa (GPUs), bfloat16 has 7. Sums, weights, Adam, losses and small layers stay float32, and so do
@@ -243,7 +243,8 @@ class BehaviorConfig(StageConfig):
     ema_decay: float = setting(0.995, "[0, 1)")
     """Decay per step of the average of weights that samples."""
     variance: VarianceEstimate = "time"
-    """The posterior's [M10]: one table over t, or `learned`, a network of (a_t, s, t) per action dimension."""
+    """Variance of the posterior [M10]: one table over t (`time`), or a network of (a_t, s, t) per action dimension
+    (`learned`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,11 +260,12 @@ class CriticConfig(StageConfig):
     activation: Activation = "silu"
     """Q and V have this activation; published IQL has relu."""
     layer_norm: bool = True
-    """Before each activation: it bounds Q of actions that the data do not have. Published IQL has none."""
+    """Q and V normalise each layer before its activation, which bounds Q of actions that the data do not have.
+    Published IQL does not."""
     backup_steps: int = setting(1, "[1, 1000]")
     """expectile: n of the n-step return that Q follows, within an episode of the data; 1 is IQL's [M7]."""
     learner: str = setting("expectile", uses=CRITIC_LEARNERS)
-    """`softmax_in_support` backs up over actions sampled from stage 1; `expectile` is its counterpart's setting."""
+    """How values back up: `expectile` over the data's actions, `softmax_in_support` over actions of stage 1."""
     num_samples: int = setting(16, "[2, 1000]")
     """softmax_in_support: K, support actions per next state."""
     num_support_states: int = setting(100_000, "[1, inf)")
@@ -273,7 +275,7 @@ class CriticConfig(StageConfig):
 
     @property
     def support(self) -> tuple[int, int]:
-        """Next states, and actions in each, of [M8]."""
+        """Next states, and actions in each, over which [M8] backs up."""
         return (self.num_support_states, self.num_samples) if self.uses("num_support_states") else (0, 0)
 
 
@@ -297,7 +299,7 @@ class EnergyConfig(StageConfig):
     beta_min: float = setting(0.1, "(0, inf)")
     """Smallest inverse temperature trained; targets that are no polynomial in beta only."""
     beta_max: float = setting(10.0, "(0, inf)")
-    """Largest one."""
+    """Largest inverse temperature trained; targets that are no polynomial in beta only."""
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)
@@ -326,7 +328,7 @@ class EnergyConfig(StageConfig):
 
     @property
     def num_units(self) -> int:
-        """Rows, or states with all their support actions."""
+        """Units of a batch: rows, or states with all their support actions."""
         return self.batch_size // max(1, self.support[1])
 
 
@@ -346,7 +348,7 @@ class ActorConfig(StageConfig):
     inverse_temperature: float = setting(3.0, "[0, inf)")
     """Factor of Q - V in the exponent, in units of the data set's (scaled) rewards."""
     activation: Activation = "silu"
-    """Published IQL has relu."""
+    """Activation between the actor's layers; published IQL has relu."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -364,7 +366,7 @@ class TwinDelayedConfig(StageConfig):
     policy_noise: float = setting(0.2, "[0, inf)")
     """Standard deviation of the noise on the target's action."""
     noise_clip: float = setting(0.5, "[0, inf)")
-    """Largest noise."""
+    """Largest magnitude of that noise."""
     actor_interval: int = setting(2, "[1, inf)")
     """Critic steps per actor step."""
 
@@ -415,7 +417,7 @@ class EvaluationConfig:
     num_curve_points: int = setting(0, "[0, inf)")
     """Evaluations during the last stage, equally spaced, its last step left to the final one."""
     num_curve_episodes: int = setting(10, "[1, inf)")
-    """Episodes of each of these."""
+    """Episodes of each evaluation during the last stage."""
     horizon: int = setting(0, "[0, inf)")
     """Steps of an episode; 0 = the environment's own limit."""
     grid_beta: tuple[float, ...] = ()
@@ -425,7 +427,7 @@ class EvaluationConfig:
     grid_nats: tuple[float, ...] = setting((), later=True)
     """Budgets of the heat map in place of guidance scales, in nats, each at the run's scale [M16]."""
     num_grid_episodes: int = setting(10, "[1, inf)")
-    """Episodes of each of its cells."""
+    """Episodes of each cell of the heat map."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -496,7 +498,7 @@ class RunConfig:
     @property
     def fingerprint(self) -> str:
         """12 hex digits of the whole config."""
-        values = identity(self)
+        values = identifying_fields(self)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -525,7 +527,7 @@ class RunConfig:
         return step + sum(ends[i][here + (i < number)] for i in range(len(ends)) if i != number)
 
 
-def identity(config: Any) -> dict[str, Any]:
+def identifying_fields(config: Any) -> dict[str, Any]:
     """Return what tells a config apart: its fields as nested dicts, without those that came later and have the default.
 
     So runs and stored stages from before a setting was added are still found.
@@ -534,7 +536,7 @@ def identity(config: Any) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not (field.metadata.get("later") and value == field.default):
-            values[field.name] = identity(value) if dataclasses.is_dataclass(value) else value
+            values[field.name] = identifying_fields(value) if dataclasses.is_dataclass(value) else value
     return values
 
 
@@ -551,10 +553,10 @@ def parse(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     try:
         return parser.validate_python(dict(values))
     except ValidationError as error:
-        raise ConfigError(described(error)) from None
+        raise ConfigError(validation_message(error)) from None
 
 
-def described(error: ValidationError) -> str:
+def validation_message(error: ValidationError) -> str:
     """Return in one line what pydantic found wrong: the setting, what was wanted, what was got."""
     return "; ".join(
         f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}{_got(item)}"

@@ -34,7 +34,7 @@ _results: TextIO | None = None
 
 @contextlib.contextmanager
 def results_only() -> Iterator[None]:
-    """Keep standard output for the `emit` functions; what libraries print goes to standard error."""
+    """Keep standard output for the `emit_...` functions; what libraries print goes to standard error."""
     global _results
     _results = sys.stdout
     try:

@@ -13,7 +13,7 @@ from aepo.errors import CheckpointError, ConfigError
 from aepo.files import read_text
 
 MAX_DEPTH = 50
-"""Levels of a document; ours have seven at most. What walks through one may then call itself."""
+"""Levels that a document may have; ours have seven at most. What walks through one may then call itself."""
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -7,11 +7,11 @@ import errno
 import os
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A full disk, a quota, a limit on the size of files."""
+"""Numbers of the errors of a full disk, a quota, or a limit on the size of files."""
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-"""Another user's, or a disk that may only be read."""
+"""Numbers of the errors of files that are another user's, or on a disk that may only be read."""
 MISPLACED = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
-"""A path that cannot be what it was to be."""
+"""Numbers of the errors of a path that cannot be what it was to be, such as a file below a file."""
 
 
 class AEPOError(Exception):

@@ -16,7 +16,7 @@ from aepo.data.transitions import Spaces, Transitions
 from aepo.environments import References, references, same_environment
 from aepo.errors import DataError, TrainingError
 from aepo.results import GridCell
-from aepo.slots import SharedSlots, Site, naming
+from aepo.slots import EnvironmentSpec, SharedSlots, environment_errors
 from aepo.tasks import ReturnRule
 
 MAX_HORIZON = 100_000
@@ -72,7 +72,7 @@ class Evaluator:
             DataError: if the data set names no environment, that of another task, or one whose episodes need not end.
             ResourceError: if the environment cannot be made here.
         """
-        site = Site(
+        wanted = EnvironmentSpec(
             dataset_id=dataset_id,
             env_id=env_id,
             observation_keys=observation_keys,
@@ -81,7 +81,7 @@ class Evaluator:
         )
         self.cut_percent = 0.0
         """Percent of the observations' entries in the last `run` that the policy's bound has cut."""
-        self._slots = SharedSlots(site, processes=processes)
+        self._slots = SharedSlots(wanted, processes=processes)
         own = self._slots.own
         own.make([0])
         self.references = refs or references(own.dataset)
@@ -129,7 +129,7 @@ class Evaluator:
         """
         try:
             self._slots.make(min(num_episodes, MAX_ENVS))
-            with naming(self.env_id):
+            with environment_errors(self.env_id):
                 returns = self._roll_out(policy, num_episodes, seed)
         except BaseException:
             self._slots.stop()  # an answer that nobody has waited for would be taken for that of the next call
@@ -201,7 +201,7 @@ class Evaluator:
         if not np.isfinite(step.return_):
             raise TrainingError(f"the environment {self.env_id} gave a reward that is not finite")
         far = _far_entries(torch.as_tensor(state_S), spaces, self.env_id)
-        return [*doubt_pictures(own.dataset, own.site.observation_keys), *far]
+        return [*doubt_pictures(own.dataset, own.spec.observation_keys), *far]
 
     def close(self) -> None:
         """Close the environments and end the processes."""

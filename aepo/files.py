@@ -52,7 +52,7 @@ def read_text(path: Path) -> str:
 
 
 LOOK_S = 1.0
-"""For so long a lock may be held by one that only looks, or is about to end."""
+"""Seconds for which a lock may be held by a process that only looks, or is about to end."""
 
 
 def write_json(path: Path, document: Any) -> None:

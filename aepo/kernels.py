@@ -31,7 +31,7 @@ from aepo.errors import ConfigError
 from aepo.files import read_text, write_atomically
 
 ARITHMETIC = 2
-"""Raised by every change to the bits of a training step: what was begun under another number is never continued."""
+"""Version of the bits of a training step; every change to them raises it, and what another began is not continued."""
 Backend = Literal["torch", "onednn"]
 MIN_GAIN = 1.15
 """Whole steps must be so many times as fast by `onednn` as by `torch` for it to be used."""
@@ -43,11 +43,11 @@ BLOCK_ROWS = 512
 At 256 units 4,096 rows take 1.5 times as long in one piece (docs/decisions/speed.md). GPUs take all rows at once.
 """
 MATMUL_PRECISION: dict[Precision, str] = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}
-"""Torch's names."""
+"""Precision -> torch's name of it."""
 
 _backend: Backend = "torch"
 _small_differ = False
-"""True while small products are to be more precise than `multiplying` has the others."""
+"""True while small products are to be more precise than `matmul_precision` has the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,7 @@ class Measured:
     """The name in /proc/cpuinfo: GenuineIntel, AuthenticAMD."""
     family: str
     model: str
-    """Empty = every model of the family."""
+    """Number of the model in /proc/cpuinfo; empty = every model of the family."""
     torch: str
     """Version of torch, major and minor: 2.13."""
     gain: float
@@ -209,7 +209,7 @@ def using(backend: Backend) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def multiplying(precision: Precision) -> Iterator[None]:
+def matmul_precision(precision: Precision) -> Iterator[None]:
     """Multiply matrices at this precision, on the CPU and on GPUs, for as long as it lasts.
 
     Small ones stay float32: bfloat16 costs them more than it saves.
@@ -234,7 +234,7 @@ def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor, activation: Activati
             return activate(_apply(x_BI, weight_OI, bias_O), activation, inplace=False)
         return _onednn(x_BI, weight_OI, bias_O, activation)
     if _small_differ and _is_small(x_BI, weight_OI):
-        with multiplying("float32"):
+        with matmul_precision("float32"):
             return activate(F.linear(x_BI, weight_OI, bias_O), activation, inplace=not learns)
     return activate(F.linear(x_BI, weight_OI, bias_O), activation, inplace=not learns)
 
@@ -245,7 +245,7 @@ def product(x_BI: Tensor, y_IO: Tensor) -> Tensor:
     if _backend == "onednn" and _suits_onednn(x_BI, y_IO):
         return _onednn(x_BI, y_IO.t(), None)
     if _small_differ and _is_small(x_BI, y_IO):
-        with multiplying("float32"):
+        with matmul_precision("float32"):
             return torch.mm(x_BI, y_IO)
     return torch.mm(x_BI, y_IO)
 

@@ -23,11 +23,6 @@ def num_workers() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def leads() -> bool:
-    """Return whether this worker evaluates and writes files: one does."""
-    return num_workers() == 1 or dist.get_rank() == 0
-
-
 def check_batches(config: RunConfig, workers: int) -> None:
     """Raise a ConfigError unless every batch can be cut into equal parts."""
     for name, stage in config.stages.items():
@@ -65,8 +60,8 @@ def average(gradients: Sequence[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def agree(flag: bool) -> bool:
-    """Return the leader's flag on every worker."""
+def broadcast_flag(flag: bool) -> bool:
+    """Return the flag of the leader, the worker of rank 0, on every worker."""
     if num_workers() == 1:
         return flag
     said = torch.tensor(flag, dtype=torch.uint8, device="cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,13 +1,12 @@
 """The stages of a method as one generator of Progress: the seam that every driver uses (plain, Ray, tests).
 
-It knows neither files nor schedulers. A driver iterates, stores `state` when it wants to, and stops when it
+It knows neither files nor schedulers. A driver iterates, stores `states` when it wants to, and stops when it
 likes; `train(..., resume=saved)` continues bit for bit on the same kind of CPU.
 """
 
 import dataclasses
 import hashlib
 import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from aepo import checkpoint, methods, parallel
 from aepo.config import RunConfig
 from aepo.data.transitions import Transitions
 from aepo.errors import ConfigError, TrainingError
-from aepo.kernels import multiplying
+from aepo.kernels import matmul_precision
 from aepo.stages import Stage, States, Step
 from aepo.stages.optim import Metrics
 
@@ -26,9 +25,9 @@ STREAMS = {"behavior": 0, "critic": 1, "energy": 2, "actor": 3, "actor_critic": 
 HEARTBEAT = 50
 """Steps between two Progress at most; a driver can store the state at each."""
 NUM_LOGS = 200
-"""Progress with metrics per stage."""
+"""Logs of a stage: so many of its Progress have metrics."""
 NUM_CHECKS = 20
-"""Those of them per stage with what is measured on held-out episodes."""
+"""Logs of a stage that also hold what is measured on held-out episodes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,25 +79,6 @@ def train(
             yield from _stage(config, name, number, train_step, states, check)
 
 
-def measure_rates(config: RunConfig, data: Transitions, *, device: torch.device, seconds: float) -> dict[str, float]:
-    """Return the gradient steps per second of each stage, each measured from its start for about so many seconds.
-
-    What a stage prepares before its first step is not counted.
-    """
-    _, train_steps = prepare(config, data, device)
-    rates = {}
-    for name, train_step in train_steps.items():
-        for _ in range(2):
-            metrics = train_step()
-        begin, steps = time.perf_counter(), 0
-        while time.perf_counter() - begin < seconds:
-            metrics = train_step()
-            steps += 1
-        float(next(iter(metrics().values())))  # what a GPU still has to do
-        rates[name] = steps / (time.perf_counter() - begin)
-    return rates
-
-
 def prepare(config: RunConfig, data: Transitions, device: torch.device) -> tuple[States, dict[str, Step]]:
     """Return the states before the first step, wholly determined by the seed, and, in order, each stage's step.
 
@@ -112,14 +92,14 @@ def prepare(config: RunConfig, data: Transitions, device: torch.device) -> tuple
         )
     stages = methods.stages_of(config)
     for stage in stages:
-        number = stream(stage.name, config.seed)
+        number = stream_seed(stage.name, config.seed)
         torch.manual_seed(number)  # weights
         generator = torch.Generator(device).manual_seed(number)  # batches and noise
         states[stage.name] = stage.start(config.stages[stage.name], data, generator)
     return states, {stage.name: _whole_step(stage, config, states, data) for stage in stages}
 
 
-def stream(stage: str, seed: int) -> int:
+def stream_seed(stage: str, seed: int) -> int:
     """Return the number that seeds a stage's weights, batches and noise, in [0, 2^63).
 
     It depends on the stage's name and the run's seed alone, so that no other stage, old or new, changes it.
@@ -135,7 +115,7 @@ def _whole_step(stage: Stage, config: RunConfig, states: States, data: Transitio
     step = stage.step(own, states, data)
 
     def train_step() -> Metrics:
-        with multiplying(own.precision):
+        with matmul_precision(own.precision):
             if stage.prepare is not None and states[stage.name].step in begins:
                 stage.prepare(own, states, data)
             return step()

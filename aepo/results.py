@@ -31,7 +31,7 @@ class Evaluation:
     method: str
     """The run's own method, or what the policy becomes at guidance scale 0."""
     beta: float | None
-    """Inverse temperature; None for a policy without one, as is the next."""
+    """Inverse temperature; None for a policy without one, which has no guidance scale either."""
     guidance_scale: float | None
     score: float | None
     """Normalised score, 0 = random and 100 = expert; None without reference returns."""
@@ -45,7 +45,7 @@ class Evaluation:
     nats: float = 0.0
     """What guidance was allowed to cost an action on the mean; 0 = no bound."""
     kl: float | None = None
-    """What it did cost in the roll-outs, KL(guided || behaviour) in nats an action; None where that is not known."""
+    """What guidance did cost in the roll-outs, KL(guided || behaviour) in nats an action; None where not known."""
 
     def cell(self) -> "GridCell":
         """Return it as a cell of a heat map; a policy without beta has none."""
@@ -121,7 +121,7 @@ class Result:
     task: str
     suite: str
     source: str
-    """Whose data: d4rl, minari or user."""
+    """Source of the data: d4rl, minari, collected or user."""
     dataset: str
     """Minari's id."""
     dataset_digest: str | None
@@ -137,7 +137,7 @@ class Result:
     method: str
     preset: str
     status: Literal["finished", "failed", "missing"]
-    """`missing`: planned, without an end; only rows of runs.parquet are."""
+    """How the run ended; `missing`: planned, without an end, as only rows of runs.parquet can be."""
     error: str | None
     score: float | None
     return_mean: float | None
@@ -145,10 +145,10 @@ class Result:
     steps: Annotated[int, Field(ge=0)]
     """Gradient steps of all stages."""
     steps_reused: Annotated[int, Field(ge=0)] = 0
-    """Those of the steps that the stage store saved."""
+    """Gradient steps, of these, that the stage store saved."""
     seconds: float
     evaluations: tuple[Evaluation, ...]
-    """The run's own method first."""
+    """Final evaluations, the run's own method first."""
     curve: tuple[CurvePoint, ...]
     grid: tuple[GridCell, ...] = ()
     commit: str | None
@@ -157,7 +157,7 @@ class Result:
     """Version of aepo."""
     machine: str = ""
     started_at: str | None
-    """UTC, ISO 8601."""
+    """When the run started: UTC, ISO 8601."""
     folder: str = ""
     """Folder of the run; in runs.parquet relative to the sweep's."""
 

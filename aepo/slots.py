@@ -29,12 +29,12 @@ from aepo.errors import AEPOError, ConfigError, DataError, ResourceError, Traini
 from aepo.tasks import ReturnRule
 
 CLOSING_S = 10.0
-"""A process that has not ended so long after it was told to is killed."""
+"""Seconds after which a process that was told to end is killed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Site:
-    """Where policies are evaluated and what counts there: all that a process must know to make the environments."""
+class EnvironmentSpec:
+    """All that a process must know to make the environments of an evaluation, and what counts in their episodes."""
 
     dataset_id: str
     """Minari id; the environment is the one that it names."""
@@ -48,7 +48,7 @@ class Site:
     """What counts in an episode."""
 
 
-class Step(NamedTuple):
+class SlotStep(NamedTuple):
     """What a step did in one slot."""
 
     state_S: NDArray[np.float64]
@@ -62,10 +62,10 @@ class Step(NamedTuple):
 class Slots:
     """The slots of one process."""
 
-    def __init__(self, site: Site):
+    def __init__(self, spec: EnvironmentSpec):
         """Open the data set; errors as `open_dataset`."""
-        self.site = site
-        self.dataset = open_dataset(site.dataset_id)
+        self.spec = spec
+        self.dataset = open_dataset(spec.dataset_id)
         """The Minari data set."""
         self._returns: dict[int, float] = {}
         self._bounds: tuple[NDArray[Any], NDArray[Any]]
@@ -78,9 +78,9 @@ class Slots:
         """Make the environments of these slots, those that are not there; errors as `make_environment`."""
         for slot in slots:
             if slot not in self.envs:
-                env = make_environment(self.dataset, env_id=self.site.env_id, horizon=self.site.horizon)
+                env = make_environment(self.dataset, env_id=self.spec.env_id, horizon=self.spec.horizon)
                 self.envs[slot], self.env_id = env, env.spec.id if env.spec else ""
-                self._bounds = action_bounds(env, name=self.env_id or self.site.dataset_id)
+                self._bounds = action_bounds(env, name=self.env_id or self.spec.dataset_id)
         return {}
 
     def reset(self, seeds: Mapping[int, int]) -> dict[int, NDArray[np.float64]]:
@@ -90,12 +90,12 @@ class Slots:
             TrainingError: if an environment fails.
             DataError: if the observation lacks an entry.
         """
-        with naming(self.env_id):
+        with environment_errors(self.env_id):
             observations = [self.envs[slot].reset(seed=seed)[0] for slot, seed in seeds.items()]
             self._returns |= dict.fromkeys(seeds, 0.0)
             return dict(zip(seeds, self._flatten(observations), strict=True))
 
-    def step(self, actions: Mapping[int, NDArray[Any]]) -> dict[int, Step]:
+    def step(self, actions: Mapping[int, NDArray[Any]]) -> dict[int, SlotStep]:
         """Take an action, [A], in each of these slots, in the environment's type and within its bounds.
 
         Raises:
@@ -103,7 +103,7 @@ class Slots:
             DataError: if it does not report what the return rule counts.
         """
         observations, overs = [], []
-        with naming(self.env_id):
+        with environment_errors(self.env_id):
             within = accepted(np.stack(list(actions.values())), *self._bounds)  # at once: a clip costs as a small step
             for slot, action in zip(actions, within, strict=True):
                 observation, reward, terminated, truncated, info = self.envs[slot].step(action)
@@ -111,7 +111,7 @@ class Slots:
                 observations.append(observation)
                 overs.append(bool(terminated or truncated or ends))
             return {
-                slot: Step(state_S, self._returns[slot], over)
+                slot: SlotStep(state_S, self._returns[slot], over)
                 for slot, state_S, over in zip(actions, self._flatten(observations), overs, strict=True)
             }
 
@@ -122,23 +122,23 @@ class Slots:
 
     def _count(self, slot: int, reward: float, info: Mapping[str, Any]) -> bool:
         """Add a step to its episode's return; return whether the return rule ends the episode."""
-        if self.site.return_rule == "subtasks":
+        if self.spec.return_rule == "subtasks":
             if "episode_task_completions" not in info:
                 raise DataError(f"the environment {self.env_id} reports no sub-tasks; --set data.return_rule=sum")
             self._returns[slot] = float(len(info["episode_task_completions"]))
             return False
-        if self.site.return_rule == "goal":
+        if self.spec.return_rule == "goal":
             self._returns[slot] = float(reward > 0) if np.isfinite(reward) else reward
             return reward > 0
         self._returns[slot] += reward
         return False
 
     def _flatten(self, observations: Sequence[Any]) -> NDArray[np.float64]:
-        return flatten(_stack(observations), self.site.observation_keys)
+        return flatten(_stack(observations), self.spec.observation_keys)
 
 
 @contextlib.contextmanager
-def naming(env_id: str) -> Iterator[None]:
+def environment_errors(env_id: str) -> Iterator[None]:
     """Turn what an environment raises into a TrainingError that names it."""
     try:
         yield
@@ -160,11 +160,11 @@ def _stack(observations: Sequence[Any]) -> Any:
 class SharedSlots:
     """All slots of an evaluation, shared among processes that are started when they are first needed."""
 
-    def __init__(self, site: Site, *, processes: int = 1):
+    def __init__(self, spec: EnvironmentSpec, *, processes: int = 1):
         """Open the data set here; errors as `open_dataset`.
 
         Args:
-            site: what the slots are.
+            spec: what the slots are.
             processes: how many step the environments, this one among them, >= 1.
 
         Raises:
@@ -172,8 +172,8 @@ class SharedSlots:
         """
         if processes < 1:
             raise ConfigError(f"evaluation wants at least 1 process, got {processes}")
-        self._site, self._num = site, processes
-        self.own = Slots(site)
+        self._spec, self._num = spec, processes
+        self.own = Slots(spec)
         self.workers: list[Worker] = []
         self.start_s = 0.0
         """Seconds that starting processes has taken."""
@@ -192,7 +192,7 @@ class SharedSlots:
         """Do as `Slots.reset`, and raise as `make`, too."""
         return self._call("reset", seeds) if seeds else {}
 
-    def step(self, actions: Mapping[int, NDArray[Any]]) -> dict[int, Step]:
+    def step(self, actions: Mapping[int, NDArray[Any]]) -> dict[int, SlotStep]:
         """Do as `Slots.step`, and raise as `make`, too."""
         return self._call("step", actions)
 
@@ -214,7 +214,7 @@ class SharedSlots:
         if num <= len(self.workers) + 1:
             return
         begin = time.monotonic()
-        new = [Worker(self._site, f"evaluation process {i + 1}") for i in range(len(self.workers) + 1, num)]
+        new = [Worker(self._spec, f"evaluation process {i + 1}") for i in range(len(self.workers) + 1, num)]
         self.workers += new
         for worker in new:
             worker.receive()
@@ -239,11 +239,11 @@ class SharedSlots:
 class Worker:
     """Another process with slots, seen from the one that started it."""
 
-    def __init__(self, site: Site, name: str):
+    def __init__(self, spec: EnvironmentSpec, name: str):
         """Start it; the first `receive` waits until it is ready."""
         context = multiprocessing.get_context("spawn")  # a fork would have torch's threads without their locks' owners
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, site, _float_modes()), name=name, daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, spec, _float_modes()), name=name, daemon=True)
         with _nothing_to_import():
             self._process.start()
         theirs.close()
@@ -302,13 +302,13 @@ class Worker:
         )
 
 
-def serve(connection: Connection, site: Site, float_modes: bytes) -> None:
+def serve(connection: Connection, spec: EnvironmentSpec, float_modes: bytes) -> None:
     """Answer calls of a process's slots until the other end of the pipe closes; what a `Worker` executes.
 
     Args:
         connection: brings a method of `Slots` with its argument, takes its value or what it raised; the first message,
             unasked for, says that the process is ready.
-        site: what the slots are.
+        spec: what the slots are.
         float_modes: what `_float_modes` gave where the others are.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the first one decides
@@ -316,7 +316,7 @@ def serve(connection: Connection, site: Site, float_modes: bytes) -> None:
     slots: Slots | None = None
     with contextlib.suppress(EOFError, OSError):  # nobody is at the other end any more
         try:
-            slots, ready = Slots(site), None
+            slots, ready = Slots(spec), None
             register_robotics()
         except (Exception, SystemExit) as error:
             ready = _sendable(error)

@@ -22,14 +22,14 @@ _STRICT = ConfigDict(strict=True, extra="ignore")
 
 @with_config(_STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Spec:
+class SearchSpec:
     """What a search is; a continued one must have the same, except for the number of trials and confirming seeds."""
 
     tasks: tuple[str, ...]
     datasets: tuple[str, ...]
     """Minari ids of data sets without a task of their own."""
     source: str
-    """As `aepo sweep --source`."""
+    """Source of the tasks' data; empty = each task's first."""
     preset: str
     overrides: dict[str, str]
     trials: int
@@ -57,7 +57,7 @@ class Spec:
 
     @property
     def names(self) -> list[str]:
-        """Tasks, then data sets without one."""
+        """Names of the tasks, then of the data sets without a task."""
         return [*self.tasks, *self.datasets]
 
 
@@ -84,12 +84,12 @@ class Round:
     scores: dict[str, float]
     """Task or data set -> its score."""
     beta: float | None
-    """Beta with which the score was best over all tasks, of those in the grid; None without a grid, as is the next."""
+    """Beta of the grid with which the score was best over all tasks, as `guidance_scale`; None without a grid."""
     guidance_scale: float | None
     steps_reused: int
     """Gradient steps that the stage store has saved the trial so far."""
     at: float
-    """Seconds since the epoch."""
+    """When the round ended, in seconds since the epoch."""
 
 
 @with_config(_STRICT)
@@ -102,7 +102,7 @@ class Trial:
     params: dict[str, Any]
     """Dotted key -> value drawn."""
     used: dict[str, Any]
-    """Those of the drawn settings that its target and learner have."""
+    """Drawn settings that the trial's target and learner have."""
     runs: list[str]
     """Names of its runs, one per task."""
     steps: list[int]
@@ -161,7 +161,7 @@ class Selection:
     trial: int
     """Number of the best trial."""
     settings: dict[str, Any]
-    """Its settings as overrides of the preset."""
+    """Settings of that trial as overrides of the preset."""
     wins: bool
     best: list[Outcome]
     preset: list[Outcome]
@@ -181,11 +181,11 @@ class Confirmation:
 @with_config(_STRICT)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchFile:
-    """search.json."""
+    """What search.json holds."""
 
     format: Literal[1] = FORMAT
     commit: str | None
-    spec: Spec
+    spec: SearchSpec
     shares: tuple[float, ...]
     """Share of the budget at the end of each round."""
     space: SpaceText

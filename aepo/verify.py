@@ -24,7 +24,7 @@ from aepo.evaluate import Evaluator
 from aepo.tasks import Task
 
 MAX_LOST = 0.05
-"""Share of a D4RL file's rows that have no successor."""
+"""Largest share of a D4RL file's rows that have no successor and are left out."""
 
 
 def verify(task: Task) -> tuple[dict[str, Any], list[str], list[str]]:

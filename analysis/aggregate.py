@@ -20,7 +20,7 @@ from analysis.labels import Arm
 from analysis.scores import Score
 
 Scores: TypeAlias = Sequence[NDArray[np.float64]]
-"""Per task, the scores of its seeds."""
+"""Scores of each task's seeds."""
 Statistic: TypeAlias = Callable[..., Any]
 """(samples, one per task, [..., seeds]; axis=-1) -> statistic [...]."""
 TRIM = 0.25
@@ -56,7 +56,7 @@ class Aggregate:
     optimality_gap: Interval
     """Mean of what scores lack to 100, those above it counted as 100."""
     improvement: Interval | None
-    """Probability that the first arm's score on a task is above this one's, ties counted half; None = itself."""
+    """Probability that the first arm's score on a task is above this one's, ties counted half; None for itself."""
 
 
 def iqm(*samples: NDArray[np.float64], axis: int = -1) -> Any:

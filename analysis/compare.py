@@ -33,12 +33,12 @@ class Difference:
     """Score (or return where there are no references) on the first side; NaN = a hole."""
     after_mean: float
     difference: float
-    """After minus before: of the shared seeds where there are two or more, else of the means."""
+    """Second side minus first: of the shared seeds where there are two or more, else of the means."""
     low: float
     """End of the 95 % interval; NaN where the seeds do not allow one."""
     high: float
     seeds: tuple[int, ...]
-    """That the difference is of, if paired."""
+    """Seeds of a paired difference; empty for another."""
     is_paired: bool
     only_before: tuple[int, ...]
     """Seeds with a result on the first side alone."""

@@ -47,7 +47,7 @@ class HeatMap:
     strength: str
     """The setting beside beta, "guidance scale" or "nats"."""
     strengths: NDArray[np.float64]
-    """Its values, [S], ascending."""
+    """Values of that setting, [S], ascending."""
     betas: NDArray[np.float64]
     """Betas, [B], ascending."""
     values: NDArray[np.float64]

@@ -23,7 +23,7 @@ from analysis.labels import Arm, in_order
 
 FILE = "runs.parquet"
 MLFLOW = "mlflow:"
-"""Begins the name of a source that is an experiment of MLflow."""
+"""Beginning of the name of a source that is an experiment of MLflow."""
 
 SCHEMA = schema()
 """Columns of runs.parquet, one row per planned run; further columns are ignored."""

@@ -17,7 +17,7 @@ from analysis.compare import Difference, differences, missing, overall
 from analysis.curves import Curve, HeatMap, heat_maps, learning_curves
 from analysis.labels import Arm, colours
 from analysis.load import arms, evaluations
-from analysis.published import Published
+from analysis.published import PublishedScore
 from analysis.scores import Score, suite_averages, task_scores
 from analysis.tables import Results, best_results, results
 
@@ -124,7 +124,7 @@ def build_report(
     runs: "pd.DataFrame",
     *,
     sources: Sequence[Path] = (),
-    published: Mapping[str, Sequence[Published]] | None = None,
+    published: Mapping[str, Sequence[PublishedScore]] | None = None,
     tracking_uri: str = "",
 ) -> ReportData:
     """Return what a report of runs says.

@@ -22,7 +22,7 @@ from analysis.model import AGGREGATE_NOTE, BEST_NOTE, SCALE_NOTE, ReportData, Ru
 from analysis.tables import PARTIAL, Cell, Column, Results, Row, aggregate_rows
 
 DIGITS = 5
-"""Significant ones of the numbers that plots are drawn from."""
+"""Significant digits of the numbers that plots are drawn from."""
 RUN_DIGITS = {"score": 1, "return": 1, "steps": 0, "minutes": 1}
 """Digits behind the point of numbers in the run list."""
 MAX_POINTS = 300

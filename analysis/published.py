@@ -29,13 +29,13 @@ CHECKPOINTS = {
     "offline": "checkpoint picked by an offline criterion; ours is the last",
     "unknown": "the source, as quoted here, does not say which checkpoint",
 }
-"""Whose scores a source reports, and what that means beside ours."""
+"""Checkpoint whose scores a source reports -> what that means beside ours."""
 OTHERS = {
     "requoted": "quoted by a third party",
     "rerun": "rerun by a third party",
     "unknown": "from a third party's table",
 }
-"""Where a source has the numbers of methods from that are not its own."""
+"""Origin of a source's numbers of others' methods -> how a note says it."""
 SPREADS = ("std", "stderr")
 NOTE = (
     "Published scores are of D4RL's files, in the simulator that their authors had (mujoco-py); ours are of the "
@@ -46,27 +46,27 @@ D4RL = "d4rl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class PublishedTable:
     """A published table."""
 
     key: str
-    """Names it on the command line."""
+    """Name on the command line, behind the @."""
     checkpoint: str
-    """One of CHECKPOINTS."""
+    """A key of CHECKPOINTS."""
     own: str
-    """The method that it proposes; empty if it tells only of others'."""
+    """Method that the source proposes; empty if it tells only of others'."""
     others: str
-    """One of OTHERS."""
+    """A key of OTHERS."""
     spread: str
     """What stands behind the ±: `std` or `stderr` over seeds."""
     seeds: int
-    """0 = not said."""
+    """Number of seeds; 0 = not said."""
     source: str
-    """Citation."""
+    """Citation of the table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Published:
+class PublishedScore:
     """One cell: what a source says of a method on a task."""
 
     suite: str
@@ -77,7 +77,7 @@ class Published:
     """Normalized score, 0 = random policy, 100 = expert."""
     std: float
     """Spread of the source's kind, > 0; NaN where it gives none."""
-    source: Source
+    source: PublishedTable
 
     @property
     def column(self) -> str:
@@ -86,20 +86,20 @@ class Published:
 
 
 @functools.cache
-def published() -> tuple[Published, ...]:
+def published() -> tuple[PublishedScore, ...]:
     """Return all cells.
 
     Raises:
         DataError: if a cell has no source, a number that is none, or stands there twice.
     """
     sources = {}
-    for number, row in _rows(SOURCES, Source):
+    for number, row in _rows(SOURCES, PublishedTable):
         checks = (row["checkpoint"] in CHECKPOINTS, row["others"] in OTHERS, row["spread"] in SPREADS, row["key"])
         if not all(checks) or row["source"] in sources:
             raise DataError(f"{SOURCES}, line {number}: {row} is no source, or stands there twice")
-        sources[row["source"]] = Source(**{**row, "seeds": int(row["seeds"] or 0)})  # type: ignore[arg-type]
-    cells: dict[tuple[str, str], Published] = {}
-    for number, row in _rows(SCORES, Published):
+        sources[row["source"]] = PublishedTable(**{**row, "seeds": int(row["seeds"] or 0)})  # type: ignore[arg-type]
+    cells: dict[tuple[str, str], PublishedScore] = {}
+    for number, row in _rows(SCORES, PublishedScore):
         place = f"{SCORES}, line {number}: {row['task']} {row['method']}"
         if row["source"] not in sources:
             raise DataError(f"{place}: {SOURCES} has no source {row['source']!r}")
@@ -109,14 +109,14 @@ def published() -> tuple[Published, ...]:
             raise DataError(f"{place}: {error}") from error
         if not math.isfinite(mean) or std < 0 or math.isinf(std):
             raise DataError(f"{place}: mean {mean} and spread {std}, wanted finite ones and no spread below 0")
-        cell = Published(**{**row, "mean": mean, "std": std, "source": sources[row["source"]]})  # type: ignore[arg-type]
+        cell = PublishedScore(**{**row, "mean": mean, "std": std, "source": sources[row["source"]]})  # type: ignore[arg-type]
         if not re.fullmatch(r"[a-z0-9-]+-v\d", cell.task) or (cell.task, cell.column) in cells:
             raise DataError(f"{place}: stands there twice, or the task has no version")
         cells[cell.task, cell.column] = cell
     return tuple(cells.values())
 
 
-def find_columns(names: Sequence[str]) -> dict[str, list[Published]]:
+def find_columns(names: Sequence[str]) -> dict[str, list[PublishedScore]]:
     """Return column -> its cells for names as METHOD@SOURCE, or METHOD if it has one source; UNKNOWN has no cell.
 
     A name that ends in .csv is a table of the user's own.
@@ -124,7 +124,7 @@ def find_columns(names: Sequence[str]) -> dict[str, list[Published]]:
     Raises:
         ConfigError: for a name that is unknown or has several sources.
     """
-    found: dict[str, list[Published]] = {}
+    found: dict[str, list[PublishedScore]] = {}
     for name in names:
         if name.endswith(".csv"):
             found |= own_columns(Path(name))
@@ -143,7 +143,7 @@ def find_columns(names: Sequence[str]) -> dict[str, list[Published]]:
     return found
 
 
-def own_columns(file: Path) -> dict[str, list[Published]]:
+def own_columns(file: Path) -> dict[str, list[PublishedScore]]:
     """Return column -> its cells from a user's table: columns method, task, score, spread, source.
 
     A spread is a standard deviation, or empty; the source says where the number is from, in words.
@@ -156,7 +156,7 @@ def own_columns(file: Path) -> dict[str, list[Published]]:
     reader = csv.DictReader(io.StringIO(read_text(file)), strict=True)
     if set(reader.fieldnames or ()) != set(OWN):
         raise DataError(f"{file} has columns {reader.fieldnames}, wanted {', '.join(OWN)}")
-    found: dict[str, dict[str, Published]] = {}
+    found: dict[str, dict[str, PublishedScore]] = {}
     for row in reader:
         place = f"{file}, line {reader.line_num}"
         if None in row or None in row.values():
@@ -167,11 +167,11 @@ def own_columns(file: Path) -> dict[str, list[Published]]:
             raise DataError(f"{place}: {error}; wanted numbers, or no spread") from error
         if not math.isfinite(mean) or std < 0 or math.isinf(std) or not (row["method"] and row["task"]):
             raise DataError(f"{place}: wanted a method, a task, a finite score and no spread below 0; got {row}")
-        source = Source(
+        source = PublishedTable(
             key=file.stem, checkpoint="unknown", own=row["method"], others="unknown", spread="std", seeds=0,
             source=row["source"] or file.name,
         )  # fmt: skip
-        cell = Published(suite="", task=row["task"], method=row["method"], mean=mean, std=std, source=source)
+        cell = PublishedScore(suite="", task=row["task"], method=row["method"], mean=mean, std=std, source=source)
         if found.setdefault(cell.column, {}).setdefault(cell.task, cell) is not cell:
             raise DataError(f"{place}: {cell.method} on {cell.task} stands there twice")
     return {column: list(cells.values()) for column, cells in found.items()}
@@ -190,14 +190,14 @@ def column_rows() -> list[dict[str, str]]:
     return [rows[name] for name in sorted(rows, key=str.lower)]
 
 
-def match(cells: Sequence[Published], task: str) -> Published | None:
+def match(cells: Sequence[PublishedScore], task: str) -> PublishedScore | None:
     """Return a column's cell for a task of ours: of the same version of the data, else of another one."""
     same = [cell for cell in cells if cell.task == task]
     other = [cell for cell in cells if _base(cell.task) == _base(task)]
     return next(iter(same or other), None)
 
 
-def cautions(cell: Published, task: str, data_source: str) -> list[str]:
+def cautions(cell: PublishedScore, task: str, data_source: str) -> list[str]:
     """Return what a reader must know to compare a cell with ours, as clauses for a footnote.
 
     Args:
@@ -219,12 +219,12 @@ def cautions(cell: Published, task: str, data_source: str) -> list[str]:
     return found
 
 
-def is_comparable(cell: Published, task: str, data_source: str) -> bool:
+def is_comparable(cell: PublishedScore, task: str, data_source: str) -> bool:
     """Return whether a cell may be ranked with ours: the same data, and no best checkpoint against a last one."""
     return data_source == D4RL and _version(cell.task) == _version(task) and cell.source.checkpoint != "best"
 
 
-def stderr(cell: Published) -> float:
+def stderr(cell: PublishedScore) -> float:
     """Return the standard error of a cell, NaN where the source does not let it be computed."""
     if cell.source.spread == "stderr":
         return cell.std

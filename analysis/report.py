@@ -44,20 +44,20 @@ class Report:
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SWEEP...", help_behavior_hint="")]
-    """Folders that `aepo sweep` wrote, or mlflow:EXPERIMENT; their runs stand in one table. Or a folder that
-    `aepo search` wrote, and if wanted another, compared with it at equal gradient steps."""
+    """Folders that `aepo sweep` wrote, or mlflow:EXPERIMENT; their runs stand in one table.
+    Or a folder that `aepo search` wrote, and if wanted another, compared with it at equal gradient steps."""
     out: Annotated[
         Path | None,
         tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: report, in the first sweep)"),
     ] = None
     """Folder for the report."""
     published: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN...", help_behavior_hint="")] = ()
-    """Published scores to stand beside ours, as METHOD@SOURCE, `list` shows what there is; or a table of your own,
-    FILE.csv with the columns method, task, score, spread, source."""
+    """Published scores to stand beside ours, as METHOD@SOURCE; `list` shows what there is.
+    Or a table of your own, FILE.csv with the columns method, task, score, spread, source."""
     paired: bool = False
     """Compare two sweeps, task by task: the second less the first."""
     tracking_uri: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: MLFLOW_TRACKING_URI)")] = ""
-    """MLflow's, for mlflow:EXPERIMENT and for the page's links to runs."""
+    """Address of MLflow, for mlflow:EXPERIMENT and for the page's links to runs."""
     allow_missing: bool = False
     """Report all the same, each hole shown as a hole."""
     json: bool = False

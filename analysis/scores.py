@@ -27,22 +27,22 @@ class Score:
     score_stderr: float
     """Standard error of `score_mean`: `score_std` over the root of the number of seeds."""
     scores: tuple[float, ...]
-    """One per finished run, in the order of `seeds`; NaN without reference scores."""
+    """Score of each finished run, in the order of `seeds`; NaN without reference scores."""
     returns: tuple[float, ...]
-    """As `scores`: each run's mean return per episode."""
+    """Mean return per episode of each finished run, in the order of `seeds`."""
     return_mean: float
     """Mean over seeds of each run's mean return per episode, in the environment's own unit."""
     return_std: float
-    """As `score_std`."""
+    """Sample standard deviation of the returns over seeds (divisor n - 1); NaN for fewer than two."""
     return_stderr: float
-    """As `score_stderr`."""
+    """Standard error of `return_mean`; NaN for fewer than two seeds."""
     best_scores: tuple[float, ...]
-    """One per finished run, in the order of `seeds`: the highest evaluation of its learning curve, the last one
-    included. It is picked on the very returns that it reports, so it flatters; empty if a run has no curve."""
+    """Highest evaluation on the learning curve of each finished run, the last one included, in the order of `seeds`.
+    It is picked on the very returns that it reports, so it flatters; empty if a run has no curve."""
     best_mean: float
     """Mean of `best_scores`."""
     best_stderr: float
-    """As `score_stderr`."""
+    """Standard error of `best_mean`; NaN for fewer than two seeds."""
     seeds: tuple[int, ...]
     """Seeds with a result, ascending."""
     num_episodes: int
@@ -66,12 +66,12 @@ class Average:
     """The mean over the tasks of one suite of one arm's means, or the reason why there is none."""
 
     suite: str
-    """Empty = over all tasks of all suites, as the tables' last row."""
+    """Name of the suite; empty = all tasks of all suites, as in the tables' last row."""
     arm: Arm
     total: float
     """Sum of the tasks' means, as D4RL tables have it."""
     score_mean: float
-    """NaN if `hole` is not empty."""
+    """Mean of the tasks' means; NaN if `hole` is not empty."""
     score_stderr: float
     """Standard error of `score_mean`: the root of the sum of the tasks' squared standard errors, over their number."""
     hole: str

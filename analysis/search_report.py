@@ -1,6 +1,6 @@
 """The report of a search: what was found, what it is worth on fresh seeds, where trials were stopped, what it cost.
 
-Reads search.json alone, so that it can be made while the search runs; optuna's importance and plots are used as they
+It reads search.json alone, so that it can be made while the search runs; optuna's importance and plots are used as they
 are.
 """
 
@@ -26,7 +26,7 @@ COLOURS: dict[State, str] = {
     "running": "#E69F00",
     "waiting": "#F0E442",
 }
-"""Okabe and Ito's, by the state of a trial."""
+"""State of a trial -> its colour, one of Okabe and Ito's."""
 
 
 @dataclasses.dataclass(frozen=True)

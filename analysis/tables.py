@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from analysis.aggregate import STATISTICS, Aggregate, Interval
 from analysis.compare import Difference
 from analysis.labels import Arm
-from analysis.published import NOTE, UNKNOWN, Published, cautions, is_comparable, match, stderr
+from analysis.published import NOTE, UNKNOWN, PublishedScore, cautions, is_comparable, match, stderr
 from analysis.scores import Average, Score
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Cell:
     spread: float = math.nan
     """What is printed behind ±: `stderr`, or of a published cell the spread that its source gives."""
     count: int = 0
-    """Seeds; 0 = not said, not printed."""
+    """Number of seeds; 0 = not said, not printed."""
     marks: tuple[str, ...] = ()
     is_best: bool = False
 
@@ -94,7 +94,7 @@ def results(
     runs: "pd.DataFrame",
     scores: Sequence[Score],
     averages: Sequence[Average],
-    published: Mapping[str, Sequence[Published]],
+    published: Mapping[str, Sequence[PublishedScore]],
 ) -> Results:
     """Return the table of final scores, a column per arm and then per published column."""
     columns = [Column(key=str(arm), label=arm.label) for arm in dict.fromkeys(score.arm for score in scores)]
@@ -208,7 +208,9 @@ class _Quoted:
     """Columns of the cells that may be ranked and averaged with ours."""
 
 
-def _quoted(task: str, source: str, published: Mapping[str, Sequence[Published]], letters: dict[str, str]) -> _Quoted:
+def _quoted(
+    task: str, source: str, published: Mapping[str, Sequence[PublishedScore]], letters: dict[str, str]
+) -> _Quoted:
     """Return what the published columns say of a task, and add to the letters, text -> mark, those of new footnotes."""
     cells, comparable = {}, set()
     for name, column in published.items():
@@ -228,7 +230,7 @@ def _notes(
     runs: "pd.DataFrame",
     scores: Sequence[Score],
     averages: Sequence[Average],
-    published: Mapping[str, Sequence[Published]],
+    published: Mapping[str, Sequence[PublishedScore]],
     *,
     with_letters: bool,
 ) -> list[Note]:

@@ -21,7 +21,7 @@ Status = Literal["pass", "warn", "fail"]
 PACKAGES = ["torch", "ray", "mlflow", "minari", "gymnasium", "gymnasium-robotics", "mujoco", "pandas"]
 FREE_DISK_GIB = 5.0
 FREE_MEMORY_GIB = 2.5
-"""A private Ray and one running trial."""
+"""GiB of memory that a private Ray and one running trial take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Doctor:
     """
 
     measure: bool = False
-    """Instead, measure in about a minute which of torch's two backends multiplies faster in training on this processor,
-    and keep the answer, beside decoded data, for all runs that begin here."""
+    """Instead, measure in about a minute which of torch's two backends trains faster on this processor.
+    The answer is kept, beside decoded data, for all runs that begin here."""
     seconds: float = 1.5
     """Seconds of measuring per stage and dimensions, with --measure."""
     json: bool = False
@@ -67,7 +67,7 @@ class Doctor:
 
     def _measure(self) -> int:
         from aepo import kernels
-        from aepo.bench.measure import backends
+        from aepo.bench.measure import backend_gains
         from aepo.runs.run import own_table, set_up_torch
         from aepo.runs.rundir import commit
 
@@ -77,7 +77,7 @@ class Doctor:
             raise ResourceError("/proc/cpuinfo does not say which processor this is: torch's own layers are used")
         set_up_torch(1)
         gains = {}
-        for name, gain in backends(self.seconds):
+        for name, gain in backend_gains(self.seconds):
             err.print(f"{name}: {gain:.2f} times as fast by onednn as by torch", soft_wrap=True)
             gains[name] = gain
         here, median = kernels.processor(), statistics.median(gains.values())

@@ -39,7 +39,7 @@ PACKAGES = ("aepo", "tune", "cluster", "analysis")
 PACKED = {".py", ".csv", ".ini", ".toml", ".typed"}
 """Kinds of files that are packed, of our own packages only: no data, history, environment files or keys."""
 STORAGE = "AEPO_STORAGE"
-"""On the cluster: the folder that all nodes see."""
+"""Variable that names, on the cluster, the folder that all nodes see."""
 POLL_S, PATIENCE_S = 1.0, 900.0
 HELPER_TIMEOUT_S = 180.0
 

@@ -31,7 +31,7 @@ from aepo.console import err
 from aepo.documents import parse_json
 from aepo.errors import AEPOError, ResourceError
 from cluster import services
-from cluster.services import ADMIN, AUTH_CONFIG, DATABASE, MLFLOW_SETTINGS, Place
+from cluster.services import ADMIN, AUTH_CONFIG, DATABASE, MLFLOW_SETTINGS, ServiceSettings
 from tune.sockets import make_socket_folder
 
 LOCALHOST = "127.0.0.1"
@@ -42,7 +42,8 @@ LOG_LINES = 15
 MARK = "AEPO_CLUSTER"
 """Variable in the environment of every process of a cluster: its folder."""
 NODE = "AEPO_NODE"
-"""The same: which node of Ray it is, of this start; a node that died keeps its name for a while."""
+"""Variable in the environment of every process of a node of Ray: the node's name, another one at each start, since a
+node that died keeps its own for a while."""
 POSTGRES_STEP = "install it: apt-get install postgresql (Debian, Ubuntu), dnf install postgresql-server (Fedora)"
 EXTRA_STEP = "install the cluster's packages: pip install 'aepo-platform[cluster]'"
 
@@ -237,9 +238,9 @@ class LocalCluster:
             "MLFLOW_TRACKING_PASSWORD": self.secrets()["mlflow_password"],
         }
 
-    def _place(self, state: dict[str, Any]) -> Place:
+    def _settings(self, state: dict[str, Any]) -> ServiceSettings:
         ports = state["ports"]
-        return Place(
+        return ServiceSettings(
             host=LOCALHOST,
             database_host=LOCALHOST,
             database_port=ports["postgres"],
@@ -268,20 +269,20 @@ class LocalCluster:
                 **_as(account),
             )
         _children.append(process)
-        state["services"][name] = {"pid": process.pid, "ticks": started(process.pid)}
+        state["services"][name] = {"pid": process.pid, "ticks": start_ticks(process.pid)}
         if name.startswith("ray"):
             state["services"][name]["node"] = environment[NODE]
         self._save(state)
 
     def _command(self, state: dict[str, Any], name: str) -> tuple[list[str], dict[str, str], str | None]:
         """Return a service's command line, environment and account (None: this one)."""
-        place, hidden, ports = self._place(state), self.secrets(), state["ports"]
+        settings, hidden, ports = self._settings(state), self.secrets(), state["ports"]
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
         if name == "postgres":
             account, programs = postgres_account(), postgres_programs()
             data = self.make_database(programs, account)
             return (
-                [str(programs / "postgres"), *services.postgres(place)[1:]],
+                [str(programs / "postgres"), *services.postgres(settings)[1:]],
                 {"PGDATA": str(data), "PATH": path},
                 account,
             )
@@ -297,9 +298,9 @@ class LocalCluster:
                 "MLFLOW_AUTH_ADMIN_PASSWORD": hidden["mlflow_password"],
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": hidden["mlflow_key"],
             }
-            return [sys.executable, "-m", *services.mlflow(place)], environment, None
+            return [sys.executable, "-m", *services.mlflow(settings)], environment, None
         head, node = name == "ray-head", f"{name}-{secrets.token_hex(3)}"
-        words = services.ray_head(place) if head else services.ray_worker(place)
+        words = services.ray_head(settings) if head else services.ray_worker(settings)
         words = [sys.executable, "-m", "cluster.node", *words[1:], "--node-name", node]
         words += ["--node-ip-address", LOCALHOST]
         words += services.on_shared_machine(
@@ -423,11 +424,11 @@ class LocalCluster:
             if process is None:
                 continue
             soft = signal.SIGINT if name == "postgres" else signal.SIGTERM  # PostgreSQL's fast shutdown
-            end_family(process, soft, timeout_s=STOP_TIMEOUT_S)
+            end_process_tree(process, soft, timeout_s=STOP_TIMEOUT_S)
             state["services"].pop(name, None)
             self._save(state)
         if not state["services"]:
-            end_all(marked(self.folder))
+            end_all(marked_processes(self.folder))
 
 
 _children: list["subprocess.Popen[bytes]"] = []
@@ -588,7 +589,7 @@ def _look(pid: int) -> _Look | None:
     return _Look(words[0], int(words[1]), int(words[3]), int(words[19]))
 
 
-def started(pid: int) -> int:
+def start_ticks(pid: int) -> int:
     """Return when a process started, in clock ticks since the machine booted; -1 if there is none."""
     found = _look(pid)
     return -1 if found is None else found.ticks
@@ -602,7 +603,7 @@ def is_alive(process: Process) -> bool:
     return found is not None and found.ticks == process.ticks and found.state not in "ZX"
 
 
-def family(process: Process) -> set[Process]:
+def process_tree(process: Process) -> set[Process]:
     """Return a process, its session and all that descend from either.
 
     While a session has members, the kernel gives its number to no new process: if the leader's number is somebody
@@ -620,7 +621,7 @@ def family(process: Process) -> set[Process]:
     return {Process(pid, looks[pid].ticks) for pid in members if looks[pid].state not in "ZX"}
 
 
-def marked(folder: Path) -> set[Process]:
+def marked_processes(folder: Path) -> set[Process]:
     """Return the processes that were started with this cluster's folder in their environment, but not this one."""
     mark, found = f"{MARK}={folder}".encode(), set()
     for path in Path("/proc").glob("[0-9]*"):
@@ -642,12 +643,12 @@ def send(process: Process, number: int) -> None:
             os.close(descriptor)
 
 
-def end_family(process: Process, soft: int, *, timeout_s: float) -> None:
+def end_process_tree(process: Process, soft: int, *, timeout_s: float) -> None:
     """Ask a process to end, wait, then kill what is left of its session and descendants."""
-    members = family(process)
+    members = process_tree(process)
     send(process, soft)
     _wait_until(lambda: not any(map(is_alive, members)), timeout_s)
-    end_all(members | family(process))
+    end_all(members | process_tree(process))
 
 
 def end_all(processes: set[Process]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from tune.plan import PACKAGES
 
 FACTS = "aepo-facts"
-"""Begins the line that matters."""
+"""Beginning of the line that holds the facts."""
 NODE_TIMEOUT_S = 90.0
 
 

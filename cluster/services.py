@@ -2,7 +2,7 @@
 
 `aepo cluster up --local` runs these as processes; docker-compose.yml and cluster/kubernetes repeat them word for word,
 and a test compares. A password is in no command line, for every user of a machine can read those: PostgreSQL's clients
-take theirs from PGPASSWORD, Ray its token from RAY_AUTH_TOKEN or a file, MLflow from the variables in `secret_names`.
+take theirs from PGPASSWORD, Ray its token from RAY_AUTH_TOKEN or a file, MLflow its own from its variables.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ MLFLOW_SETTINGS = {
     "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "20",
     "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "20",
 }
-"""Without the second and third a wide sweep loses metrics; the first saves 1.5 GB. Two workers stay below PostgreSQL's
-100 connections."""
+"""Environment of MLflow's server. The first saves 1.5 GB; without the others a wide sweep loses metrics. Two workers
+stay below PostgreSQL's 100 connections."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class ServiceSettings:
     """Where the parts of one cluster listen and keep their files; the defaults are those of containers."""
 
     host: str = "0.0.0.0"
@@ -42,44 +42,43 @@ class Place:
     gcs_host: str = "ray-head"
     gcs_port: int = 6379
     dashboard_port: int = 8265
-    auth_config: str = "/app/cluster/mlflow-auth.ini"
 
 
-def postgres(place: Place) -> list[str]:
+def postgres(settings: ServiceSettings) -> list[str]:
     """Return PostgreSQL's command line; its data folder is PGDATA."""
-    settings = {
-        "listen_addresses": place.database_host,
-        "port": str(place.database_port),
-        "unix_socket_directories": place.sockets,
+    options = {
+        "listen_addresses": settings.database_host,
+        "port": str(settings.database_port),
+        "unix_socket_directories": settings.sockets,
         "password_encryption": "scram-sha-256",
     }
-    return ["postgres", *(word for key, value in settings.items() for word in ("-c", f"{key}={value}"))]
+    return ["postgres", *(word for key, value in options.items() for word in ("-c", f"{key}={value}"))]
 
 
-def mlflow(place: Place) -> list[str]:
+def mlflow(settings: ServiceSettings) -> list[str]:
     """Return the tracking server's command line; every request but /health wants a user and a password."""
     return [
         *("mlflow", "server", "--app-name", "basic-auth", "--workers", "2"),
-        *("--host", place.host, "--port", str(place.mlflow_port), "--allowed-hosts", place.mlflow_names),
-        *("--backend-store-uri", STORE, "--artifacts-destination", place.artifacts),
+        *("--host", settings.host, "--port", str(settings.mlflow_port), "--allowed-hosts", settings.mlflow_names),
+        *("--backend-store-uri", STORE, "--artifacts-destination", settings.artifacts),
     ]
 
 
-def ray_head(place: Place, *, has_dashboard: bool = True) -> list[str]:
+def ray_head(settings: ServiceSettings, *, has_dashboard: bool = True) -> list[str]:
     """Return the head's command line; the dashboard is the jobs server. Port 0 of `place` is any free one."""
-    served = ("--dashboard-host", place.host, "--dashboard-port", str(place.dashboard_port))
+    served = ("--dashboard-host", settings.host, "--dashboard-port", str(settings.dashboard_port))
     return [
         *("ray", "start", "--head", "--block", "--disable-usage-stats"),
-        *("--include-dashboard", "true" if has_dashboard else "false", "--port", str(place.gcs_port)),
+        *("--include-dashboard", "true" if has_dashboard else "false", "--port", str(settings.gcs_port)),
         *(served if has_dashboard else ()),
         *RAY_NODE,
     ]
 
 
-def ray_worker(place: Place) -> list[str]:
+def ray_worker(settings: ServiceSettings) -> list[str]:
     """Return a worker's command line."""
     return [
-        *("ray", "start", "--block", "--disable-usage-stats", "--address", f"{place.gcs_host}:{place.gcs_port}"),
+        *("ray", "start", "--block", "--disable-usage-stats", "--address", f"{settings.gcs_host}:{settings.gcs_port}"),
         *RAY_NODE,
     ]
 

@@ -74,9 +74,9 @@ class Machine:
             Process(**{k: v[k] for k in ("pid", "ticks")})
             for v in LocalCluster(self.folder).state()["services"].values()
         ]
-        members = {member for process in before for member in local.family(process)}
+        members = {member for process in before for member in local.process_tree(process)}
         aepo("cluster", "down", "--folder", str(self.folder))
-        left = [f"process {p.pid} is left" for p in members | local.marked(self.folder) if local.is_alive(p)]
+        left = [f"process {p.pid} is left" for p in members | local.marked_processes(self.folder) if local.is_alive(p)]
         log(f"down: {len(members)} processes and {len(self.ports)} ports to end")
         return left + [f"port {port} is open" for port in self.ports if answers(port)]
 
@@ -104,7 +104,7 @@ class Hosts:
         head = "10.213.7.1"
         self.prefix = ["ip", "netns", "exec", self.NAMES[0]]
         self.dashboard, self.uri = f"http://{head}:8265", f"http://{head}:5000"
-        self.place = services.Place(
+        self.settings = services.ServiceSettings(
             host=head,
             database_host=head,
             sockets="",
@@ -139,7 +139,7 @@ class Hosts:
             with (data / "pg_hba.conf").open("a") as file:
                 file.write("host all all 10.213.7.0/24 scram-sha-256\n")
             words = ["setpriv", "--reuid", account, "--clear-groups", str(programs / "postgres")]
-            self.start("postgres", 0, words + services.postgres(self.place)[1:], {"PGDATA": str(data)})
+            self.start("postgres", 0, words + services.postgres(self.settings)[1:], {"PGDATA": str(data)})
             code = (
                 "import psycopg; psycopg.connect(dbname='postgres', autocommit=True).execute('CREATE DATABASE mlflow')"
             )
@@ -163,12 +163,12 @@ class Hosts:
                 "MLFLOW_AUTH_ADMIN_PASSWORD": hidden["mlflow_password"],
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": hidden["mlflow_key"],
             }
-            words = [sys.executable, "-m", *services.mlflow(self.place)]
+            words = [sys.executable, "-m", *services.mlflow(self.settings)]
             self.start("mlflow", 0, words, database | services.MLFLOW_SETTINGS | secret)
             self.wait_for_port(5000, "MLflow")
         for number, name in enumerate(("ray-head", "ray-worker-1", "ray-worker-2")):
             if self.ended(name):
-                words = services.ray_worker(self.place) if number else services.ray_head(self.place)
+                words = services.ray_worker(self.settings) if number else services.ray_head(self.settings)
                 words = [str(Path(sys.executable).with_name("ray")), *words[1:], "--num-cpus", "1"]
                 words += ["--node-ip-address", f"10.213.7.{number + 1}"]
                 self.start(name, number, words, {"AEPO_STORAGE": str(self.storage), "OMP_NUM_THREADS": "1"})
@@ -203,7 +203,7 @@ class Hosts:
     def down(self) -> list[str]:
         """End everything; return what is left, a line each."""
         for process in reversed(self.processes.values()):
-            local.end_all(local.family(Process(process.pid, local.started(process.pid))))
+            local.end_all(local.process_tree(Process(process.pid, local.start_ticks(process.pid))))
             process.wait()
         left = []
         for name in (*self.NAMES, self.SWITCH):

@@ -109,7 +109,7 @@ def test_the_search_space_of_the_operations_page_is_one(tmp_path):
 
 
 def test_every_command_of_the_benchmark_page_is_one(capsys):
-    """The steps run in tests/test_benchmark.py and tests/test_all_tasks.py; here their words are parsed."""
+    """The steps run in tests/tune/test_benchmark.py; here their words are parsed."""
     from tune.benchmark import Benchmark
 
     text = (ROOT / "docs" / "benchmark.md").read_text()

@@ -102,7 +102,7 @@ def test_a_run_whose_methods_file_has_changed_does_not_go_on(package, make_datas
 def test_a_method_of_another_package_has_streams_of_its_own(package):
     code = (
         "from aepo import pipeline, methods; print(methods.find('onestep').code, "
-        "pipeline.stream('sarsa', 0), pipeline.stream('clone', 0), pipeline.stream('sarsa', 1))"
+        "pipeline.stream_seed('sarsa', 0), pipeline.stream_seed('clone', 0), pipeline.stream_seed('sarsa', 1))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=package, capture_output=True, text=True, check=True)
     digest, *streams = done.stdout.split()

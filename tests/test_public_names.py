@@ -124,7 +124,7 @@ def test_keys_of_json_and_the_place_of_the_cache_stay(make_dataset, tmp_path, ca
 
 
 def test_a_slurm_job_takes_a_sweep_file_and_a_folder():
-    """tests/test_slurm.py runs it with them."""
+    """tests/cluster/test_slurm.py runs it with them."""
     script = (Path(__file__).parent.parent / "cluster" / "slurm" / "sweep.sbatch").read_text()
     assert "SWEEP.toml FOLDER" in script
     assert '-m cluster.slurm.job "$notes" "$@"' in script

@@ -11,13 +11,13 @@ from aepo.config import RunConfig
 from aepo.console import err
 from aepo.results import RoundResult
 from aepo.runs import rundir
-from aepo.trials import Round, Spec, State, Trial
+from aepo.trials import Round, SearchSpec, State, Trial
 from tune.plan import RUN_FOLDERS, STOP
-from tune.search_record import Record, trial_configs
+from tune.search_record import SearchRecord, trial_configs
 from tune.space import draw, preset_draw
 
 
-def promoted(record: Record) -> Trial | None:
+def next_promotion(record: SearchRecord) -> Trial | None:
     """Return the waiting trial that goes on now, if one does: ASHA (arXiv 1810.05934) with a bound.
 
     Of the n trials that have come to a rung, n // reduction go on, in whatever order they came: whenever that leaves
@@ -32,7 +32,7 @@ def promoted(record: Record) -> Trial | None:
     return None
 
 
-def last_hope(record: Record) -> Trial | None:
+def best_waiting(record: SearchRecord) -> Trial | None:
     """Return the best of those that wait at the highest rung, if no trial has finished: few trials, or lost ones."""
     if record.best() is not None:
         return None
@@ -42,11 +42,11 @@ def last_hope(record: Record) -> Trial | None:
     return None
 
 
-def _waiting(record: Record, rung: int) -> list[Trial]:
+def _waiting(record: SearchRecord, rung: int) -> list[Trial]:
     return [trial for trial in record.trials if trial.state == "waiting" and len(trial.rounds) == rung]
 
 
-def next_rung(spec: Spec, num_rounds: int) -> int:
+def next_rung(spec: SearchSpec, num_rounds: int) -> int:
     """Return the round up to which a trial trains that has had so many: it waits there, or is finished."""
     return max(num_rounds + 1, spec.grace) if spec.grace else spec.rounds
 
@@ -60,7 +60,7 @@ class ASHASearcher(Searcher):
 
     def __init__(
         self,
-        record: Record,
+        record: SearchRecord,
         bases: Sequence[RunConfig],
         values: Mapping[str, Any],
         *,
@@ -87,11 +87,11 @@ class ASHASearcher(Searcher):
         if (self._search / STOP).exists():
             return Searcher.FINISHED
         record = self._record
-        trial = self._broken.pop(0) if self._broken else promoted(record) or self._draw()
+        trial = self._broken.pop(0) if self._broken else next_promotion(record) or self._draw()
         if trial is None:
             if self._numbers:
                 return None  # what comes of those under way decides
-            trial = last_hope(record)
+            trial = best_waiting(record)
         if trial is None:
             self.is_over = True
             return Searcher.FINISHED
@@ -168,7 +168,7 @@ class ASHASearcher(Searcher):
         """Called by Tune; see `save`."""
 
 
-def _round(results: Sequence[RoundResult], record: Record) -> Round:
+def _round(results: Sequence[RoundResult], record: SearchRecord) -> Round:
     """Return a round of a trial from those of its runs: with the cell of the heat map that is best over all tasks."""
     beta = guidance_scale = None
     scores = [result.value for result in results]

@@ -25,12 +25,12 @@ PRESETS = tuple(f"{preset}-paper" for preset in method_table.presets())
 SEEDS = (0, 1, 2, 3, 4)
 PUBLISHED = tuple(row.published for row in method_table.rows().values() if row.published)
 SHARED = "shared"
-"""Stands for any folder of stages: runs share them."""
+"""Stands for any folder of stages in an estimate, which asks only whether there is one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """Which runs: tasks x methods x seeds."""
+class BenchmarkSpec:
+    """What a benchmark runs: tasks x methods x seeds."""
 
     task: tuple[str, ...] = ()
     """Only these tasks; none given = all of the benchmark."""
@@ -87,7 +87,7 @@ def benchmark_rows(what: str, names: Sequence[str] = ()) -> list[Task]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan(Chosen):
+class Plan(BenchmarkSpec):
     """Say what the whole benchmark takes, before any data are here: hours, downloads, disk, and what is missing.
 
     A few steps of every method are measured on this machine. For a machine with a GPU: `--measure FILE` there, then
@@ -101,20 +101,20 @@ class Plan(Chosen):
     """
 
     execution: tyro.conf.OmitArgPrefixes[Execution] = dataclasses.field(default_factory=Execution)
-    """Where and how."""
+    """Where and how the runs are carried out."""
     cost_of: Path | None = None
-    """Measurements of another machine, instead of this one's."""
+    """File with the measurements of another machine, taken instead of this one's."""
     measure: Path | None = None
-    """Keep this machine's measurements in a file."""
+    """File in which this machine's measurements are kept."""
     price_per_hour: float = 0.0
-    """Of all machines together, in any currency."""
+    """Price of an hour of all machines together, in any currency."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 
     def carry_out(self, what: str) -> int:
         """Measure, add up and print; return the exit status."""
         from aepo.data.fetch import file_bytes, library_bytes
-        from tune.commands import described
+        from tune.commands import describe_estimate
         from tune.estimate import Costs, read_costs, row_of, run_costs, total
         from tune.plan import make_plan
 
@@ -161,7 +161,7 @@ class Plan(Chosen):
         facts = {key: value for key, value in document.items() if not isinstance(value, list)}
         shown = [{"of the whole": key, "": _number(value)} for key, value in facts.items() if value is not None]
         emit_table(f"benchmark {what}", shown)
-        say(described(whole, how))
+        say(describe_estimate(whole, how))
         if document["missing"]:
             warn(f"no {what} data of {_named(document['missing'])}")
         if document["estimated_sizes"]:
@@ -189,7 +189,7 @@ class Fetch:
     task: tuple[str, ...] = ()
     """Only these tasks; none given = all."""
     folder: Path = Path("d4rl")
-    """Of the original files."""
+    """Folder of the original files."""
     jobs: int = 4
     """Files at a time."""
     mirror: str = ""
@@ -294,7 +294,7 @@ class Verify:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run(Chosen):
+class Run(BenchmarkSpec):
     """Carry the benchmark out on this machine, or on a Ray cluster (--address), as `aepo sweep` does.
 
     Again, it goes on; a folder that has a plan goes on with that plan. Stages that runs have alike are trained once.
@@ -305,7 +305,7 @@ class Run(Chosen):
     """
 
     execution: tyro.conf.OmitArgPrefixes[Execution] = dataclasses.field(default_factory=Execution)
-    """Where and how."""
+    """Where and how the runs are carried out."""
     yes: bool = False
     """Start without asking."""
     json: bool = False
@@ -319,7 +319,7 @@ class Run(Chosen):
         how, spec = _execution(what, self.execution), self.spec(what)
         held = read_manifest(how.out) if (how.out / MANIFEST).exists() else None
         if held is not None and {one.name for one in held} != {one.name for one in make_plan(spec)}:
-            if self.spec(what) != Chosen().spec(what) or what not in SOURCES:
+            if self.spec(what) != BenchmarkSpec().spec(what) or what not in SOURCES:
                 raise ConfigError(
                     f"{how.out} has another plan, of {len(held)} runs; give the same tasks, presets and seeds, none of "
                     "these flags to go on with it, or another folder with --out"
@@ -340,7 +340,7 @@ class Run(Chosen):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Submit(Chosen):
+class Submit(BenchmarkSpec):
     """Submit the benchmark to a Ray cluster, as `aepo submit` does with a sweep file; the file is kept in --out.
 
     For example:
@@ -349,9 +349,9 @@ class Submit(Chosen):
     """
 
     execution: tyro.conf.OmitArgPrefixes[Execution] = dataclasses.field(default_factory=Execution)
-    """Where and how; --out lies on the cluster, below AEPO_STORAGE."""
+    """Where and how the runs are carried out; --out lies on the cluster, below AEPO_STORAGE."""
     cluster: str = ""
-    """Jobs server, as --address of `aepo submit`."""
+    """Jobs server of the cluster, as --address of `aepo submit`."""
     detach: bool = False
     """Do not wait for the end."""
 
@@ -379,7 +379,7 @@ class Report:
     out: Path | None = None
     """Folder of the benchmark; none = benchmarks/ and its name."""
     published: tuple[str, ...] = PUBLISHED
-    """As of `aepo report`."""
+    """Published scores to stand beside ours, as METHOD@SOURCE; `aepo report --published list` shows what there is."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 

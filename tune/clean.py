@@ -16,7 +16,7 @@ from aepo.console import emit_json, emit_table, err, say
 from aepo.errors import AEPOError, BusyError, ConfigError
 from aepo.runs import rundir
 from tune.plan import MANIFEST, RUN_FOLDERS, STAGES, pending, read_manifest
-from tune.status import is_driven
+from tune.status import is_running
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Item:
     """Something that may be deleted."""
 
     what: str
-    """checkpoints, stages or scheduler."""
+    """Kind of file: checkpoints, stages or scheduler."""
     path: Path
     num_bytes: int
 
@@ -89,7 +89,7 @@ def deletable(folder: Path) -> list[Item]:
         ConfigError: if there is no run.
         BusyError: if a process carries the sweep out.
     """
-    if is_driven(folder):
+    if is_running(folder):
         raise BusyError(f"{folder} is carried out now; wait until that has ended, aepo sweep --stop --out {folder}")
     found = [folder, *folder.glob("*"), *folder.glob(f"{RUN_FOLDERS}/*")]
     runs = [path for path in found if (path / rundir.CONFIG).is_file()]

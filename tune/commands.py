@@ -47,12 +47,12 @@ class Sweep:
     """
 
     file: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[FILE]")]] = None
-    """TOML with the same names as the flags below, as in docs/operations.md; a flag that is given wins. Or the
-    sweep.json of a sweep, whose runs are then planned again."""
+    """TOML with the same names as the flags below, as in docs/operations.md; a flag that is given wins.
+    Or the sweep.json of a sweep, whose runs are then planned again."""
     spec: tyro.conf.OmitArgPrefixes[SweepSpec] = dataclasses.field(default_factory=SweepSpec)
     """What is run: tasks x methods x variants x seeds."""
     execution: tyro.conf.OmitArgPrefixes[Execution] = dataclasses.field(default_factory=Execution)
-    """Where and how."""
+    """Where and how the runs are carried out."""
     dry_run: Switch = False
     """Show the plan with its estimate and start nothing."""
     yes: Switch = False
@@ -60,7 +60,7 @@ class Sweep:
     status: Switch = False
     """Show where every run of --out stands, of failed ones why, and start nothing; from any terminal."""
     watch: Switch = False
-    """The same as a live table, until the sweep ends."""
+    """Show where every run of --out stands as a live table, until the sweep ends."""
     stop: Switch = False
     """Ask the process that carries --out out to end: every run stores a checkpoint first."""
     json: Switch = False
@@ -88,13 +88,13 @@ class Sweep:
 
     def _look(self) -> int:
         from tune.plan import STOP, read_manifest
-        from tune.status import is_driven, status, watch
+        from tune.status import is_running, status, watch
 
         out = self.execution.out
         sweep = out.resolve()
         plan = read_manifest(sweep)
         if self.stop:
-            if not is_driven(sweep):
+            if not is_running(sweep):
                 raise IncompleteError(f"nobody carries {out} out; there is nothing to stop")
             (sweep / STOP).touch()
             err.print("asked to stop; every run stores a checkpoint first (--watch shows it)", soft_wrap=True)
@@ -214,7 +214,7 @@ class Sweep:
             emit_table(f"plan of {how.out}", shown)
         unknown = sum(config.name not in costs for config in waiting)
         lacking = f", {unknown} of unknown length (their data are missing)" if unknown else ""
-        say(f"{len(waiting)} of {len(plan)} runs to do{lacking}: {described(whole, how)}")
+        say(f"{len(waiting)} of {len(plan)} runs to do{lacking}: {describe_estimate(whole, how)}")
         for dataset in dict.fromkeys(config.data.dataset for config in plan if config.data.dataset not in here):
             from aepo.data.library import remedy
 
@@ -222,7 +222,7 @@ class Sweep:
         return rows, whole
 
 
-def described(whole: "Total", how: Execution) -> str:
+def describe_estimate(whole: "Total", how: Execution) -> str:
     """Return a line of what a plan takes."""
     gpu = f", {whole.gpu_hours:.3g} GPU hours" if how.gpus else ""
     saves = f"sharing stages {'saves' if how.reuse_stages else 'would save (--reuse-stages)'} {whole.saved_hours:.3g}"

@@ -41,27 +41,27 @@ from aepo.evaluate import MAX_ENVS
 from aepo.policy import Policy
 from aepo.runs import run, rundir
 from aepo.runs.stage_store import stage_keys
-from aepo.slots import naming
+from aepo.slots import environment_errors
 from tune.spec import Resources
 
 SECONDS = 0.15
-"""Per measurement, at least three calls."""
+"""Seconds per measurement, which takes at least three calls."""
 FORMAT = 1
-"""Of a file of measurements."""
+"""Version of a file of measurements."""
 SMALL, LARGE = (4, 2), (46, 26)
 """Dimensions of states and actions at which steps are measured: the fewest and about the most of the benchmark's."""
 NUM_TRANSITIONS = 20_000
-"""Random ones, of which batches are taken while steps are measured."""
+"""Random transitions of which batches are taken while steps are measured."""
 BASE_GIB = {"train": 1.2, "inline": 0.6}
-"""By runner, half above what was measured: processes of one running trial (docs/operations.md)."""
+"""Runner -> GiB of the processes of one running trial, half above what was measured (docs/operations.md)."""
 MAX_ACTION_DIM = 30
 """Largest number of action dimensions among the benchmark's tasks; memory is estimated before data are read."""
 MEASURED_SUPPORT = 512
 """States with support actions while rates are measured; drawing them is counted apart."""
 STARTS = {"train": 2.0, "inline": 0.0}
-"""By runner: how many times importing this program the start of a run costs."""
+"""Runner -> cost of starting a run, in times of importing this program."""
 SWEEP_STARTS = 4.0
-"""The same of what a sweep starts once: its own process, Ray, MLflow; and each place for a run."""
+"""Cost, in these times, of what a sweep starts once: its own process, Ray, MLflow, and each place for a run."""
 
 NUM_COPIES = 2.3
 """A run keeps two checkpoints and its policy, which is about a third of one."""
@@ -72,17 +72,17 @@ class RunCost:
     """Seconds of one run, on as many cores as it has."""
 
     start: float
-    """Of its processes, and reading its data."""
+    """Seconds of starting its processes and reading its data."""
     stages: Mapping[str, float]
-    """Of each stage: its steps and what it draws before them."""
+    """Stage -> seconds of its steps and of what it draws before them."""
     evaluation: float | None
-    """Of all evaluations; none = its environment cannot be made here."""
+    """Seconds of all evaluations; none = its environment cannot be made here."""
     disk_bytes: Mapping[str, int]
-    """Bytes that the state of each stage takes in a checkpoint."""
+    """Stage -> bytes that its state takes in a checkpoint."""
 
     @property
     def seconds(self) -> float:
-        """Of all."""
+        """Seconds of the whole run."""
         return self.start + sum(self.stages.values()) + (self.evaluation or 0.0)
 
 
@@ -94,7 +94,7 @@ class Total:
     gpu_hours: float
     wall_hours: float
     start_hours: float
-    """Of the core hours: starting processes and reading data."""
+    """Core hours of starting processes and reading data."""
     evaluation_hours: float
     saved_hours: float
     """Core hours, on a GPU its hours, that stages trained once save; in none of the others unless they are shared."""
@@ -441,7 +441,7 @@ def _environment(config: RunConfig, row: tasks.Task) -> dict[str, float]:
             return gymnasium.make(row.env_id, disable_env_checker=True)
         return make_environment(open_dataset(row.dataset), env_id=row.env_id, horizon=config.evaluation.horizon)
 
-    with own_temporary_folder(), warnings.catch_warnings(), naming(row.env_id or row.dataset):
+    with own_temporary_folder(), warnings.catch_warnings(), environment_errors(row.env_id or row.dataset):
         warnings.simplefilter("ignore")  # of versions that tasks name on purpose
         make().close()
         begin = time.process_time()

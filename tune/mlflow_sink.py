@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from aepo import __version__, files
-from aepo.config import RunConfig, flatten, identity
+from aepo.config import RunConfig, flatten, identifying_fields
 from aepo.errors import ConfigError
 from aepo.results import SCHEMA_VERSION, Result
 from aepo.runs import rundir
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 BATCH = 1000
 """Metrics per request, as many as MLflow takes."""
 IDENTITY = "mlflow.json"
-"""In the sweep's folder: the id by which its runs are found."""
+"""File in the sweep's folder with the id by which its runs are found."""
 PAGE = 200
 """Runs per answer of a search."""
 TAG, SWEEP = "aepo.run", "aepo.sweep"
@@ -51,9 +51,9 @@ VARIABLE = "MLFLOW_TRACKING_URI"
 SCHEMES = ("sqlite", "http", "https", "postgresql", "postgresql+psycopg", "mysql", "mssql", "databricks")
 """What a tracking address may begin with, among others."""
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-"""Begin the addresses of stores that this process opens itself; others are servers."""
+"""Beginnings of the addresses of stores that this process opens itself; others are servers."""
 FILES = "mlartifacts"
-"""In a sweep's folder: files of its runs, where no server keeps them."""
+"""Folder in a sweep's folder for the files of its runs, where no server keeps them."""
 ATTACH_ATTEMPTS = 3
 """Failures to store files, one after the other, until runs are closed without them."""
 SETTINGS = {
@@ -277,7 +277,7 @@ class MlflowSink:
 
         entry = self._entries.get(config.name) or self._create(config, folder)
         if not entry.has_params:
-            flat = flatten(identity(config) | {"rounds": config.rounds})
+            flat = flatten(identifying_fields(config) | {"rounds": config.rounds})
             params = [Param(key, str(value)) for key, value in flat.items()]
             self._client.log_batch(entry.run_id, params=params)
             entry.has_params = True

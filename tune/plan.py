@@ -23,7 +23,7 @@ from tune.spec import SweepSpec, Variant, is_manifest
 
 MANIFEST = "sweep.json"
 RUN_FOLDERS, STAGES, STOP = "runs", "stages", "stop"
-"""In a sweep's folder: the runs' own; the stages that they share; and the file that asks the sweep to stop."""
+"""Names in a sweep's folder: of the runs' own folders, the stages that they share, the file that asks it to stop."""
 FORMAT = 1
 NAMED = 5
 """Runs that a message names."""

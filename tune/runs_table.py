@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aepo import files
-from aepo.config import RunConfig, flatten, identity
+from aepo.config import RunConfig, flatten, identifying_fields
 from aepo.results import SCHEMA_VERSION, Row, schema
 from aepo.runs import rundir
 from tune.plan import run_folder
 
 RUNS = "runs.parquet"
 ROWS_AT_ONCE = 200
-"""Held while they are written."""
+"""Rows in memory at a time while they are written."""
 
 
 def collect_rows(
@@ -68,7 +68,7 @@ def settings_text(config: RunConfig) -> str:
 
     Settings that came later have no key at their default, as in tables from before there were any.
     """
-    flat = flatten(identity(config) | {"rounds": config.rounds})
+    flat = flatten(identifying_fields(config) | {"rounds": config.rounds})
     return json.dumps({key: str(value) for key, value in flat.items() if key != "seed"}, sort_keys=True)
 
 

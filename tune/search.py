@@ -24,22 +24,22 @@ from aepo.config import RunConfig
 from aepo.console import err, say
 from aepo.errors import IncompleteError
 from aepo.results import Row
-from aepo.trials import OPEN, Confirmation, Outcome, Selection, Spec, Trial, count_steps, words_of
+from aepo.trials import OPEN, Confirmation, Outcome, SearchSpec, Selection, Trial, count_steps, words_of
 from tune.mlflow_sink import mlflow_tracker
 from tune.plan import RUN_FOLDERS, STAGES, STOP, read_digests, write_manifest
-from tune.search_record import Record, example, trial_configs
+from tune.search_record import SearchRecord, example, trial_configs
 from tune.space import Space
 from tune.spec import Resources
-from tune.status import Board, driving
+from tune.status import LiveStatus, sweep_lock
 from tune.sweep import check_data, on_ray, run_sweep, watching
 
 FOUND, SELECT, CONFIRM = "found.toml", "select", "confirm"
-"""In a search's folder: the found settings, the sweeps of best and preset and of found and default."""
+"""Names in a search's folder: of the found settings, and of the sweeps of best and preset, of found and default."""
 
 
 def run_search(
-    search: Path, spec: Spec, bases: Sequence[RunConfig], space: Space, resources: Resources, *, tracking_uri: str
-) -> Record:
+    search: Path, spec: SearchSpec, bases: Sequence[RunConfig], space: Space, resources: Resources, *, tracking_uri: str
+) -> SearchRecord:
     """Carry a search out, or on, and return its record, `confirm` filled in.
 
     Args:
@@ -57,8 +57,8 @@ def run_search(
     """
     search = search.resolve()
     resources = dataclasses.replace(resources, runner="inline", stages=search / STAGES)
-    with driving(search):
-        record = Record.open(search, spec, space)
+    with sweep_lock(search):
+        record = SearchRecord.open(search, spec, space)
         _try_out(search, record, bases, resources, tracking_uri)
         _check_stop(search)
         best = record.best()
@@ -117,7 +117,7 @@ def found_settings(space: Space, trial: Trial) -> dict[str, Any]:
     return {**trial.used, **{key: value for key, value in pair.items() if space.grid and value is not None}}
 
 
-def write_preset(path: Path, record: Record, trial: Trial | None, changes: Mapping[str, Any]) -> None:
+def write_preset(path: Path, record: SearchRecord, trial: Trial | None, changes: Mapping[str, Any]) -> None:
     """Write the found settings, a trial's or the preset's own (None), as a file that `aepo sweep` takes."""
     spec = record.spec
     which = "the preset's own settings, which no trial beat" if trial is None else f"trial {trial.number}"
@@ -133,7 +133,9 @@ def write_preset(path: Path, record: Record, trial: Trial | None, changes: Mappi
     files.write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
-def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources: Resources, tracking_uri: str) -> None:
+def _try_out(
+    search: Path, record: SearchRecord, bases: Sequence[RunConfig], resources: Resources, tracking_uri: str
+) -> None:
     """Bring the record to the number of trials that the spec wants."""
     spec = record.spec
     plans: dict[int, list[RunConfig]] = {
@@ -147,14 +149,14 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
     examples = [example(spec, base) for base in bases]
     digests = check_data(examples, read_digests(search))
     tracker = mlflow_tracker(search, [config for plan in plans.values() for config in plan], uri=tracking_uri)
-    board = SearchBoard(search, record, plans)
+    status = LiveSearchStatus(search, record, plans)
 
     def plan(trial: Trial) -> None:
         plans[trial.number] = added = trial_configs(record, trial.params, bases)
         write_manifest(search, [config for each in plans.values() for config in each], digests)
         for config in added:
             tracker.add(config)
-            board.add(config)
+            status.add(config)
 
     def end(trial: Trial) -> None:
         for config in plans[trial.number]:
@@ -171,7 +173,7 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
     for trial in record.trials:
         if trial.state not in OPEN:
             end(trial)
-    with watching(board, tracker, lambda: None), on_ray(resources, examples) as slots:
+    with watching(status, tracker, lambda: None), on_ray(resources, examples) as slots:
         import ray.tune
 
         from tune.asha import ASHASearcher
@@ -219,18 +221,18 @@ def _try_out(search: Path, record: Record, bases: Sequence[RunConfig], resources
 _ROW_STATUS = {"finished": "finished", "stopped": "finished", "failed": "failed"} | dict.fromkeys(OPEN, "missing")
 
 
-class SearchBoard:
-    """Where each trial stands."""
+class LiveSearchStatus:
+    """Where each trial of a search stands, from its record and its runs' folders."""
 
-    def __init__(self, search: Path, record: Record, plans: Mapping[int, Sequence[RunConfig]]):
-        """Read nothing yet."""
+    def __init__(self, search: Path, record: SearchRecord, plans: Mapping[int, Sequence[RunConfig]]):
+        """Watch the runs of all trials; nothing is read before `refresh`."""
         self._record = record
-        self._board = Board(search, [config for plan in plans.values() for config in plan])
+        self._runs = LiveStatus(search, [config for plan in plans.values() for config in plan])
         self._lines: dict[int, str] = {}
 
     def add(self, config: RunConfig) -> None:
         """Watch one more run."""
-        self._board.add(config)
+        self._runs.add(config)
 
     @property
     def num_ended(self) -> int:
@@ -239,11 +241,11 @@ class SearchBoard:
 
     def refresh(self) -> None:
         """Read what the runs have written."""
-        self._board.refresh()
+        self._runs.refresh()
 
     def table(self) -> Table:
         """Return a row per trial, those under way and the best."""
-        record, runs = self._record, self._board.rows()
+        record, runs = self._record, self._runs.rows()
         best = record.best()
         title = f"{self.num_ended} of {record.spec.trials} trials ended, {_saved(record)}"
         table = Table(title=title, title_justify="left")
@@ -257,7 +259,7 @@ class SearchBoard:
 
     def lines(self) -> list[str]:
         """Return one line per trial that has moved since the last call."""
-        lines, runs = [], self._board.rows()
+        lines, runs = [], self._runs.rows()
         for trial in list(self._record.trials):
             scores = ", ".join(f"{row.score:.1f}" for row in trial.rounds)
             text = f"trial {trial.number}  {trial.state}  {_now(trial, runs)}  {f'scores {scores}' * bool(scores)}"
@@ -274,12 +276,12 @@ def _now(trial: Trial, runs: Mapping[str, Mapping[str, str]]) -> str:
     return f"{rows[-1]['stage']} {rows[-1]['step']}" if rows else "waiting"
 
 
-def _saved(record: Record) -> str:
+def _saved(record: SearchRecord) -> str:
     taken, reused, _ = count_steps(record.trials)
     return f"{taken:,} gradient steps taken, {reused:,} saved by shared stages"
 
 
-def describe_space(spec: Spec, bases: Sequence[RunConfig], space: Space) -> dict[str, Any]:
+def describe_space(spec: SearchSpec, bases: Sequence[RunConfig], space: Space) -> dict[str, Any]:
     """Return what a search varies, a row per setting, and what it costs at most."""
     rows = []
     for key, kind in space.varied.items():

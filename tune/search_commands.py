@@ -12,7 +12,7 @@ from aepo import config as configs
 from aepo.console import emit_json, emit_table, err, say
 from aepo.errors import ConfigError, IncompleteError
 from aepo.presets import preset
-from tune.spec import Place, Resources, Settings, TaskChoice
+from tune.spec import Compute, Resources, Settings, TaskChoice
 
 if TYPE_CHECKING:
     from aepo.trials import Confirmation
@@ -37,7 +37,7 @@ class Search:
     """
 
     tasks: tyro.conf.OmitArgPrefixes[TaskChoice] = dataclasses.field(default_factory=TaskChoice)
-    """Which data."""
+    """Data that the trials train on."""
     preset: str = "quick"
     """Where the search starts, and what it is compared with; METHOD, BUDGET or METHOD-BUDGET, as in `aepo sweep`."""
     set: Settings = dataclasses.field(default_factory=dict)
@@ -72,7 +72,7 @@ class Search:
     """Show the trials of --out and start nothing; from any terminal."""
     stop: bool = False
     """Ask the process that carries --out out to end: every trial stores a checkpoint first."""
-    place: tyro.conf.OmitArgPrefixes[Place] = dataclasses.field(default_factory=Place)
+    compute: tyro.conf.OmitArgPrefixes[Compute] = dataclasses.field(default_factory=Compute)
     """Where trials are carried out, and what each takes there."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
@@ -100,10 +100,10 @@ class Search:
     def _stop(self) -> int:
         from tune.plan import STOP
         from tune.search import CONFIRM, SELECT
-        from tune.status import is_driven
+        from tune.status import is_running
 
         search = self.out.resolve()
-        if not is_driven(search):
+        if not is_running(search):
             raise IncompleteError(f"nobody carries {self.out} out; there is nothing to stop")
         for folder in (search, *(search / name for name in (SELECT, CONFIRM))):
             if folder.is_dir():
@@ -114,7 +114,7 @@ class Search:
     def _carry_out(self) -> int:
         if self.rounds < 1 or self.reduction < 2 or self.trials < 1 or not 0 <= self.grace <= self.rounds:
             raise ConfigError("wanted --rounds and --trials from 1, --reduction from 2, --grace from 0 to the rounds")
-        self.place.check()
+        self.compute.check()
         seeds = [self.seed, *self.select_seeds, *self.confirm_seeds]
         if not self.select_seeds or not self.confirm_seeds or len(set(seeds)) != len(seeds):
             raise ConfigError(
@@ -125,12 +125,12 @@ class Search:
         if not rows:
             raise ConfigError("a search wants at least one task; `aepo data list` shows them")
         bases = [configs.with_overrides(preset(self.preset, row, self.seed), self.set) for row in rows]
-        from aepo.trials import SEARCH, Spec, read_search, trial_rows
+        from aepo.trials import SEARCH, SearchSpec, read_search, trial_rows
         from tune.search import describe_space, run_search
         from tune.space import default_space, read_space
 
         space = read_space(self.space or default_space([base.suite for base in bases]), bases)
-        spec = Spec(
+        spec = SearchSpec(
             tasks=tuple(row.task for row in rows[: len(rows) - len(self.tasks.dataset)]),
             datasets=self.tasks.dataset,
             source=self.tasks.source,
@@ -160,8 +160,8 @@ class Search:
                 return 0
         from tune.mlflow_sink import find_store
 
-        uri = find_store(self.place.tracking_uri, self.out)
-        resources = Resources(**dataclasses.asdict(self.place), runner="inline")
+        uri = find_store(self.compute.tracking_uri, self.out)
+        resources = Resources(**dataclasses.asdict(self.compute), runner="inline")
         record = run_search(self.out, spec, bases, space, resources, tracking_uri=uri)
         if self.json:
             emit_json(dataclasses.asdict(read_search(record.path.parent)))

@@ -10,30 +10,30 @@ from aepo import files
 from aepo.config import RunConfig
 from aepo.errors import ConfigError
 from aepo.runs import rundir
-from aepo.trials import SEARCH, Confirmation, Round, SearchFile, Selection, Spec, State, Trial, read_search
+from aepo.trials import SEARCH, Confirmation, Round, SearchFile, SearchSpec, Selection, State, Trial, read_search
 from tune.space import Space
 
 
 @dataclasses.dataclass
-class Record:
+class SearchRecord:
     """A search.json that is being written: whatever changes is saved before anything depends on it."""
 
     path: Path
-    spec: Spec
+    spec: SearchSpec
     space: Space
     trials: list[Trial]
     select: Selection | None = None
     confirm: Confirmation | None = None
 
     @staticmethod
-    def open(search: Path, spec: Spec, space: Space) -> "Record":
+    def open(search: Path, spec: SearchSpec, space: Space) -> "SearchRecord":
         """Return the record of a folder, a new one if there is none.
 
         Raises:
             ConfigError: if the folder holds another search.
             CheckpointError: if its record is not of this version.
         """
-        record = Record(search / SEARCH, spec, space, [])
+        record = SearchRecord(search / SEARCH, spec, space, [])
         if not record.path.exists():
             return record
         document = read_search(search)
@@ -75,12 +75,12 @@ class Record:
         return max(finished, key=lambda trial: trial.score, default=None)
 
 
-def example(spec: Spec, base: RunConfig) -> RunConfig:
+def example(spec: SearchSpec, base: RunConfig) -> RunConfig:
     """Return a run as the trials of a search have it: in their rounds, on their seed."""
     return dataclasses.replace(base, seed=spec.seed, rounds=spec.shares)
 
 
-def trial_configs(record: Record, params: Mapping[str, Any], bases: Sequence[RunConfig]) -> list[RunConfig]:
+def trial_configs(record: SearchRecord, params: Mapping[str, Any], bases: Sequence[RunConfig]) -> list[RunConfig]:
     """Return the runs of a trial, one per task."""
     spec = record.spec
     episodes = {"evaluation.num_curve_points": 0}

@@ -27,9 +27,9 @@ from aepo.errors import ConfigError
 from aepo.trials import Sampler, SpaceText, State, Trial
 
 GRID = ("sampling.beta", "sampling.guidance_scale")
-"""Need no training: every pair is tried on every policy, and the best counts."""
+"""Settings that need no training: every pair is tried on every policy, and the best counts."""
 CHOICES = ("critic.learner", "energy.target")
-"""Decide which other settings there are."""
+"""Settings that decide which other settings there are."""
 ATTEMPTS = 100
 """Draws of a setting that is new, until the space counts as exhausted."""
 STATES: dict[State, TrialState] = {

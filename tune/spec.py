@@ -23,7 +23,7 @@ from aepo.errors import AEPOError, ConfigError
 Runner = Literal["train", "inline"]
 Keep = Literal["all", "policies"]
 MAX_CPUS = 10_000
-"""Cores of a run."""
+"""Cores of a run at most."""
 Parsed = TypeVar("Parsed")
 
 
@@ -85,7 +85,7 @@ class Variant:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: str
-    """Heads a column of the tables: 1 to 40 characters."""
+    """Name, which heads a column of the tables: 1 to 40 characters."""
     set: Settings = dataclasses.field(default_factory=dict)
     """Settings of the variant; {} = those of the sweep."""
     methods: tuple[str, ...] = ()
@@ -118,8 +118,8 @@ class TaskChoice:
     suite: tuple[str, ...] = ()
     """All tasks of these suites: gym-mujoco, maze2d, antmaze, adroit, kitchen, pointmaze."""
     source: str = ""
-    """Whose data of the tasks: d4rl (the original files), minari (what Farama regenerated); none = each task's first,
-    d4rl for the benchmark's."""
+    """Source of the tasks' data: d4rl (the original files), minari (what Farama regenerated);
+    none = each task's first, which is d4rl for the benchmark's tasks."""
     dataset: tuple[str, ...] = ()
     """Ids of local Minari data sets of your own."""
 
@@ -146,8 +146,8 @@ class SweepSpec(TaskChoice):
         tyro.conf.arg(help=f"{method_table.preset_help('best')} Of several each is a column of the table."),
     ] = ("quick",)
     set: Settings = dataclasses.field(default_factory=dict)
-    """Settings that differ from the preset, as in: critic.expectile=0.9 sampling.beta=1; methods without them keep
-    theirs."""
+    """Settings that differ from the preset, as in: critic.expectile=0.9 sampling.beta=1.
+    Methods without them keep theirs."""
     variant: tyro.conf.UseAppendAction[
         tuple[
             Annotated[
@@ -157,8 +157,8 @@ class SweepSpec(TaskChoice):
             ...,
         ]
     ] = ()
-    """A name and settings, as in "w 3: sampling.guidance_scale=3". Every method that has one of the settings gets a
-    column of the table for each variant; other methods are run once."""
+    """A name and settings, as in "w 3: sampling.guidance_scale=3".
+    Every method that has one of the settings gets a column of the table for each variant; others are run once."""
     method_set: tyro.conf.Suppress[Mapping[str, Settings]] = dataclasses.field(default_factory=dict)
     """Method -> settings of its runs, as in a file's [method.aepo.set]."""
     task_set: tyro.conf.Suppress[Mapping[str, Settings]] = dataclasses.field(default_factory=dict)
@@ -166,7 +166,7 @@ class SweepSpec(TaskChoice):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class Compute:
     """Where runs are carried out, and what each takes there: flags of a sweep and of a search."""
 
     address: str = ""
@@ -196,15 +196,15 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Resources(Place):
+class Resources(Compute):
     """How the trials of a sweep or a search run there."""
 
     runner: Runner = "train"
-    """train: a Ray Train run per trial, whose worker is replaced if it dies; inline: in Tune's own process, cheaper
-    for many short runs."""
+    """How a trial runs. train: as a Ray Train run, whose worker is replaced if it dies;
+    inline: in Tune's own process, cheaper for many short runs."""
     workers_per_run: int = 1
-    """Train workers per run: each takes its part of every batch, the weights are those of one worker but for the order
-    of additions."""
+    """Train workers per run, each of which takes its part of every batch.
+    The weights are those of one worker but for the order of additions."""
     stages: tyro.conf.Suppress[Path | None] = None
     """Store of the stages that runs have alike; none = every run trains its own."""
 
@@ -216,15 +216,15 @@ class Execution(Resources):
     out: Path = Path("sweeps/default")
     """Folder of the sweep; on a cluster one that all nodes see."""
     reuse_stages: bool = False
-    """Train a stage that several runs have alike (data, settings, seed, stages before it) once: stages/ of the folder
-    keeps them."""
+    """Train a stage that several runs have alike (data, settings, seed, stages before it) once.
+    The folder's stages/ keeps them."""
     retry_failed: bool = False
     """Run again what failed before."""
     keep: Keep = "all"
     """What stays on the disk of a finished run beside its result and metrics: all, or policies, without checkpoints."""
     only: bool = False
-    """Let --out plan these runs alone. Without it the folder keeps what it has planned before, but for other settings
-    of the same task, method and variant; files of runs that are no longer planned stay."""
+    """Let --out plan these runs alone; files of runs that are no longer planned stay.
+    Without it the folder keeps what it has planned before, but for other settings of a task, method and variant."""
 
     def check(self) -> None:
         """Raise a ConfigError unless the numbers are finite, in their ranges, and go together."""
@@ -273,7 +273,7 @@ def read_sweep_file(file: Path) -> tuple[SweepSpec, Execution]:
         execution = {name: value for name, value in values.items() if name in of_execution}
         return TypeAdapter(SweepSpec).validate_python(spec), TypeAdapter(Execution).validate_python(execution)
     except ValidationError as error:
-        raise ConfigError(f"{file}: {configs.described(error)}") from None
+        raise ConfigError(f"{file}: {configs.validation_message(error)}") from None
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
 

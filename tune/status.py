@@ -24,19 +24,21 @@ from tune.plan import RUN_FOLDERS, STOP
 COLUMNS = ("stage", "step", "steps/s", "left", "score")
 LOCK = "sweep.lock"
 TAIL_BYTES = 8_000
-"""Bytes read from the end of a metrics file when a board is made for runs that are under way already."""
+"""A run that is under way already is read from so many bytes before the end of its metrics file."""
 LOG_LINES = 5
 """Lines of a failed run's log that `aepo sweep --status` shows."""
 LINE_INTERVAL_S = 30.0
-"""Between two status lines where standard error is no terminal."""
+"""Seconds between two status lines where standard error is no terminal."""
 
 
 @contextmanager
-def driving(sweep: Path) -> Iterator[None]:
-    """Hold the sweep's folder: one process at a time carries a sweep out; the lock goes with the process.
+def sweep_lock(sweep: Path) -> Iterator[None]:
+    """Hold the lock of a sweep's or a search's folder while the block carries it out: one process at a time does.
+
+    The lock goes with the process: nothing that was killed holds one.
 
     Raises:
-        BusyError: if another process does.
+        BusyError: if another process holds it.
     """
     sweep.mkdir(parents=True, exist_ok=True)
     advice = f"aepo sweep --watch --out {sweep} shows it, --stop ends it"
@@ -45,8 +47,8 @@ def driving(sweep: Path) -> Iterator[None]:
         yield
 
 
-def is_driven(sweep: Path) -> bool:
-    """Return whether a process carries the sweep out now."""
+def is_running(sweep: Path) -> bool:
+    """Return whether a process carries the sweep or search of a folder out now."""
     if not (sweep / LOCK).exists():
         return False
     with files.open_lock(sweep / LOCK) as file:
@@ -55,7 +57,7 @@ def is_driven(sweep: Path) -> bool:
 
 @dataclasses.dataclass
 class _Seen:
-    """What the board has read of one run."""
+    """What has been read of one run."""
 
     offset: int = 0
     last: dict[str, Any] | None = None
@@ -68,16 +70,16 @@ class _Seen:
     """(time, step) of the newest rows of the current stage."""
     score: float | None = None
     result: Result | None = None
-    """Without its evaluations: a sweep may have thousands of runs."""
+    """The run's result without its evaluations, since a sweep may have thousands of runs."""
     problem: str | None = None
     """Why the run's files cannot be read."""
 
 
-class Board:
+class LiveStatus:
     """Where each run stands, read from the run folders, each byte once."""
 
     def __init__(self, sweep: Path, plan: Sequence[RunConfig]):
-        """Nothing is read before `refresh`; of what was written before, the ends."""
+        """Watch the runs of a plan; `refresh` reads them, and of what was written before this call only the ends."""
         self._sweep = sweep
         self._plan: dict[str, tuple[RunConfig, Path]] = {}
         self._seen: dict[str, _Seen] = {}
@@ -222,39 +224,39 @@ def status(sweep: Path, plan: Sequence[RunConfig]) -> list[dict[str, Any]]:
 
     `state` is finished, failed, running, interrupted (begun, and nobody carries the sweep out) or waiting.
     """
-    board = Board(sweep, plan)
-    board.refresh()
-    driven = is_driven(sweep)
-    shown = board.rows()
+    live = LiveStatus(sweep, plan)
+    live.refresh()
+    running = is_running(sweep)
+    shown = live.rows()
     rows = []
-    for name, (config, folder) in board.plan.items():
+    for name, (config, folder) in live.plan.items():
         row: dict[str, Any] = {"run": name, "task": config.task, "method": config.method}
         row |= {"variant": config.variant, "seed": config.seed}
         here = shown.get(name)
         if here is None:
             rows.append({**row, "state": "waiting", **dict.fromkeys(COLUMNS, ""), "error": None, "log": []})
             continue
-        result = board.result(name)
-        state = result.status if result else "running" if driven else "interrupted"
+        result = live.result(name)
+        state = result.status if result else "running" if running else "interrupted"
         failed = state == "failed"
         cells = here | ({"stage": ""} if result else {})
-        error = result.error if result else board.problem(name)
+        error = result.error if result else live.problem(name)
         rows.append({**row, "state": state, **cells, "error": error, "log": _last_lines(folder) if failed else []})
     return rows
 
 
 def watch(sweep: Path, plan: Sequence[RunConfig], *, until_idle: bool = True) -> None:
     """Show a live table until the sweep ends, or until nobody carries it out (`until_idle`)."""
-    board = Board(sweep, plan)
-    with Live(board.table(), console=err, auto_refresh=False) if err.is_terminal else nullcontext() as live:
+    runs = LiveStatus(sweep, plan)
+    with Live(runs.table(), console=err, auto_refresh=False) if err.is_terminal else nullcontext() as live:
         while True:
-            board.refresh()
+            runs.refresh()
             if live is not None:
-                live.update(board.table(), refresh=True)
+                live.update(runs.table(), refresh=True)
             else:
-                for line in board.lines():
+                for line in runs.lines():
                     err.print(line, soft_wrap=True)
-            if board.all_ended or (until_idle and not is_driven(sweep)):
+            if runs.all_ended or (until_idle and not is_running(sweep)):
                 return
             time.sleep(1.0 if live is not None else LINE_INTERVAL_S)
 

@@ -30,7 +30,7 @@ from tune.plan import STOP, describe_leaving, grow, pending, read_digests, run_f
 from tune.runs_table import collect_rows, each_row, write_rows
 from tune.sockets import make_socket_folder
 from tune.spec import Keep, Resources
-from tune.status import LINE_INTERVAL_S, Board, driving
+from tune.status import LINE_INTERVAL_S, LiveStatus, sweep_lock
 from tune.tracking import Tracker
 from tune.usage import Meter
 
@@ -73,7 +73,7 @@ def run_sweep(
         ResourceError: if no trial fits on the cluster, or another process carries the sweep out.
     """
     sweep = sweep.resolve()
-    with driving(sweep):
+    with sweep_lock(sweep):
         known = {**read_digests(sweep), **(digests or {})}
         whole, leaving = grow(sweep, plan, only=only)
         if leaving:
@@ -124,7 +124,7 @@ def _drive(
             if keep == "policies":
                 _drop_checkpoints(sweep, waiting)
 
-        with watching(Board(sweep, waiting), tracker, write, meter):
+        with watching(LiveStatus(sweep, waiting), tracker, write, meter):
             errors |= _run_on_ray(sweep, waiting, resources)
     for config in plan:
         if config.name in errors and rundir.read_result(run_folder(sweep, config)) is None:
@@ -307,7 +307,7 @@ def _slots(nodes: Sequence[dict[str, Any]], resources: Resources, memory: float)
 
 
 class Shown(Protocol):
-    """What is watched: a board of runs."""
+    """What is watched: the live status of a sweep's runs or a search's trials."""
 
     def refresh(self) -> None:
         """Read what is new."""

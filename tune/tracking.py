@@ -27,9 +27,9 @@ from tune.plan import run_folder
 LOAD, LOAD_INTERVAL_S = "system/", 60.0
 """What this machine has used, in the names of MLflow's own monitor; its page shows them apart."""
 PAUSES_S = (2.0, 4.0, 8.0, 16.0, 25.0)
-"""Between attempts to send what is left at the end."""
+"""Seconds between attempts to send what is left at the end."""
 PATIENCE_S = 60.0
-"""At the end, since the server's last answer or the end itself, whatever an attempt takes."""
+"""Seconds to wait at the end, since the server's last answer or the end itself, whatever an attempt takes."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 

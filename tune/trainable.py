@@ -162,7 +162,7 @@ def _follow(values: dict[str, Any]) -> None:
     _claim_share(values["gpus"])
     folder = sweep / RUN_FOLDERS / config.name
     with contextlib.suppress(AEPOError, Interrupted):  # the leader says it
-        run.follow(
+        run.follow_leader(
             config, folder, run.FolderStore(folder), device=run.select_device("cuda" if values["gpus"] else "cpu")
         )
 

@@ -6,7 +6,7 @@ import time
 import psutil
 
 INTERVAL_S = 2.0
-"""Between two looks; a process that begins and ends between two is not seen."""
+"""Seconds between two looks; a process that begins and ends between two is not seen."""
 
 
 class Meter:
@@ -36,10 +36,10 @@ class Meter:
 
     @property
     def core_hours(self) -> float:
-        """Of this process and those that it has started."""
+        """Core hours that this process and those that it has started have taken."""
         return (sum(self._seen.values()) - self._before) / 3600
 
     @property
     def wall_hours(self) -> float:
-        """Since the meter was made."""
+        """Hours on the clock since the meter was made."""
         return (time.monotonic() - self._began_s) / 3600

@@ -31,7 +31,7 @@ from aepo.data.transitions import Spaces, Transitions
 from aepo.environments import own_temporary_folder, register_robotics
 from aepo.errors import ConfigError, ResourceError
 from aepo.evaluate import Evaluator
-from aepo.kernels import linear, multiplying
+from aepo.kernels import linear, matmul_precision
 from aepo.policy import Policy
 from aepo.presets import preset
 from aepo.runs import run
@@ -75,7 +75,7 @@ class Shape:
     state_dim: int
     action_dim: int
     task: Task
-    """Whose suite's settings are measured."""
+    """A task of these dimensions, whose suite's settings are measured."""
     num_transitions: int
 
     def __str__(self) -> str:
@@ -183,17 +183,17 @@ COSTLY = (
 
 
 @dataclasses.dataclass
-class Work:
-    """A stage's step, ours and the baseline's."""
+class BenchedStep:
+    """A stage's step to be measured, ours and the baseline's."""
 
     stage: str
     kind: str
-    """Learner or target, where the stage has several."""
+    """Learner or target of the stage where it has several; else empty."""
     methods: list[str]
     size: str
     ours: Callable[[], Metrics]
     baseline: naive.Step | None
-    """None where there is no baseline."""
+    """The baseline's step; None where there is none."""
 
     @property
     def name(self) -> str:
@@ -201,7 +201,7 @@ class Work:
         return f"{self.stage} step" + f", {self.kind}" * bool(self.kind)
 
 
-def works(configs: Mapping[str, RunConfig], data: Transitions) -> Iterator[Work]:
+def benched_steps(configs: Mapping[str, RunConfig], data: Transitions) -> Iterator[BenchedStep]:
     """Yield every stage of these methods once, with all methods whose step costs the same."""
     users: dict[tuple[Any, ...], list[str]] = {}
     for method, config in configs.items():
@@ -212,7 +212,7 @@ def works(configs: Mapping[str, RunConfig], data: Transitions) -> Iterator[Work]
     prepared = {method: pipeline.prepare(configs[method], data, CPU) for method in {use[0] for use in users.values()}}
     for (stage, *_), names in users.items():
         own, (states, steps) = configs[names[0]].stages[stage.name], prepared[names[0]]
-        yield Work(
+        yield BenchedStep(
             stage=stage.name,
             kind=str(getattr(own, "learner", "") or getattr(own, "target", "")),
             methods=names,
@@ -287,7 +287,7 @@ def _copy(x: Tensor) -> Tensor:
 def steps(configs: Mapping[str, RunConfig], shape: Shape, *, seconds: float) -> Iterator[dict[str, Any]]:
     """Yield a row per stage: milliseconds per step, ours at the stage's precision and the baseline's in float32."""
     data = shape.data()
-    for work in works(configs, data):
+    for work in benched_steps(configs, data):
         work.ours()  # what comes before the first step
         floor = floor_of(work.ours, seconds=seconds / 5)
         ours, least, *others = compare(work.ours, floor, *filter(None, [work.baseline]), seconds=seconds)
@@ -438,7 +438,7 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def backends(seconds: float) -> Iterator[tuple[str, float]]:
+def backend_gains(seconds: float) -> Iterator[tuple[str, float]]:
     """Yield each stage and shape with how many times as fast whole steps are by oneDNN as by torch's own layers.
 
     Four shapes of the benchmark, stages of the quick budget.
@@ -450,7 +450,7 @@ def backends(seconds: float) -> Iterator[tuple[str, float]]:
         raise ResourceError("this torch was built without oneDNN: there is nothing to choose")
     rows = [tasks.find(name) for name in ("maze2d-umaze-v1", "hopper-medium-v2", "antmaze-umaze-v2", "pen-human-v1")]
     for shape in shapes_of(rows, most=20_000):
-        for work in works(configs_of("quick", shape.task), shape.data()):
+        for work in benched_steps(configs_of("quick", shape.task), shape.data()):
 
             def by(backend: kernels.Backend, step: Callable[[], Any] = work.ours) -> None:
                 with kernels.using(backend):
@@ -469,14 +469,14 @@ def linear_rates(*, seconds: float = 0.2) -> dict[str, float]:
     rates = {}
     with torch.no_grad():
         for name, call in calls.items():
-            with multiplying("float32" if name == "plain" else name):  # type: ignore[arg-type]
+            with matmul_precision("float32" if name == "plain" else name):  # type: ignore[arg-type]
                 multiply = functools.partial(call, x_BI, layer.weight, layer.bias)
                 multiply()
                 rates[name] = 2e-6 * 256**3 / min(_block(multiply, seconds / 6).wall_ms for _ in range(2))
     return rates
 
 
-def together(num_processes: int, config: RunConfig, shape: Shape, *, seconds: float) -> float:
+def concurrent_rate(num_processes: int, config: RunConfig, shape: Shape, *, seconds: float) -> float:
     """Return the critic steps per second of so many processes at once, in all, each on one thread as trials are."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(num_processes)

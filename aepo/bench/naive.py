@@ -1,8 +1,8 @@
 """The same steps as most research code writes them: the baseline of `aepo bench`.
 
-The losses with which the stage files open, the same networks, batches and data, and nothing of how our steps compute
-them: PyTorch's own linear layers, one optimizer per network and its default loop, averages parameter by parameter, a
-loss read out at every step, autograd for every gradient.
+They have the losses with which the stage files open, the same networks, batches and data, and nothing of how our steps
+compute them: PyTorch's own linear layers, one optimizer per network and its default loop, averages parameter by
+parameter, a loss read out at every step, autograd for every gradient.
 """
 
 import copy
@@ -50,7 +50,7 @@ def step_on(optimizers: Sequence[torch.optim.Optimizer], loss: Loss) -> float:
     return loss[0].item()
 
 
-def follow(average: nn.Module, net: nn.Module, rate: float) -> None:
+def soft_update(average: nn.Module, net: nn.Module, rate: float) -> None:
     """Move an average towards a network."""
     for slow, fast in zip(average.parameters(), net.parameters(), strict=True):
         slow.data.copy_(rate * fast.data + (1 - rate) * slow.data)
@@ -86,7 +86,7 @@ def behavior_step(config: BehaviorConfig, states: States, data: Transitions) -> 
         eps_BA = torch.randn(batch.actions_BA.shape, generator=state.generator)
         pairs = Pairs(batch.states_BS, batch.actions_BA)
         value = step_on([optimizer], behavior.loss(net, nn.Identity(), pairs, t_B, eps_BA))
-        follow(average, net, 1 - config.ema_decay)
+        soft_update(average, net, 1 - config.ema_decay)
         return value
 
     return step
@@ -111,7 +111,7 @@ def critic_step(config: CriticConfig, states: States, data: Transitions) -> Step
             ahead = critic.NStepReturn(batch.rewards_B, discounts_B, batch.next_states_BS)
             loss = critic.in_sample_loss(q, v, target, batch, ahead, config)
         value = step_on(optimizers, loss)
-        follow(target, q, config.target_rate)
+        soft_update(target, q, config.target_rate)
         return value
 
     return step
@@ -133,7 +133,7 @@ def energy_step(config: EnergyConfig, states: States, data: Transitions) -> Step
     def step() -> float:
         x = energy.draw(state, config, data, own, source)
         value = step_on([optimizer], energy.loss(state.net, config.target, x))
-        follow(average, state.net, 1 - config.ema_decay)
+        soft_update(average, state.net, 1 - config.ema_decay)
         return value
 
     return step
@@ -171,8 +171,8 @@ def actor_critic_step(config: ActorCriticConfig, states: States, data: Transitio
         num_steps += 1
         if num_steps % config.actor_interval == 0:
             step_on([pi_optimizer], actor_critic.pi_loss(pi, q, batch, config))
-            follow(pi_target, pi, config.target_rate)
-            follow(q_target, q, config.target_rate)
+            soft_update(pi_target, pi, config.target_rate)
+            soft_update(q_target, q, config.target_rate)
         return value
 
     return step

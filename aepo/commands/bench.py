@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Part = Literal["steps", "sampling", "evaluation", "loading", "processes"]
 COLUMNS = ("work", "shape", "size", "cpu_ms", "baseline_cpu_ms", "ratio", "floor_cpu_ms", "of_floor")
 DEFAULT_TASKS = ("maze2d-umaze-v1", "hopper-medium-v2", "pen-human-v1")
-"""Few dimensions, Hopper's, and many."""
+"""Tasks of few dimensions, of Hopper's, and of many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,26 +45,26 @@ class Bench:
     suite: tuple[str, ...] = ()
     """All tasks of these suites."""
     source: str = ""
-    """Whose data the tasks have: d4rl, minari, collected; none = the task's first."""
+    """Source of the tasks' data: d4rl, minari or collected; none = the task's first."""
     all: bool = False
     """All tasks of the benchmark, of either source: a row for each of their distinct dimensions."""
     shape: tuple[str, ...] = ()
     """Other dimensions, of states and actions, as in 81x9; settings are those of a data set of one's own."""
     preset: Literal["quick", "paper", "smoke"] = "quick"
-    """Whose network and batch sizes."""
+    """Budget whose network and batch sizes are taken."""
     only: tuple[Part, ...] = ()
     """Parts to measure; none given = all."""
     precision: Precision = "float32"
     """Precision of our training steps' matrix products; the baseline's stay float32."""
     set: tuple[str, ...] = ()
-    """Settings of steps and sampling, KEY=VALUE: critic.activation=relu critic.layer_norm=false actor.activation=relu
-    are published IQL's networks."""
+    """Settings of steps and sampling, KEY=VALUE.
+    critic.activation=relu critic.layer_norm=false actor.activation=relu are published IQL's networks."""
     transitions: int = 200_000
-    """A data set has so many at most, random numbers; tasks with fewer have as many as their data."""
+    """Transitions of a data set at most, which are random numbers; tasks with fewer have as many as their data."""
     processes: tuple[int, ...] = (1, 2, 6)
     """Numbers of training processes at once, each on one thread."""
     seconds: float = 2.0
-    """Per row."""
+    """Seconds of measuring per row."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 
@@ -120,7 +120,7 @@ class Bench:
         if self._has("processes"):
             guided = configs[0]["best"]
             for num in self.processes:
-                total = measure.together(num, guided, shapes[0], seconds=self.seconds)
+                total = measure.concurrent_rate(num, guided, shapes[0], seconds=self.seconds)
                 rates.append({"processes": num, "critic_steps_per_s": total})
                 err.print(f"{num} process{'es' if num > 1 else ''} at once: {total:.0f} critic steps/s in all")
         machine = {

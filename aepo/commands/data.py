@@ -127,7 +127,7 @@ class Import:
     """
 
     layout: tyro.conf.Positional[Literal["d4rl"]]
-    """Whose files."""
+    """Format of the files."""
     files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE_OR_FOLDER")]]
     """HDF5 files, or folders of such."""
     task: str = ""
@@ -173,8 +173,8 @@ class List:
     """
 
     source: Literal["all", "d4rl", "minari", "collected", "user"] = "all"
-    """Only rows of this source: d4rl has the benchmark's 36, user what belongs to no task; all = each task once, with
-    its first source, and what belongs to none."""
+    """Only rows of this source: d4rl has the benchmark's 36, user what belongs to no task;
+    all = each task once, with its first source, and what belongs to none."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 
@@ -207,7 +207,7 @@ class Show:
     name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="ID_OR_TASK")]]
     """Name of a task, or id of a local Minari data set."""
     source: str = ""
-    """Whose data of a task: d4rl or minari; none = the task's first."""
+    """Source of a task's data: d4rl or minari; none = the task's first."""
     returns: tuple[float, ...] = ()
     """Returns of episodes to convert into normalized scores."""
     json: bool = False
@@ -236,7 +236,7 @@ class Stats:
     name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="ID_OR_TASK")]]
     """Name of a task, or id of a local Minari data set."""
     source: str = ""
-    """Whose data of a task: d4rl or minari; none = the task's first."""
+    """Source of a task's data: d4rl or minari; none = the task's first."""
     figure: Path | None = None
     """Write histograms of returns and lengths as PNG."""
     json: bool = False
@@ -272,7 +272,7 @@ class Verify:
     name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="ID_OR_TASK")]]
     """Name of a task, or id of a local Minari data set."""
     source: str = ""
-    """Whose data of a task: d4rl or minari; none = the task's first."""
+    """Source of a task's data: d4rl or minari; none = the task's first."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 

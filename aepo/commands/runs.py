@@ -47,10 +47,10 @@ class Train:
     task: str = ""
     """Name of a task (`aepo data list` shows them)."""
     source: str = ""
-    """Whose data of the task: d4rl (the original file), minari (what Farama regenerated); none = the task's first,
-    d4rl for the benchmark's."""
+    """Source of the task's data: d4rl (the original file), minari (what Farama regenerated);
+    none = the task's first, which is d4rl for the benchmark's tasks."""
     dataset: str = ""
-    """Instead of a task: id of any local Minari data set with a Box action space."""
+    """Id of any local Minari data set with a Box action space, instead of a task."""
     seed: int = 0
     """Seeds weights, batches, noise and evaluation."""
     preset: Annotated[str, tyro.conf.arg(help=method_table.preset_help("best"))] = "quick"
@@ -59,7 +59,7 @@ class Train:
     out: Path = Path("runs")
     """Folder in which the run's own folder is made."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """Device to train on: auto, cpu, cuda, cuda:1, ..."""
     threads: int = 1
     """CPU cores to use; results are the same bit for bit only for the same number."""
     eval_processes: int = 1
@@ -222,13 +222,13 @@ class Evaluate:
     guidance_scale: tuple[float, ...] = ()
     """Guidance scales; none given = the run's; 0 = diffusion behaviour cloning."""
     nats: tuple[float, ...] = ()
-    """What guidance may cost an action on the mean, KL(guided || behaviour) in nats: where the scale costs more
-    on states of the data, it is lowered; 0 = no bound. None given = the run's."""
+    """What guidance may cost an action on the mean, KL(guided || behaviour) in nats; none given = the run's.
+    Where the scale costs more on states of the data, it is lowered; 0 = no bound."""
     figure: Path | None = None
     """Write a heat map of the scores over beta and guidance scale, or nats, as PNG."""
     temperature: float | None = None
-    """Standard deviation of the solver's start: 1 draws from the policy, 0 is one action, near the mode; none = the
-    run's."""
+    """Standard deviation of the solver's start; none = the run's.
+    1 draws from the policy, 0 is one action, near the mode."""
     num_candidates: int = 0
     """Actions drawn per state, the one with the largest Q taken; 0 = the run's number."""
     num_steps: tuple[int, ...] = ()
@@ -238,7 +238,7 @@ class Evaluate:
     seed: int = 12345
     """Seed of the episodes; by default apart from those of training."""
     device: str = "auto"
-    """auto, cpu, cuda, ..."""
+    """Device to compute on: auto, cpu, cuda, ..."""
     threads: int = 1
     """CPU cores to use."""
     eval_processes: int = 1
@@ -340,7 +340,7 @@ class Toy:
     sets: tuple[str, ...] = ()
     """Names among eight_gaussians, moons, rings, swiss_roll, two_spirals, checkerboard; none given = all."""
     targets: tuple[str, ...] = ()
-    """As energy.target, analytic ones with /posterior_mean or /data_action; none given = all."""
+    """Energy targets, analytic ones with /posterior_mean or /data_action behind them; none given = all."""
     betas: tuple[float, ...] = (1.0, 3.0, 10.0)
     """Inverse temperatures; one training serves all."""
     steps: int = 5000
@@ -460,7 +460,7 @@ class StorePrune:
     folder: tyro.conf.Positional[Path]
     """Folder of the store."""
     max_mb: float
-    """What the rest may take."""
+    """Megabytes that the rest may take."""
     json: bool = False
     """Print one JSON document on standard output and nothing else."""
 

@@ -33,11 +33,11 @@ class CombineSummary:
     dataset: str
     """Minari id."""
     path: str
-    """Its folder."""
+    """Folder of the data set."""
     combined: bool
-    """False: it was there before and has been left alone."""
+    """Whether it was joined now; False: it was there before and has been left alone."""
     parts: tuple[str, ...]
-    """Minari ids, in the order of their episodes."""
+    """Minari ids of the parts, in the order of their episodes."""
     num_steps: int
     num_episodes: int
     ref_min: float

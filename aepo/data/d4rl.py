@@ -78,7 +78,7 @@ class ImportSummary:
     dataset: str
     """Minari id."""
     path: str
-    """Its folder."""
+    """Folder of the data set."""
     file: str
     num_rows: int
     """Rows of the file."""

@@ -50,9 +50,9 @@ class DownloadSummary:
     dataset: str
     """Minari id."""
     path: str
-    """Its folder."""
+    """Folder of the data set."""
     downloaded: bool
-    """False: it was there before and has been left alone."""
+    """Whether it was downloaded now; False: it was there before and has been left alone."""
     num_steps: int
     num_episodes: int
     ref_min: float
@@ -60,7 +60,7 @@ class DownloadSummary:
     ref_max: float
     """Return of score 100."""
     num_bytes: int
-    """Received now; what an earlier attempt had received is not counted."""
+    """Bytes received now; what an earlier attempt had received is not counted."""
     download_s: float
     """Wall-clock seconds, checking included."""
 
@@ -114,7 +114,7 @@ class _File:
     """One file of a data set on the remote."""
 
     name: str
-    """Relative to the data set's folder."""
+    """Path relative to the data set's folder."""
     url: str
     num_bytes: int
     digest: str

@@ -28,12 +28,12 @@ from aepo.files import hold
 from aepo.tasks import Task
 
 SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
-"""Where the addresses of tasks.csv begin; a mirror stands in its place."""
+"""The addresses of tasks.csv begin with this; a mirror stands in its place."""
 ADDRESSES = "addresses.txt"
-"""In the folder: what could not be fetched, an address a line, for wget."""
+"""File in the folder that lists what could not be fetched, an address a line, for wget."""
 CHUNK = 1 << 20
 EPISODE_BYTES = 20_000
-"""Of an episode in the library, beside its arrays; 14,000 to 21,000 were measured."""
+"""Bytes of an episode in the library, beside its arrays; 14,000 to 21,000 were measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ class KnownFile:
     file: str
     bytes: int
     sha256: str
-    """Hexadecimal; empty = not known."""
+    """SHA-256 of the file, hexadecimal; empty = not known."""
     source: str
-    """Who noted it."""
+    """Who noted these numbers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class FetchSummary:
     received: int
     """Bytes that came now."""
     checked: str
-    """By what it is known to be the published file: sha256, length, or nothing beyond the server's own length."""
+    """What shows that it is the published file: sha256, length, or nothing beyond the server's own length."""
 
 
 @cache

@@ -56,7 +56,7 @@ EPISODE_STEPS = 1_000
 STEP_BYTES = 64
 """A recorded step takes at least so many bytes of a file."""
 REFERENCE_SEED = 0
-"""Seeds the reference episodes. They describe the evaluation, not the data: all seeds share one scale."""
+"""Seed of the reference episodes. They describe the evaluation, not the data: all seeds share one scale."""
 REQUIREMENTS = ("gymnasium-robotics>=1.4.2,<1.5", "mujoco>=3.3.7,<3.12")
 """Requirements as in pyproject.toml; stored in the data set, so that Minari warns where it is used with others."""
 CHUNK_STEPS = 1_000
@@ -117,9 +117,9 @@ class CollectSummary:
     dataset: str
     """Minari id."""
     path: str
-    """Its folder."""
+    """Folder of the data set."""
     collected: bool
-    """False: it was there before and has been left alone."""
+    """Whether it was collected now; False: it was there before and has been left alone."""
     num_steps: int
     num_episodes: int
     mean_length: float
@@ -190,7 +190,7 @@ GOAL_CELLS: dict[str, Cell] = {
     for maze, cell in {"open": (2, 3), "umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}.items()
     for task in (f"maze2d-{maze}", f"pointmaze-{maze}", f"pointmaze-{maze}-dense")
 }
-"""The cell that evaluation pays for, where D4RL's map says G; by task: all that can be collected."""
+"""Task -> the cell that evaluation pays for, where D4RL's map says G; other tasks cannot be collected."""
 
 PUBLISHED = {
     "pointmaze-open": Published("D4RL/pointmaze/open-v2", 9_525, 7.199999809265137, 229.86000061035156),

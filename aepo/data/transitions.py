@@ -76,7 +76,7 @@ class Pairs(NamedTuple):
     actions_BA: Tensor
 
 
-class After(NamedTuple):
+class NextActions(NamedTuple):
     """The actions that the data took after some transitions."""
 
     actions_BA: Tensor
@@ -87,14 +87,14 @@ class After(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spaces:
-    """What a policy must know of its environment; stored with it."""
+    """What a policy must know of its environment, and what is stored with it."""
 
     state_mean_S: Tensor
-    """In double precision: an observation is centred before single precision holds it."""
+    """Mean state in double precision: an observation is centred before single precision holds it."""
     state_scale_S: Tensor
     """1 / standard deviation; 0 for an entry that is constant in the data, which nothing can be learned of."""
     action_low_A: Tensor
-    """In the type of the action space, as `action_high_A`."""
+    """Lowest actions, in the type of the action space; the highest are `action_high_A`."""
     action_high_A: Tensor
     state_bound_S: Tensor | None = None
     """Largest magnitude of a normalised state, from evaluation, that networks see; none = any."""
@@ -141,7 +141,7 @@ class Transitions:
     note: str = ""
     """What a reader should know of how rewards are read."""
     doubt: str = ""
-    """What speaks against them."""
+    """What speaks against reading rewards like that; empty = nothing."""
     held_out: "Transitions | None" = None
     """Episodes that were taken from these, on which no stage trains."""
 
@@ -150,12 +150,12 @@ class Transitions:
 
     @property
     def state_dim(self) -> int:
-        """S."""
+        """S, the entries of a state."""
         return self.spaces.state_mean_S.shape[0]
 
     @property
     def action_dim(self) -> int:
-        """A."""
+        """A, the entries of an action."""
         return self.spaces.action_low_A.shape[0]
 
     def __len__(self) -> int:
@@ -219,12 +219,12 @@ class Transitions:
         num = min(num, len(self))
         return torch.arange(num, device=self.rows_ND.device) * len(self) // num
 
-    def take_after(self, index_B: Tensor) -> "After":
+    def take_next_actions(self, index_B: Tensor) -> NextActions:
         """Return the actions that the data took after these rows."""
         following_B = index_B + 1
         ends_B = self.episode_ends_E[torch.searchsorted(self.episode_ends_E, following_B)]
         exists_B = ends_B != following_B
-        return After(self.take_pairs(torch.where(exists_B, following_B, index_B)).actions_BA, exists_B)
+        return NextActions(self.take_pairs(torch.where(exists_B, following_B, index_B)).actions_BA, exists_B)
 
     def batch(self, rows_BD: Tensor) -> Batch:
         """Return raw rows normalised and cut into their parts."""

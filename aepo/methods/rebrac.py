@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aepo.budgets import Budget, common, joint
 from aepo.config import RunConfig, TwinDelayedConfig, setting
-from aepo.data.transitions import After, Batch, Transitions
+from aepo.data.transitions import Batch, NextActions, Transitions
 from aepo.methods import Method
 from aepo.networks import Actor, TwinQ
 from aepo.parallel import mean, share
@@ -45,7 +45,13 @@ class ReBRACConfig(RunConfig):
 
 
 def q_loss(
-    q: TwinQ, q_target: TwinQ, pi_target: Actor, batch: Batch, after: After, normal_BA: Tensor, config: ReBRACStage
+    q: TwinQ,
+    q_target: TwinQ,
+    pi_target: Actor,
+    batch: Batch,
+    next_actions: NextActions,
+    normal_BA: Tensor,
+    config: ReBRACStage,
 ) -> Loss:
     """Return sum_i E (r + gamma (1 - terminal) (min_j Q'_j(s', a~) - b_Q |a~ - a'|^2) - Q_i(s, a))^2.
 
@@ -54,7 +60,7 @@ def q_loss(
     with torch.no_grad():
         noise_BA = (config.policy_noise * normal_BA).clamp(-config.noise_clip, config.noise_clip)
         smoothed_BA = (pi_target(batch.next_states_BS) + noise_BA).clamp(-1.0, 1.0)
-        penalty_B = after.exists_B * (smoothed_BA - after.actions_BA).square().sum(dim=1)
+        penalty_B = next_actions.exists_B * (smoothed_BA - next_actions.actions_BA).square().sum(dim=1)
         next_q_B = q_target.lowest(batch.next_states_BS, smoothed_BA) - config.critic_penalty * penalty_B
         backup_B = batch.rewards_B + config.discount * (1.0 - batch.terminals_B) * next_q_B
     loss = (q(batch.states_BS, batch.actions_BA) - backup_B).square().mean(dim=1).sum()
@@ -77,7 +83,7 @@ def train_step(state: ActorCriticState, config: ReBRACStage, data: Transitions) 
     normal_BA = torch.randn(shape, generator=state.generator, device=index_B.device)
     index_B, normal_BA = share(index_B), share(normal_BA)
     batch, targets = data.take(index_B), (state.q_target.net, state.actor_target.net)
-    loss, of_q = q_loss(state.q, *targets, batch, data.take_after(index_B), normal_BA, config)
+    loss, of_q = q_loss(state.q, *targets, batch, data.take_next_actions(index_B), normal_BA, config)
     state.q_optimizer.step_along(gradients_of(loss, state.q.parameters()))
     state.step += 1
     if state.step % config.actor_interval:

@@ -17,7 +17,7 @@ CLONING = "diffusion-bc"
 
 
 BEST_CLONE = "best-clone"
-"""The same with several candidates, of which the one with the largest Q is taken."""
+"""Name in tables of a guided method at guidance scale 0 that takes the candidate with the largest Q."""
 
 
 EVALUATION_SEED = 1_000_000

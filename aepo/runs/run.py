@@ -53,12 +53,12 @@ from aepo.runs.rundir import (
     write_result,
 )
 from aepo.runs.spool import ROUND, Spool, read_spool
-from aepo.runs.stage_store import Reuse, StageStore
+from aepo.runs.stage_store import StageReuse, StageStore
 from aepo.stages import States
 
 
-class Store(Protocol):
-    """Where a run keeps its checkpoint."""
+class CheckpointStore(Protocol):
+    """Keeps the checkpoint of a run; any object with these two methods will do."""
 
     def load(self) -> dict[str, Any] | None:
         """Return the newest checkpoint, None at the first start."""
@@ -85,7 +85,7 @@ class FolderStore:
 def execute(
     config: RunConfig,
     folder: Path,
-    store: Store,
+    store: CheckpointStore,
     *,
     device: torch.device,
     checkpoint_s: float = 60.0,
@@ -160,7 +160,7 @@ def _owned(folder: Path, wait_s: float) -> Iterator[None]:
 def advance(
     config: RunConfig,
     folder: Path,
-    store: Store,
+    store: CheckpointStore,
     *,
     num_rounds: int,
     device: torch.device,
@@ -264,7 +264,7 @@ def _noted(config: RunConfig, folder: Path) -> kernels.Backend | None:
 
 def _agreed(backend: kernels.Backend) -> kernels.Backend:
     """Return the leader's backend in every worker: their processors may differ."""
-    return "onednn" if parallel.agree(backend == "onednn") else "torch"
+    return "onednn" if parallel.broadcast_flag(backend == "onednn") else "torch"
 
 
 def own_table() -> Path:
@@ -291,7 +291,7 @@ class _Training:
         self,
         config: RunConfig,
         folder: Path,
-        store: Store,
+        store: CheckpointStore,
         device: torch.device,
         checkpoint_s: float,
         on_progress: Callable[[Progress], bool | None] | None,
@@ -309,7 +309,7 @@ class _Training:
         self._seconds_before = _check_saved(self._saved, config, self._data)
         self._reused_before = int(self._saved.get("steps_reused", 0)) if self._saved is not None else 0
         self.spool = Spool(folder / METRICS, config)
-        self._reuse = Reuse(stage_store, config, self._data.digest) if stage_store is not None else None
+        self._reuse = StageReuse(stage_store, config, self._data.digest) if stage_store is not None else None
         self._points = _curve_points(config)
         self._last_stage = list(config.stages)[-1]
 
@@ -347,7 +347,7 @@ class _Training:
             stop = bool(self._on_progress is not None and self._on_progress(progress))
             ends_round = progress.ends_stage and progress.stage == self._last_stage
             save = stop or ends_round or time.monotonic() - last_saved >= self._checkpoint_s
-            parallel.agree(stop)
+            parallel.broadcast_flag(stop)
             if save:
                 self._keep(state)
                 last_saved = time.monotonic()
@@ -405,7 +405,7 @@ class _Training:
 
     @property
     def _steps_reused(self) -> int:
-        return self._reused_before + (self._reuse.steps_taken if self._reuse is not None else 0)
+        return self._reused_before + (self._reuse.steps_reused if self._reuse is not None else 0)
 
     @property
     def _seconds(self) -> float:
@@ -474,7 +474,7 @@ class _Training:
         )
 
 
-def follow(config: RunConfig, folder: Path, store: Store, *, device: torch.device) -> None:
+def follow_leader(config: RunConfig, folder: Path, store: CheckpointStore, *, device: torch.device) -> None:
     """Train beside the worker that leads (`execute`): the same steps and backend, no evaluation, no files.
 
     Raises:
@@ -486,7 +486,7 @@ def follow(config: RunConfig, folder: Path, store: Store, *, device: torch.devic
         saved = store.load()
         _check_saved(saved, config, data)
         for progress in pipeline.train(config, data, device=device, resume=saved and saved["state"]):
-            if parallel.agree(False):
+            if parallel.broadcast_flag(False):
                 raise Interrupted(f"stopped at step {progress.step} of {progress.stage}")
 
 

@@ -22,11 +22,11 @@ from aepo.results import Result
 RESULT, CONFIG, METRICS, POLICY = "result.json", "config.json", "metrics.jsonl", "policy.safetensors"
 GRID = "grid.png"
 KERNELS = "kernels.json"
-"""How the run's steps are computed (aepo/kernels.py)."""
+"""File that says how the run's steps are computed (aepo/kernels.py)."""
 LOCK = "run.lock"
-"""Held by the process that carries the run out; names it."""
+"""File that the process which carries the run out holds locked; it names the process."""
 COMMIT = "COMMIT"
-"""Beside the packages, in packed code."""
+"""File beside the packages, in packed code, with the commit that they are of."""
 
 
 def read_result(folder: Path) -> Result | None:

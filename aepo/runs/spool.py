@@ -24,7 +24,7 @@ class _Row(TypedDict):
     """A line of a metrics file."""
 
     time: Annotated[float, Field(ge=0, le=1e11)]
-    """Seconds since the epoch."""
+    """When the row was written, in seconds since the epoch."""
     stage: str
     step: Count
     num_steps: Count

@@ -19,7 +19,7 @@ from typing import Any, TextIO, TypeAlias
 import torch
 
 from aepo import checkpoint, kernels, methods, pipeline
-from aepo.config import RunConfig, identity
+from aepo.config import RunConfig, identifying_fields
 from aepo.console import say, warn
 from aepo.documents import parse_json
 from aepo.errors import CheckpointError
@@ -52,13 +52,13 @@ def stage_keys(config: RunConfig, data_digest: str) -> dict[tuple[str, int], str
                 "torch": torch.__version__,
                 "arithmetic": [kernels.ARITHMETIC, kernels.backend()],
                 "stage": name,
-                "config": identity(own),
+                "config": identifying_fields(own),
                 "data": [data_digest, list(config.data.observation_keys), config.data.reward_rule],
                 "seed": config.seed,
                 "upstream": [keys[other, ends[other][number]] for other in stage.learns_from(own)],
             }
             if name not in pipeline.STREAMS:  # whose keys are from before streams had names
-                facts["stream"] = pipeline.stream(name, config.seed)
+                facts["stream"] = pipeline.stream_seed(name, config.seed)
             if config.data.held_out_share:
                 facts["held_out_share"] = config.data.held_out_share
             if method.code:
@@ -72,13 +72,13 @@ def stage_keys(config: RunConfig, data_digest: str) -> dict[tuple[str, int], str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
+class StoredStage:
     """A stored stage, as `aepo store list` shows it."""
 
     key: str
     num_bytes: int
     used_at: float
-    """Seconds since the epoch."""
+    """When the stage was last used, in seconds since the epoch."""
     path: Path
 
 
@@ -86,7 +86,7 @@ class StageStore:
     """A folder of trained stages, shared by all runs that see it."""
 
     def __init__(self, folder: Path):
-        """Nothing is made before something is stored."""
+        """Name the folder, which is made when something is stored."""
         self.folder = folder
         self._held: dict[str, TextIO] = {}
         self._has_warned = False
@@ -135,16 +135,16 @@ class StageStore:
         for key in list(self._held):
             self.release(key)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[StoredStage]:
         """Return what is stored, the most recently used first."""
         found = []
         for path in self.folder.glob(f"*{SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
                 facts = path.stat()
-                found.append(Entry(key=path.stem, num_bytes=facts.st_size, used_at=facts.st_mtime, path=path))
+                found.append(StoredStage(key=path.stem, num_bytes=facts.st_size, used_at=facts.st_mtime, path=path))
         return sorted(found, key=lambda entry: entry.used_at, reverse=True)
 
-    def prune(self, max_bytes: int) -> list[Entry]:
+    def prune(self, max_bytes: int) -> list[StoredStage]:
         """Delete the stages used longest ago until the rest takes at most so many bytes; return them."""
         kept, deleted = 0, []
         for entry in self.entries():
@@ -182,14 +182,14 @@ class StageStore:
         return self.folder / f"{key}{SUFFIX}"
 
 
-class Reuse:
+class StageReuse:
     """One run's dealings with a store: it takes the stages that are there and gives those that it trains."""
 
     def __init__(self, store: StageStore, config: RunConfig, data_digest: str):
-        """Nothing is claimed before a stage begins."""
+        """Compute the keys of the run's stages; none is claimed before it begins."""
         self._store, self._config = store, config
         self._keys = stage_keys(config, data_digest)
-        self.steps_taken = 0
+        self.steps_reused = 0
         """Gradient steps that this run did not have to take."""
 
     def give(self, stage: str, end: int, states: States, rows: Sequence[Row]) -> None:
@@ -218,7 +218,7 @@ class Reuse:
             if reached != begin or (found := self._store.claim(self._keys[stage, end])) is None:
                 break
             checkpoint.restore(states[stage], found["state"])
-            self.steps_taken += end - begin
+            self.steps_reused += end - begin
             taken += parse_json(found["rows"])
         return taken
 

@@ -218,7 +218,7 @@ def advantages(q: TwinQ, state: CriticState, data: Transitions, index_M: Tensor 
     return torch.cat(parts)
 
 
-def while_resting(state: CriticState, compute: Callable[[], Table]) -> Callable[[], Table]:
+def cached_until_trained(state: CriticState, compute: Callable[[], Table]) -> Callable[[], Table]:
     """Return what gives a value that depends on the critic, computed when first asked for.
 
     It is computed again when the critic has learned since, as it has a round later.
@@ -241,7 +241,7 @@ def advantage_of_rows(q: TwinQ, state: CriticState, data: Transitions, *, num_dr
     """
     if num_draws < len(data):
         return lambda index_B: advantages(q, state, data, index_B)
-    table = while_resting(state, lambda: advantages(q, state, data))
+    table = cached_until_trained(state, lambda: advantages(q, state, data))
     return lambda index_B: table()[index_B]
 
 

@@ -164,11 +164,11 @@ class QSource(NamedTuple):
     value: Value
     """Q of any actions."""
     with_slope: WithSlope
-    """The same with its gradient by them."""
+    """Q of any actions, and its gradient by them."""
     of_rows: ByRow
     """Q of the data's actions in these rows."""
     with_slope_of_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """The same with its gradient by them."""
+    """Q of the data's actions in these rows, and its gradient by the actions."""
     of_support: ByRow
     """Q of the support actions in the states at these places among those that have some, [B] -> [B, K]."""
 
@@ -187,7 +187,7 @@ def q_source(critic_state: CriticState, state: EnergyState, config: EnergyConfig
         q_B, slope_BA = backward.lowest_with_slope(critic_state.q, states_BS, actions_BA)
         return (q_B - critic_state.v(states_BS)) / state.q_scale, slope_BA / state.q_scale
 
-    resting = functools.partial(critic.while_resting, critic_state)
+    resting = functools.partial(critic.cached_until_trained, critic_state)
     return source_of(value, with_slope, state, config, data, resting=resting)
 
 

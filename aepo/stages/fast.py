@@ -38,7 +38,7 @@ def behavior(net: NoiseNet, variance: nn.Module, batch: Pairs, t_B: Tensor, eps_
     a_t_BA = alpha_B1 * actions_BA + sigma_B1 * eps_BA
     inputs_BI = net.inputs(a_t_BA, batch.states_BS, t_B)
     target_BA = alpha_B1 * eps_BA - sigma_B1 * actions_BA
-    error_BA, gradients = backward.fit(net.body, inputs_BI, target_BA)
+    error_BA, gradients = backward.error_and_gradients(net.body, inputs_BI, target_BA)
     if not isinstance(variance, VarianceNet):
         return gradients, lambda: {"loss": error_BA.square().mean()}
     mean_BA = (alpha_B1 * a_t_BA - sigma_B1 * (error_BA + target_BA)).clamp(-1.0, 1.0)
@@ -107,7 +107,7 @@ def _weighted(u_B: Tensor, expectile: float) -> Tensor:
 
 def squared_error(net: Mlp, x_BI: Tensor, target_B: Tensor) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """Return what gives the mean squared error of a network's only output, and its gradients by the parameters."""
-    error_B1, gradients = backward.fit(net, x_BI, target_B.unsqueeze(1))
+    error_B1, gradients = backward.error_and_gradients(net, x_BI, target_B.unsqueeze(1))
     return lambda: error_B1.square().mean(), gradients
 
 

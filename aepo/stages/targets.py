@@ -169,7 +169,7 @@ class Sample(NamedTuple):
     q_B: Tensor = NOTHING
     """Scaled Q(s, a_0) for `data` and `support`, Q(s, c) for `slope`."""
     slope_BA: Tensor = NOTHING
-    """Its gradient at c, for `slope`."""
+    """Gradient of Q at c, for `slope`."""
     mean_BA: Tensor = NOTHING
     """Posterior mean m_t [M9], for `posterior`: where the behaviour model says that a_t came from."""
     variance_BA: Tensor = NOTHING

@@ -23,8 +23,8 @@ from types import FrameType
 
 from aepo import files
 from cluster import services
-from cluster.local import Process, end_family, started
-from cluster.services import OBJECT_STORE, Place
+from cluster.local import Process, end_process_tree, start_ticks
+from cluster.services import OBJECT_STORE, ServiceSettings
 from tune.sockets import PREFIX, make_socket_folder
 
 ADDRESS, END, UP, PRIVATE = "address", "end", "up-", "private-"
@@ -87,7 +87,7 @@ def _run(folder: Path, role: str, name: str, private: Path, is_over: Callable[[]
             stderr=file,
             start_new_session=True,
         )
-    ray = Process(child.pid, started(child.pid))
+    ray = Process(child.pid, start_ticks(child.pid))
     is_up = False
     try:
         while child.poll() is None and not is_over():
@@ -104,16 +104,16 @@ def _run(folder: Path, role: str, name: str, private: Path, is_over: Callable[[]
             print(heading, *lines, sep="\n  ", flush=True)
         return is_up
     finally:
-        end_family(ray, signal.SIGTERM, timeout_s=STOP_S)
+        end_process_tree(ray, signal.SIGTERM, timeout_s=STOP_S)
 
 
 def command(role: str, folder: Path, ray_folder: Path) -> list[str]:
     """Return Ray's command line of this node: what SLURM has granted there, and no port that another may have."""
     if role == "head":
-        words = services.ray_head(Place(gcs_port=0), has_dashboard=False)
+        words = services.ray_head(ServiceSettings(gcs_port=0), has_dashboard=False)
     else:
         host, _, port = (folder / ADDRESS).read_text().rpartition(":")
-        words = services.ray_worker(Place(gcs_host=host, gcs_port=int(port)))
+        words = services.ray_worker(ServiceSettings(gcs_host=host, gcs_port=int(port)))
     share = services.on_shared_machine(
         cpus=int(os.environ.get("SLURM_CPUS_ON_NODE") or len(os.sched_getaffinity(0))),
         gpus=granted_gpus(),

@@ -31,13 +31,13 @@ def test_the_benchmark_has_twelve_shapes_and_every_row_dimensions():
     assert measure.shapes_of([tasks.find("kitchen-complete-v0")], most=200_000)[0].num_transitions == 3680
 
 
-def works(dataset="bench/11x3-v0"):
+def benched_steps(dataset="bench/11x3-v0"):
     configs = measure.configs_of("smoke", tasks.for_dataset(dataset))
-    return list(measure.works(configs, SHAPE.data()))
+    return list(measure.benched_steps(configs, SHAPE.data()))
 
 
 def test_every_stage_of_every_method_is_measured_once():
-    found = works()
+    found = benched_steps()
     configs = measure.configs_of("smoke", tasks.for_dataset("bench"))
     wanted = {(method, stage) for method, config in configs.items() for stage in config.stages}
     assert sorted((method, work.stage) for work in found for method in work.methods) == sorted(wanted)

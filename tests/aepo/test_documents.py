@@ -19,7 +19,7 @@ from aepo.presets import preset
 from aepo.runs import rundir, spool
 from tune.plan import make_plan, read_digests, read_manifest, read_planned, write_manifest
 from tune.spec import SweepSpec
-from tune.status import Board, status
+from tune.status import LiveStatus, status
 
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.integers(10**30, 10**40) | st.floats() | st.text(),
@@ -390,9 +390,9 @@ def test_rows_that_stand_twice_have_no_rate(tmp_path):
     folder = tmp_path / "runs" / plan[0].name
     folder.mkdir(parents=True)
     (folder / rundir.METRICS).write_text(f"{json.dumps(ROW)}\n{json.dumps(ROW | {'time': 2e9})}\n")
-    board = Board(tmp_path, plan)
-    board.refresh()
-    assert board.rows()[plan[0].name]["steps/s"] == ""
+    live = LiveStatus(tmp_path, plan)
+    live.refresh()
+    assert live.rows()[plan[0].name]["steps/s"] == ""
 
 
 def test_a_store_of_mlflow_that_is_not_there_is_neither_made_nor_waited_for(tmp_path):

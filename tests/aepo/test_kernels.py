@@ -281,7 +281,7 @@ def test_a_run_of_another_arithmetic_is_refused_by_name_and_left_as_it_is(datase
         with pytest.raises(CheckpointError, match=wanted):
             train(config, folder)
         with pytest.raises(CheckpointError, match=wanted):  # a worker beside it does not wait for it in vain
-            run.follow(config, folder, run.FolderStore(folder), device=CPU)
+            run.follow_leader(config, folder, run.FolderStore(folder), device=CPU)
         assert kept == {name: (folder / name).read_bytes() for name in kept}
         assert json.loads((folder / "result.json").read_text())["status"] == "failed"
     note.write_text(json.dumps(facts))  # as it was
@@ -325,7 +325,9 @@ def test_an_ended_run_of_another_arithmetic_is_still_a_result(dataset, tiny_conf
 
 @pytest.mark.skipif(not kernels.has_onednn(), reason="this torch has no oneDNN")
 def test_doctor_measures_a_processor_and_keeps_the_answer(capsys, monkeypatch):
-    monkeypatch.setattr(measure, "backends", lambda seconds: iter([("critic", 1.3), ("actor", 1.2), ("energy", 0.9)]))
+    monkeypatch.setattr(
+        measure, "backend_gains", lambda seconds: iter([("critic", 1.3), ("actor", 1.2), ("energy", 0.9)])
+    )
     assert cli.run(["doctor", "--measure", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["gain"], facts["backend"]) == (1.2, "onednn")
@@ -340,5 +342,5 @@ def test_doctor_measures_a_processor_and_keeps_the_answer(capsys, monkeypatch):
 
 @pytest.mark.skipif(not kernels.has_onednn(), reason="this torch has no oneDNN")
 def test_backends_are_compared_over_stages_and_shapes():
-    found = [name for name, _ in itertools.islice(measure.backends(0.01), 3)]
+    found = [name for name, _ in itertools.islice(measure.backend_gains(0.01), 3)]
     assert found == ["behavior step, 4 x 2", "critic step, expectile, 4 x 2", "energy step, analytic, 4 x 2"]

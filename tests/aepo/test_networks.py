@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from aepo import kernels, networks, pipeline
-from aepo.backward import CachedTimeNet, fit, vjp, with_slope
+from aepo.backward import CachedTimeNet, error_and_gradients, vjp, with_slope
 from aepo.diffusion import sampler
 from aepo.networks import Mlp, TimeNet
 from aepo.policy import Policy
@@ -116,7 +116,7 @@ def test_a_slope_leaves_the_weights_as_they_are(norm, rows, monkeypatch):
     mlp, x = Mlp([7, 33, 33, 1], norm=norm), torch.randn(rows, 7)
     before = [parameter.clone() for parameter in mlp.parameters()]
     slopes = [with_slope(mlp, x, slice(2, 5))[1] for _ in range(2)]
-    fit(mlp, x, torch.randn(rows, 1))
+    error_and_gradients(mlp, x, torch.randn(rows, 1))
     assert torch.equal(*slopes)
     assert all(map(torch.equal, before, mlp.parameters()))
 
@@ -127,12 +127,22 @@ def test_rows_go_through_in_blocks_as_in_one_piece(norm, monkeypatch):
     """Outputs, gradients and slopes of 70 rows in blocks of 16, the last one shorter."""
     torch.manual_seed(0)
     mlp, x, target = Mlp([7, 33, 33, 1], norm=norm), torch.randn(70, 7), torch.randn(70, 1)
-    whole = [mlp(x), *with_slope(mlp, x, slice(2, 5)), fit(mlp, x, target)[0], *fit(mlp, x, target)[1]]
+    whole = [
+        mlp(x),
+        *with_slope(mlp, x, slice(2, 5)),
+        error_and_gradients(mlp, x, target)[0],
+        *error_and_gradients(mlp, x, target)[1],
+    ]
     output, pull = vjp(mlp, x)
     by_hand = [output - target, *pull(2.0 / 70 * (output - target))]
     monkeypatch.setattr(kernels, "BLOCK_ROWS", 16)
     assert [len(part) for (part,) in kernels.blocks(x)] == [16, 16, 16, 16, 6]
-    blocks = [mlp(x), *with_slope(mlp, x, slice(2, 5)), fit(mlp, x, target)[0], *fit(mlp, x, target)[1]]
+    blocks = [
+        mlp(x),
+        *with_slope(mlp, x, slice(2, 5)),
+        error_and_gradients(mlp, x, target)[0],
+        *error_and_gradients(mlp, x, target)[1],
+    ]
     for one, other in zip([*whole, *whole[3:]], [*blocks, *by_hand], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

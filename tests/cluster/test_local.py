@@ -30,27 +30,27 @@ from tune.spec import Execution, SweepSpec
 
 def start(*words, **kwargs):
     process = subprocess.Popen(words, start_new_session=True, **kwargs)
-    return process, Process(process.pid, local.started(process.pid))
+    return process, Process(process.pid, local.start_ticks(process.pid))
 
 
 def test_a_family_ends_with_its_orphans_and_those_in_sessions_of_their_own():
     script = "sleep 300 & setsid sleep 301 & wait"
     process, leader = start("sh", "-c", script)
-    wait_for(lambda: len(local.family(leader)) == 3)
-    members = local.family(leader)
-    local.end_family(leader, signal.SIGTERM, timeout_s=1.0)
+    wait_for(lambda: len(local.process_tree(leader)) == 3)
+    members = local.process_tree(leader)
+    local.end_process_tree(leader, signal.SIGTERM, timeout_s=1.0)
     assert not any(local.is_alive(member) for member in members)
     process.wait()
 
 
 def test_what_a_killed_leader_leaves_in_its_session_ends_too():
     process, leader = start("sh", "-c", "sleep 300 & wait")
-    wait_for(lambda: len(local.family(leader)) == 2)
-    (orphan,) = local.family(leader) - {leader}
+    wait_for(lambda: len(local.process_tree(leader)) == 2)
+    (orphan,) = local.process_tree(leader) - {leader}
     process.kill()
     process.wait()
     assert local.is_alive(orphan)
-    local.end_family(leader, signal.SIGTERM, timeout_s=1.0)
+    local.end_process_tree(leader, signal.SIGTERM, timeout_s=1.0)
     assert not local.is_alive(orphan)
 
 
@@ -71,8 +71,8 @@ def test_a_process_that_has_taken_a_number_over_is_never_signalled():
     process, now = start("sleep", "300")
     before = Process(now.pid, now.ticks - 1)  # what had the number when it was written down
     assert not local.is_alive(before)
-    assert local.family(before) == set()
-    local.end_family(before, signal.SIGKILL, timeout_s=0.2)
+    assert local.process_tree(before) == set()
+    local.end_process_tree(before, signal.SIGKILL, timeout_s=0.2)
     local.send(before, signal.SIGKILL)
     assert process.poll() is None
     assert local.is_alive(now)
@@ -494,11 +494,11 @@ def down_leaves_nothing(cluster, aepo):
     """`down` ends every process and port, and keeps what is worth keeping; asked when the other tests are through."""
     now = cluster.state()
     services = [Process(entry["pid"], entry["ticks"]) for entry in now["services"].values()]
-    members = {member for service in services for member in local.family(service)}
+    members = {member for service in services for member in local.process_tree(service)}
     assert len(members) > 10
     aepo("cluster", "down", "--folder", cluster.folder)
     assert not [member for member in members if local.is_alive(member)]
-    assert not local.marked(cluster.folder)
+    assert not local.marked_processes(cluster.folder)
     for port in now["ports"].values():
         with socket.socket() as client:
             assert client.connect_ex(("127.0.0.1", port)) != 0
@@ -513,7 +513,7 @@ def down_leaves_nothing(cluster, aepo):
 def test_everything_listens_on_this_machine_only(machine):
     cluster, state, _ = machine
     services = [Process(entry["pid"], entry["ticks"]) for entry in state["services"].values()]
-    pids = {member.pid for service in services for member in local.family(service)}
+    pids = {member.pid for service in services for member in local.process_tree(service)}
     found = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid in pids]
     assert {c.laddr.ip.removeprefix("::ffff:") for c in found} == {"127.0.0.1"}
     assert set(state["ports"].values()) <= {c.laddr.port for c in found}
@@ -635,4 +635,4 @@ def test_a_service_that_does_not_come_up_is_explained_and_leaves_nothing(tmp_pat
     with pytest.raises(ResourceError, match=r"(?s)postgres ended while it started.*the disk is full"):
         cluster.up(nodes=1, cpus=1, gpus=0)
     assert cluster.state() is None
-    assert not local.marked(cluster.folder)
+    assert not local.marked_processes(cluster.folder)

@@ -15,7 +15,7 @@ import yaml
 
 from aepo import __version__
 from cluster import services
-from cluster.services import Place
+from cluster.services import ServiceSettings
 from tests import ROOT
 from tune.plan import make_plan
 from tune.spec import read_sweep_file
@@ -23,11 +23,11 @@ from tune.spec import read_sweep_file
 KUBERNETES = ROOT / "cluster" / "kubernetes"
 OVERLAYS = ["overlays/cpu", "overlays/gpu", "overlays/autoscaling", "job"]
 IN_CONTAINERS = {
-    "postgres": services.postgres(Place()),
-    "mlflow": services.mlflow(Place()),
-    "ray-head": services.ray_head(Place()),
-    "ray-worker": services.ray_worker(Place()),
-    "ray-worker-gpu": services.ray_worker(Place()),
+    "postgres": services.postgres(ServiceSettings()),
+    "mlflow": services.mlflow(ServiceSettings()),
+    "ray-head": services.ray_head(ServiceSettings()),
+    "ray-worker": services.ray_worker(ServiceSettings()),
+    "ray-worker-gpu": services.ray_worker(ServiceSettings()),
 }
 
 

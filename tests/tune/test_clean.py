@@ -13,7 +13,7 @@ from aepo.runs import rundir
 from tune.clean import deletable, of_run
 from tune.estimate import Total
 from tune.plan import run_folder, write_manifest
-from tune.status import driving
+from tune.status import sweep_lock
 from tune.sweep import taken
 from tune.usage import Meter
 
@@ -79,7 +79,7 @@ def test_runs_that_go_on_keep_everything_and_so_does_their_store(sweep, tiny_con
 
 
 def test_a_sweep_that_is_carried_out_and_a_folder_without_runs_are_refused(sweep, tmp_path):
-    with driving(sweep[0]), pytest.raises(BusyError, match="is carried out now"):
+    with sweep_lock(sweep[0]), pytest.raises(BusyError, match="is carried out now"):
         deletable(sweep[0])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no run in"):

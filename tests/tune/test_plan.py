@@ -1,4 +1,4 @@
-"""Plan, record and board without Ray; the contract with analysis."""
+"""Plan, record and live status without Ray; the contract with analysis."""
 
 import dataclasses
 import json
@@ -18,7 +18,8 @@ from tune.commands import check_complete
 from tune.plan import make_plan, pending, read_manifest, run_folder, write_manifest
 from tune.runs_table import collect_rows, write_rows
 from tune.spec import Resources, SweepSpec
-from tune.sweep import Board, _slots
+from tune.status import LiveStatus
+from tune.sweep import _slots
 
 METHODS = method_table.presets()
 
@@ -190,9 +191,9 @@ def test_a_cluster_without_room_for_one_trial_is_refused_instead_of_waiting_fore
 
 def test_the_board_shows_stage_step_rate_time_left_and_score(sweep):
     folder, plan = sweep
-    board = Board(folder, plan)
-    board.refresh()
-    assert [line.split()[1] for line in board.lines()] == ["finished", "finished"]
+    live = LiveStatus(folder, plan)
+    live.refresh()
+    assert [line.split()[1] for line in live.lines()] == ["finished", "finished"]
     spool = run_folder(folder, plan[2]) / rundir.METRICS
     spool.parent.mkdir(parents=True)
     rows = [
@@ -206,7 +207,7 @@ def test_the_board_shows_stage_step_rate_time_left_and_score(sweep):
         for t in range(1, 4)
     ]
     spool.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    board.refresh()
-    (line,) = board.lines()
+    live.refresh()
+    (line,) = live.lines()
     assert "critic 30/60  10 steps/s" in line
-    assert board.lines() == [], "what has not moved is not repeated"
+    assert live.lines() == [], "what has not moved is not repeated"

@@ -18,17 +18,17 @@ from aepo import config as configs
 from aepo.errors import CheckpointError, ConfigError
 from aepo.results import RoundResult
 from aepo.runs import run
-from aepo.trials import SEARCH, Confirmation, Outcome, Selection, Spec, count_steps, read_search
+from aepo.trials import SEARCH, Confirmation, Outcome, SearchSpec, Selection, count_steps, read_search
 from analysis.search_report import write_search_report
 from tests.examples import trial, wait_for
 from tune.plan import RUN_FOLDERS
 from tune.search import found_settings, mean_score, write_preset
-from tune.search_record import Record, trial_configs
+from tune.search_record import SearchRecord, trial_configs
 from tune.space import read_space
 
 CPU = torch.device("cpu")
 
-SPEC = Spec(
+SPEC = SearchSpec(
     tasks=(),
     datasets=("tests/pendulum/random-v0",),
     source="",
@@ -54,7 +54,7 @@ def space(tmp_path, tiny_config):
 
 
 def record(tmp_path, space, trials, spec=SPEC):
-    return Record(tmp_path / SEARCH, spec, space, trials)
+    return SearchRecord(tmp_path / SEARCH, spec, space, trials)
 
 
 # -- decisions ---------------------------------------------------------------------------------------------
@@ -153,16 +153,16 @@ def test_a_search_that_was_asked_to_stop_is_not_over(tmp_path, space, tiny_confi
 
 
 def test_a_trial_that_failed_after_a_promotion_took_its_place(tmp_path, space):
-    from tune.asha import last_hope, promoted
+    from tune.asha import best_waiting, next_promotion
 
     rows = [trial(n, (float(n),), "waiting") for n in range(3)]
     current = record(tmp_path, space, rows)
-    assert promoted(current) is rows[2]
+    assert next_promotion(current) is rows[2]
     rows[2].state = "failed"
-    assert promoted(current) is None
-    assert last_hope(current) is rows[1]  # for nothing has finished yet
+    assert next_promotion(current) is None
+    assert best_waiting(current) is rows[1]  # for nothing has finished yet
     current.trials[0] = trial(0, (1.0, 1.0, 1.0), "finished")
-    assert last_hope(current) is None
+    assert best_waiting(current) is None
 
 
 @pytest.mark.parametrize(("grace", "rungs"), [(0, [3]), (1, [1, 2, 3]), (2, [2, 3]), (3, [3])])
@@ -224,12 +224,14 @@ def test_values_of_a_grid_that_no_metric_tells_apart_are_refused(values, tmp_pat
 
 def test_a_folder_holds_one_search_but_more_trials_are_welcome(tmp_path, space):
     record(tmp_path, space, [trial(0)]).save()
-    assert Record.open(tmp_path, dataclasses.replace(SPEC, trials=30, confirm_seeds=(5,)), space).trials == [trial(0)]
+    assert SearchRecord.open(tmp_path, dataclasses.replace(SPEC, trials=30, confirm_seeds=(5,)), space).trials == [
+        trial(0)
+    ]
     with pytest.raises(ConfigError, match="holds another search: seed is 1000 there, 3 here"):
-        Record.open(tmp_path, dataclasses.replace(SPEC, seed=3), space)
+        SearchRecord.open(tmp_path, dataclasses.replace(SPEC, seed=3), space)
     other = dataclasses.replace(space, grid={"sampling.beta": (1.0,)})
     with pytest.raises(ConfigError, match="another search: space"):
-        Record.open(tmp_path, SPEC, other)
+        SearchRecord.open(tmp_path, SPEC, other)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 9, "trials": []}', '{"format": 1}'])

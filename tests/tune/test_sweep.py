@@ -19,7 +19,7 @@ from aepo.runs import run, rundir
 from tune import commands, estimate, trainable
 from tune.plan import STOP, make_plan, run_folder, write_manifest
 from tune.spec import Execution, Resources, SweepSpec, read_sweep_file
-from tune.status import LOCK, Board, driving, is_driven, status
+from tune.status import LOCK, LiveStatus, is_running, status, sweep_lock
 
 CPU = torch.device("cpu")
 TINY = [f"{stage}.{key}" for stage in ("behavior", "critic", "energy") for key in ("steps=20", "hidden_size=16")]
@@ -257,7 +257,7 @@ def test_status_says_where_every_run_stands_and_why_one_failed(sweep, capsys):
     assert rows[1]["error"] == "TrainingError: critic/loss is nan"
     assert rows[1]["log"] == [f"line {i}" for i in range(15, 20)]
     assert (rows[2]["stage"], rows[2]["step"]) == ("critic", "50/60")
-    with driving(folder):
+    with sweep_lock(folder):
         assert [row["state"] for row in status(folder, plan)] == ["finished", "failed", "running", "waiting"]
     assert cli.run(["sweep", "--status", "--out", str(folder)]) == 0
     out, messages = capsys.readouterr()
@@ -282,12 +282,12 @@ def test_looking_at_what_is_no_sweep_is_refused(tmp_path, capsys):
     assert cli.run(["sweep", "--stop", "--status"]) == 2
 
 
-def test_a_board_reads_the_ends_of_long_files(sweep, monkeypatch):
+def test_the_live_status_reads_the_ends_of_long_files(sweep, monkeypatch):
     folder, plan = sweep
-    whole = Board(folder, plan)
+    whole = LiveStatus(folder, plan)
     whole.refresh()
     monkeypatch.setattr("tune.status.TAIL_BYTES", 300)
-    tail = Board(folder, plan)
+    tail = LiveStatus(folder, plan)
     tail.refresh()
     assert {name: row["step"] for name, row in tail.rows().items()} == {
         name: row["step"] for name, row in whole.rows().items()
@@ -295,18 +295,22 @@ def test_a_board_reads_the_ends_of_long_files(sweep, monkeypatch):
 
 
 def test_a_sweep_is_carried_out_by_one_process_at_a_time(tmp_path):
-    assert not is_driven(tmp_path)
-    with driving(tmp_path):
-        code = "import sys, pathlib; from tune.status import driving\nwith driving(pathlib.Path(sys.argv[1])): pass"
+    assert not is_running(tmp_path)
+    with sweep_lock(tmp_path):
+        code = (
+            "import sys, pathlib; from tune.status import sweep_lock\nwith sweep_lock(pathlib.Path(sys.argv[1])): pass"
+        )
         words = [sys.executable, "-c", code, str(tmp_path)]
         second = subprocess.run(words, capture_output=True, text=True, check=False)
         assert f"is carried out already, by process {os.getpid()}" in second.stderr
-        looking = "import sys, pathlib; from tune.status import is_driven; print(is_driven(pathlib.Path(sys.argv[1])))"
+        looking = (
+            "import sys, pathlib; from tune.status import is_running; print(is_running(pathlib.Path(sys.argv[1])))"
+        )
         seen = subprocess.run(
             [sys.executable, "-c", looking, str(tmp_path)], capture_output=True, text=True, check=True
         )
         assert seen.stdout.strip() == "True"
-    with driving(tmp_path):
+    with sweep_lock(tmp_path):
         pass
     assert (tmp_path / LOCK).exists()
 
@@ -315,18 +319,18 @@ def test_a_request_to_stop_is_taken_back_by_the_next_start_and_refused_where_nob
     folder, _ = sweep
     assert cli.run(["sweep", "--stop", "--out", str(folder)]) == 3
     assert "there is nothing to stop" in capsys.readouterr().err
-    code = "import sys, time, pathlib; from tune.status import driving\n"
-    code += "with driving(pathlib.Path(sys.argv[1])): time.sleep(60)"
+    code = "import sys, time, pathlib; from tune.status import sweep_lock\n"
+    code += "with sweep_lock(pathlib.Path(sys.argv[1])): time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)])
     try:
-        while not is_driven(folder):
+        while not is_running(folder):
             time.sleep(0.1)
         assert cli.run(["sweep", "--stop", "--out", str(folder)]) == 0
         assert (folder / STOP).exists()
     finally:
         process.kill()
         process.wait()
-    with driving(folder):
+    with sweep_lock(folder):
         assert not (folder / STOP).exists()
 
 

@@ -45,7 +45,7 @@ def config_of(method="iql", variant="", **overrides):
 @pytest.mark.parametrize("method", presets())
 def test_a_run_without_a_variant_is_the_run_from_before_there_were_variants(method):
     config = config_of(method)
-    before = configs.identity(config)
+    before = configs.identifying_fields(config)
     assert not {"variant", "rounds"} & set(before)
     digest = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:12]
     assert config.name == f"maze2d-umaze-s0-{digest}"

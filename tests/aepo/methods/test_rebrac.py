@@ -46,7 +46,7 @@ def test_the_losses_are_the_papers_sums(tiny_config):
         values.append(float(state.q(one.states_BS, action).min()))
         distances.append(float((action - one.actions_BA).square().sum()))
     nets = state.q, state.q_target.net, state.actor_target.net
-    loss, metrics = rebrac.q_loss(*nets, batch, data.take_after(index), normal, config)
+    loss, metrics = rebrac.q_loss(*nets, batch, data.take_next_actions(index), normal, config)
     assert float(loss) == pytest.approx(total / 60, rel=1e-4)
     assert float(metrics()["penalty"]) == pytest.approx(np.mean(penalties), rel=1e-4)
     loss, _ = rebrac.pi_loss(state.actor, state.q, batch, config)

@@ -16,7 +16,7 @@ from aepo import checkpoint, kernels, method_table, methods, pipeline, tasks
 from aepo import config as configs
 from aepo.diffusion import guidance
 from aepo.errors import CheckpointError, ConfigError, TrainingError
-from aepo.kernels import multiplying
+from aepo.kernels import matmul_precision
 from aepo.policy import Policy
 from aepo.presets import preset
 from tests.examples import random_transitions
@@ -189,7 +189,7 @@ def test_a_steps_matrix_products_have_the_precision_of_its_stage_and_no_others(
                     step()
                 assert set(products.precisions) == {wanted if name == stage else "highest"}, (name, smallest)
                 assert torch.get_float32_matmul_precision() == "highest"  # evaluation, between steps
-    with pytest.raises(RuntimeError, match="no"), multiplying("bfloat16"):
+    with pytest.raises(RuntimeError, match="no"), matmul_precision("bfloat16"):
         raise RuntimeError("no")
     assert torch.get_float32_matmul_precision() == "highest"
 
@@ -199,7 +199,7 @@ def test_bfloat16_costs_a_factor_at_most_its_last_bit(monkeypatch):
     """Processors without units for it may compute as ever, or by other kernels of the same precision."""
     monkeypatch.setattr(kernels, "MIN_PRODUCTS", 0)
     x, weight, bias = torch.randn(64, 64), torch.randn(64, 64), torch.randn(64)
-    with multiplying("bfloat16"):
+    with matmul_precision("bfloat16"):
         found = [kernels.linear(x, weight, bias), kernels.product(x, weight), kernels.product(x.t(), weight)]
     exact = [torch.addmm(bias, x, weight.T), x @ weight, x.T @ weight]
     sizes = [x.abs() @ weight.T.abs() + bias.abs(), x.abs() @ weight.abs(), x.T.abs() @ weight.abs()]
