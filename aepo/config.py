@@ -272,6 +272,11 @@ class CriticConfig(StageConfig):
     """softmax_in_support: transitions whose next states get support actions, once, at most; the others are not used."""
     backup_beta: float = setting(1.0, "[0, inf)")
     """softmax_in_support: inverse temperature of the backup, in units of Q."""
+    action_noise: float = setting(0.0, "[0, inf)", later=True)
+    """Standard deviation of the noise on the actions that Q is trained on, in units of the range [-1, 1]: its slope,
+    which is all that guidance by the closed form asks of it, is then that of a smoothed Q."""
+    state_noise: float = setting(0.0, "[0, inf)", later=True)
+    """The same for the states that Q and V are trained on, in standard deviations of the data."""
 
     @property
     def support(self) -> tuple[int, int]:

@@ -180,6 +180,20 @@ def _ahead(
     return NStepReturn(steps.rewards_N[index_B], steps.discounts_N[index_B], next_states_BS)
 
 
+def _noised(batch: Batch, config: CriticConfig, generator: torch.Generator) -> Batch:
+    """Return a batch with noise on what Q and V are asked about; what follows stays as it is."""
+
+    def draw(part_BX: Tensor) -> Tensor:
+        shape = config.batch_size, part_BX.shape[1]
+        return share(torch.randn(shape, generator=generator, device=generator.device))
+
+    if config.state_noise:
+        batch = batch._replace(states_BS=batch.states_BS + config.state_noise * draw(batch.states_BS))
+    if config.action_noise:
+        batch = batch._replace(actions_BA=batch.actions_BA + config.action_noise * draw(batch.actions_BA))
+    return batch
+
+
 def train_step(
     state: CriticState, config: CriticConfig, data: Transitions, steps: NStepReturns | None = None
 ) -> Metrics:
@@ -196,10 +210,10 @@ def train_step(
     index_B = share(torch.randint(num_rows, (config.batch_size,), generator=generator, device=generator.device))
     nets = state.q, state.v, state.target.net
     if num_support:
-        batch = data.take(state.support_index_M[index_B])
+        batch = _noised(data.take(state.support_index_M[index_B]), config, generator)
         gradients, metrics = fast.in_support(*nets, batch, state.support_MKA[index_B], config)
     else:
-        batch = data.take(index_B)
+        batch = _noised(data.take(index_B), config, generator)
         gradients, metrics = fast.in_sample(*nets, batch, _ahead(data, batch, index_B, steps, config), config)
     state.optimizer.step_along(gradients)
     state.target.update()

@@ -24,6 +24,7 @@ VARIANTS = {
     "weighted denoising": ("best", {"energy.target": "weighted_denoising"}),
     "qgpo": ("qgpo", {"critic.num_support_states": 50, "energy.num_support_states": 50}),
     "iql": ("iql", {}),
+    "noise": ("iql", {"critic.action_noise": 0.5, "critic.state_noise": 0.1}),
     "td3bc": ("td3bc", {}),
 }
 

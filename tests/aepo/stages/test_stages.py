@@ -19,6 +19,7 @@ from aepo.errors import CheckpointError, ConfigError, TrainingError
 from aepo.kernels import matmul_precision
 from aepo.policy import Policy
 from aepo.presets import preset
+from aepo.stages import critic
 from tests.examples import random_transitions
 from tests.training import CPU, finish, same, weights
 
@@ -112,7 +113,7 @@ OTHER = {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
         "expectile": 0.95, "discount": 0.5, "target_rate": 0.5, "learner": "softmax_in_support",
         "num_samples": 5, "num_support_states": 33, "backup_beta": 3.0, "backup_steps": 5,
-        "activation": "relu", "layer_norm": False,
+        "activation": "relu", "layer_norm": False, "action_noise": 0.5, "state_noise": 0.1,
     },
     "energy": {
         "steps": 61, "batch_size": 17, "hidden_size": 17, "num_layers": 3, "learning_rate": 1e-4,
@@ -256,6 +257,16 @@ def test_every_combination_of_choices_trains_or_is_refused(
     else:
         with pytest.raises(ConfigError, match=f"{target} has no expansion"):
             tiny_config(**choices, **few)
+
+
+def test_noise_on_the_critics_input_has_its_size_and_leaves_what_follows(tiny_config, transitions):
+    config = dataclasses.replace(tiny_config().critic, action_noise=0.5, state_noise=0.1, batch_size=500)
+    batch = transitions.take(torch.arange(500))
+    noised = critic._noised(batch, config, torch.Generator().manual_seed(0))
+    assert float((noised.actions_BA - batch.actions_BA).std()) == pytest.approx(0.5, rel=0.1)
+    assert float((noised.states_BS - batch.states_BS).std()) == pytest.approx(0.1, rel=0.1)
+    for name in ("rewards_B", "terminals_B", "next_states_BS"):
+        assert torch.equal(getattr(noised, name), getattr(batch, name))
 
 
 @pytest.mark.parametrize("method", STAGES_OF)
