@@ -16,6 +16,8 @@ from aepo.config import MAX_COUNT
 if TYPE_CHECKING:
     import pyarrow as pa
 
+DIAGNOSTICS = "trust/"
+"""Begins the names of a run's diagnostics in MLflow."""
 SCHEMA_VERSION = 2
 """Version of runs.parquet; a column added with a default does not change it."""
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
@@ -92,6 +94,17 @@ class GridCell:
         return self.return_mean if self.score is None else self.score
 
 
+@with_config(STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diagnostic:
+    """What was measured of a run besides its returns (aepo/trust.py)."""
+
+    name: str
+    """The metric's name, as `energy/kl`."""
+    value: float
+    """The metric's value at the end of the run."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundResult:
     """What a run's evaluation at the end of a round measured."""
@@ -160,6 +173,8 @@ class Result:
     """UTC, ISO 8601."""
     folder: str = ""
     """Folder of the run; in runs.parquet relative to the sweep's."""
+    diagnostics: tuple[Diagnostic, ...] = ()
+    """What says whether to trust the run."""
 
     @classmethod
     def unended(cls, **known: Any) -> Self:

@@ -14,7 +14,7 @@ from rich.progress import track
 from aepo.console import err, warn
 from aepo.documents import parse_json
 from aepo.errors import ConfigError, DataError
-from aepo.results import SCHEMA_VERSION, CurvePoint, Evaluation, Row
+from aepo.results import DIAGNOSTICS, SCHEMA_VERSION, CurvePoint, Diagnostic, Evaluation, Row
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -164,6 +164,11 @@ def _row(client: "MlflowClient", run: "Run") -> Row:
         seconds=((run.info.end_time or run.info.start_time) - run.info.start_time) / 1000,
         evaluations=tuple(evaluations) if status == "finished" else (),
         curve=tuple(curve),
+        diagnostics=tuple(
+            Diagnostic(name=name.removeprefix(DIAGNOSTICS), value=value)
+            for name, value in sorted(metrics.items())
+            if name.startswith(DIAGNOSTICS)
+        ),
         commit=tags.get("aepo.commit"),
         machine=tags.get("aepo.machine", ""),
         mlflow_run_id=run_id,

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from aepo import __version__, files
+from aepo import __version__, files, trust
 from aepo.config import RunConfig, flatten, identity
 from aepo.errors import ConfigError
-from aepo.results import SCHEMA_VERSION, Result
+from aepo.results import DIAGNOSTICS, SCHEMA_VERSION, Result
 from aepo.runs import rundir
 from tune.plan import MANIFEST, PACKAGES
 from tune.runs_table import RUNS
@@ -337,6 +337,11 @@ class MlflowSink:
         tags = _commit_tags(result.commit) | {"aepo.machine": result.machine}
         tags["aepo.schema_version"] = str(SCHEMA_VERSION)  # these and `final/` are what `aepo report mlflow:` reads
         tags |= {f"aepo.{key}": str(value) for key in MEASURED if (value := getattr(result, key)) is not None}
+        finals += [
+            Metric(f"{DIAGNOSTICS}{each.name}", each.value, ended_at, result.steps) for each in result.diagnostics
+        ]
+        if doubts := trust.doubts(result.diagnostics):
+            tags["aepo.doubts"] = "\n".join(doubts)[:5000]
         if result.error or entry.has_error:
             tags["aepo.error"] = (result.error or "")[:5000]
         self._client.log_batch(run_id, metrics=finals, tags=[RunTag(key, value) for key, value in tags.items()])

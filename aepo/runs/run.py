@@ -9,6 +9,7 @@ whoever tracks the run. The result file comes last and makes the run finished.
 """
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from aepo import checkpoint, kernels, methods, parallel, pipeline
+from aepo import checkpoint, kernels, methods, parallel, pipeline, trust
 from aepo.config import RunConfig
 from aepo.console import say, warn
 from aepo.data.transitions import Transitions, cache_folder, load_transitions
@@ -430,6 +431,7 @@ class _Training:
         config = self._config
         policy = Policy.from_state(config, state, self._data)
         policy.save(self._folder / POLICY)
+        self._note_cost(policy)
         policies = [policy]
         if policy.sampling is not None:
             cloning = dataclasses.replace(policy.sampling, guidance_scale=0.0, num_candidates=1)
@@ -443,6 +445,7 @@ class _Training:
                 draw_grid(grid, self._folder / GRID, title=f"{config.task}, seed {config.seed}")
             except OSError as error:  # the result has its numbers
                 warn(f"no heat map in {self._folder}: {error.strerror}")
+        rows = read_spool(self._folder / METRICS)[0]
         curve = [
             CurvePoint(
                 stage=row["stage"],
@@ -450,7 +453,7 @@ class _Training:
                 score=row["metrics"].get("eval/score"),
                 return_mean=row["metrics"]["eval/return_mean"],
             )
-            for row in read_spool(self._folder / METRICS)[0]
+            for row in rows
             if "eval/return_mean" in row["metrics"]
         ]
         last = CurvePoint(stage=self._last_stage, step=config.num_steps, score=own.score, return_mean=own.return_mean)
@@ -471,7 +474,20 @@ class _Training:
             evaluations=tuple(evaluations),
             curve=(*curve, last),
             grid=tuple(grid),
+            diagnostics=trust.diagnose(rows, evaluations, 100.0 / (refs.expert - refs.random) if refs else None),
         )
+
+    def _note_cost(self, policy: Policy) -> None:
+        """Write what guidance costs on states of the data as metrics of the last stage's last step, once.
+
+        The stage store never has them: they depend on how is sampled, which trained stages do not.
+        """
+        most = torch.finfo(torch.float32).max  # stands for what is not finite, which no file holds
+        costs = {f"{self._last_stage}/{key}": value for key, value in policy.sampler.cost().items()}
+        costs = {name: value if math.isfinite(value) else most for name, value in costs.items()}
+        written = {name for row in read_spool(self._folder / METRICS)[0] for name in row["metrics"]}
+        if not costs.keys() <= written:
+            self.spool.write(self._last_stage, self._config.stages[self._last_stage].steps, costs)
 
 
 def follow(config: RunConfig, folder: Path, store: Store, *, device: torch.device) -> None:

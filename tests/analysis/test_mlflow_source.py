@@ -10,7 +10,7 @@ from aepo import config as configs
 from aepo.errors import ConfigError, DataError
 from aepo.runs import run
 from analysis import mlflow_source
-from analysis.load import evaluations, load_runs
+from analysis.load import diagnostics, evaluations, load_runs
 from analysis.report import write_report
 from tests import tracked
 from tests.tables import report
@@ -80,6 +80,11 @@ def test_mlflow_and_the_folder_say_the_same(sweep, uri, tmp_path, monkeypatch):
     assert [runs["status"].to_list().count("missing") for runs in both] == [1, 1]
     measured = [evaluations(runs)[["run", "method", "beta", "guidance_scale", "score", "return_mean"]] for runs in both]
     assert measured[0].to_dict("records") == measured[1].to_dict("records")
+    trusted = [
+        diagnostics(runs).sort_values(["run", "name"])[["run", "name", "value"]].to_dict("records") for runs in both
+    ]
+    assert trusted[0] == trusted[1]
+    assert {row["name"] for row in trusted[0]} >= {"energy/kl", "gain"}
     texts = []
     for name, runs in (("m", source), ("f", folder)):
         write_report([Path(runs)], tmp_path / name, allow_missing=True, tracking_uri=uri)

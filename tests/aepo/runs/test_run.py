@@ -45,9 +45,9 @@ def test_a_run_leaves_result_spool_config_and_policy(make_dataset, tiny_config, 
     assert result.score == pytest.approx(100 * (np.mean(returns) + 1200) / (1200 - 150))
     assert [(point.stage, point.step) for point in result.curve] == [("energy", s) for s in (140, 160, 180)]
     rows = spool.read_spool(tmp_path / "run" / rundir.METRICS)[0]
-    assert [(r["stage"], r["step"]) for r in rows] == [
-        (stage, step) for stage in ("behavior", "critic", "energy") for step in range(1, 61)
-    ]
+    steps = [(stage, step) for stage in ("behavior", "critic", "energy") for step in range(1, 61)]
+    assert [(r["stage"], r["step"]) for r in rows] == [*steps, ("energy", 60)]
+    assert rows[-1]["metrics"].keys() == {"energy/kl", "energy/guidance_sd", "energy/guidance_scale"}
     assert Policy.load(tmp_path / "run" / rundir.POLICY).config == config
 
 
