@@ -22,6 +22,8 @@ SCHEMA_VERSION = 2
 """Version of runs.parquet; a column added with a default does not change it."""
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 """Types and finite numbers as they are written; what other versions wrote besides is passed over."""
+CLONING = "diffusion-bc"
+"""Name in tables of a guided method at guidance scale 0."""
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 
@@ -73,6 +75,13 @@ class CurvePoint:
     """Gradient steps of all stages until then."""
     score: float | None
     return_mean: float
+    method: str = ""
+    """Whose policy was evaluated where it is not the run's own (`policy_along`); empty = the run's own."""
+
+
+def policy_along(stage: str, *, is_guided: bool) -> str:
+    """Return the name of the policy along a stage before the last: a guided method's clone, else the stage's name."""
+    return CLONING if is_guided else stage
 
 
 @with_config(STRICT)

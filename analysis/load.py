@@ -92,8 +92,12 @@ def evaluations(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def curves(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per run, stage and step; of a step written twice (a resumed run) the last."""
+    """Return one row per run, stage and step; of a step written twice (a resumed run) the last.
+
+    `method` is the run's own, or whose policy it was along an earlier stage, as the clone's.
+    """
     frame = _explode(runs, "curve")
+    frame["method"] = frame["method"].fillna("").mask(lambda names: names == "", frame["run_method"])
     return frame.drop_duplicates(["run", "stage", "step"], keep="last", ignore_index=True)
 
 

@@ -162,7 +162,8 @@ def _curves(panels: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> str:
     )
     note = (
         "Line: mean over the runs that have ended, at the steps that all of them have; band: its standard error; thin "
-        f"lines: runs, of {MAX_LINES} at most; dashed: measured at the end alone; grey: runs without a result."
+        f"lines: runs, of {MAX_LINES} at most; dashed: what runs of other methods have measured besides, along the way "
+        "or at the end alone; grey: runs without a result."
     )
     return (
         '<div class="tools"><label>Filter <input type="search" id="curve-filter" placeholder="task or suite"></label>'
@@ -233,6 +234,7 @@ def _series(curve: Curve) -> dict[str, Any]:
         "method": str(curve.arm),
         "label": curve.arm.label,
         "level": curve.is_level,
+        **({"dash": "dash"} if curve.is_other and not curve.is_level else {}),
         "x": _few(curve.steps).tolist(),
         "mean": _numbers(_few(curve.mean)),
         "stderr": _numbers(_few(curve.stderr)),

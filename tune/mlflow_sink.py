@@ -292,6 +292,7 @@ class MlflowSink:
         tags |= {f"aepo.{key}": str(getattr(config, key)) for key in TAGGED}
         tags |= {"aepo.variant": config.variant} if config.variant else {}
         tags |= {"aepo.steps": str(config.num_steps), "aepo.last_stage": list(config.stages)[-1]}
+        tags["aepo.stages"] = " ".join(config.stages)
         began_at = (folder / rundir.CONFIG).stat().st_mtime if (folder / rundir.CONFIG).exists() else time.time()
         created = self._client.create_run(self._experiment, int(began_at * 1000), tags, run_name=config.name)
         return self._entries.setdefault(config.name, _Entry.of(created))

@@ -10,7 +10,7 @@ from aepo import config as configs
 from aepo.errors import ConfigError, DataError
 from aepo.runs import run
 from analysis import mlflow_source
-from analysis.load import diagnostics, evaluations, load_runs
+from analysis.load import curves, diagnostics, evaluations, load_runs
 from analysis.report import write_report
 from tests import tracked
 from tests.tables import report
@@ -51,6 +51,25 @@ def test_variants_are_told_apart_in_mlflow_as_in_the_folder(make_dataset, tiny_c
     both = [load_runs(each, tracking_uri=uri) for each in (source, folder)]
     assert [runs["variant"].to_list() for runs in both] == [["w 1.0", "w 2.0"]] * 2
     assert both[0]["settings"].to_list() == both[1]["settings"].to_list()
+
+
+def test_the_clones_points_are_the_same_in_mlflow(make_dataset, tiny_config, uri, tmp_path):
+    config = tiny_config(make_dataset(), evaluation__num_curve_points=1, evaluation__num_curve_episodes=1)
+    folder = tmp_path / "sweep"
+    write_manifest(folder, [config])
+    place = run_folder(folder, config)
+    run.execute(config, place, run.FolderStore(place), device=torch.device("cpu"))
+    source = track(folder, [config], uri)
+    both = [curves(load_runs(each, tracking_uri=uri)) for each in (source, folder)]
+    columns = ["method", "stage", "step", "score", "return_mean"]
+    ours, theirs = (frame[columns].to_dict("records") for frame in both)
+    assert ours == theirs
+    assert [(each["method"], each["step"]) for each in ours] == [
+        ("diffusion-bc", 30),
+        ("diffusion-bc", 60),
+        ("aepo", 150),
+        ("aepo", 180),
+    ]
 
 
 def test_mlflow_and_the_folder_say_the_same(sweep, uri, tmp_path, monkeypatch):
