@@ -410,6 +410,11 @@ class SamplingConfig:
         if self.temperature == 0 and self.num_candidates > 1:
             raise ConfigError("sampling.temperature 0 draws one action: num_candidates must be 1")
 
+    @property
+    def cloning(self) -> "SamplingConfig":
+        """The same without guidance and choice: one action of the behaviour model."""
+        return dataclasses.replace(self, guidance_scale=0.0, num_candidates=1)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
@@ -420,7 +425,8 @@ class EvaluationConfig:
     num_episodes: int = setting(interval="[1, inf)")
     """Episodes of the final evaluation, once guided and once at guidance scale 0."""
     num_curve_points: int = setting(0, "[0, inf)")
-    """Evaluations during the last stage, equally spaced, its last step left to the final one."""
+    """Evaluations during each stage along which a policy acts, equally spaced. The last stage's end is left to the
+    final evaluation; an earlier stage, such as the behaviour model's, is evaluated at its end too, without guidance."""
     num_curve_episodes: int = setting(10, "[1, inf)")
     """Episodes of each evaluation during the last stage."""
     horizon: int = setting(0, "[0, inf)")

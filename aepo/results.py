@@ -16,10 +16,14 @@ from aepo.config import MAX_COUNT
 if TYPE_CHECKING:
     import pyarrow as pa
 
+DIAGNOSTICS = "trust/"
+"""Begins the names of a run's diagnostics in MLflow."""
 SCHEMA_VERSION = 2
 """Version of runs.parquet; a column added with a default does not change it."""
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 """Types and finite numbers as they are written; what other versions wrote besides is passed over."""
+CLONING = "diffusion-bc"
+"""Name in tables of a guided method at guidance scale 0."""
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 
@@ -71,6 +75,13 @@ class CurvePoint:
     """Gradient steps of all stages until then."""
     score: float | None
     return_mean: float
+    method: str = ""
+    """Whose policy was evaluated where it is not the run's own (`policy_along`); empty = the run's own."""
+
+
+def policy_along(stage: str, *, is_guided: bool) -> str:
+    """Return the name of the policy along a stage before the last: a guided method's clone, else the stage's name."""
+    return CLONING if is_guided else stage
 
 
 @with_config(STRICT)
@@ -90,6 +101,17 @@ class GridCell:
     def value(self) -> float:
         """The score, or the mean return where there are no references."""
         return self.return_mean if self.score is None else self.score
+
+
+@with_config(STRICT)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diagnostic:
+    """What was measured of a run besides its returns (aepo/trust.py)."""
+
+    name: str
+    """The metric's name, as `energy/kl`."""
+    value: float
+    """The metric's value at the end of the run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,6 +182,8 @@ class Result:
     """When the run started: UTC, ISO 8601."""
     folder: str = ""
     """Folder of the run; in runs.parquet relative to the sweep's."""
+    diagnostics: tuple[Diagnostic, ...] = ()
+    """What says whether to trust the run."""
 
     @classmethod
     def unended(cls, **known: Any) -> Self:

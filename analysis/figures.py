@@ -144,12 +144,13 @@ def _draw(axes: Axes, task: str, found: Sequence[Curve], palette: Mapping[Arm, s
         if curve.is_level:
             axes.axhline(curve.mean[0], color=color, lw=1.8, ls="--", label=f"{name}, at the end")
             continue
+        style = "--" if curve.is_other else "-"
         if 1 < len(curve.runs) <= MAX_LINES:
             for steps, values in curve.runs.values():
-                axes.plot(steps, values, color=color, lw=0.7, alpha=0.3)
+                axes.plot(steps, values, color=color, lw=0.7, alpha=0.3, ls=style)
         if len(curve.mean):
             marker = "o" if len(curve.mean) <= 30 else None
-            axes.plot(curve.steps, curve.mean, color=color, lw=2, marker=marker, ms=3.5, label=name)
+            axes.plot(curve.steps, curve.mean, color=color, lw=2, ls=style, marker=marker, ms=3.5, label=name)
             axes.fill_between(
                 curve.steps, curve.mean - curve.stderr, curve.mean + curve.stderr, color=color, alpha=0.18, lw=0
             )

@@ -29,7 +29,7 @@ SCHEMA = schema()
 """Columns of runs.parquet, one row per planned run; further columns are ignored."""
 
 _STATUSES = ("finished", "failed", "missing")
-_NESTED = ("evaluations", "curve", "grid")
+_NESTED = ("evaluations", "curve", "grid", "diagnostics")
 _MAX_NAMED = 20
 """Faults of a kind that a message names; it counts the others."""
 _KEY = ["run", "task", "suite", "seed", "status"]
@@ -92,14 +92,30 @@ def evaluations(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def curves(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per run, stage and step; of a step written twice (a resumed run) the last."""
+    """Return one row per run, stage and step; of a step written twice (a resumed run) the last.
+
+    `method` is the run's own, or whose policy it was along an earlier stage, as the clone's.
+    """
     frame = _explode(runs, "curve")
+    frame["method"] = frame["method"].fillna("").mask(lambda names: names == "", frame["run_method"])
     return frame.drop_duplicates(["run", "stage", "step"], keep="last", ignore_index=True)
 
 
 def grids(runs: pd.DataFrame) -> pd.DataFrame:
     """Return one row per run, beta and guidance scale: the heat maps that the runs have evaluated."""
     return _explode(runs, "grid")
+
+
+def diagnostics(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per run and diagnostic: what says whether to trust the run."""
+    return _explode(runs, "diagnostics")
+
+
+def clones(runs: pd.DataFrame) -> dict[str, float]:
+    """Return run -> what its clone reached, the score or without references the return, of runs that measured one."""
+    frame = _explode(runs, "evaluations")
+    others = frame[frame["method"] != frame["run_method"]].drop_duplicates("run")
+    return dict(zip(others["run"], others["score"].fillna(others["return_mean"]), strict=True))
 
 
 def arms(frame: pd.DataFrame, prefix: str = "") -> list[Arm]:

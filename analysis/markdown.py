@@ -6,6 +6,8 @@ from analysis.model import (
     AGGREGATE_NOTE,
     BEST_NOTE,
     BEST_TITLE,
+    DOUBT_NOTE,
+    DOUBT_TITLE,
     PAIRED_NOTE,
     SCALE_NOTE,
     Comparison,
@@ -47,6 +49,11 @@ def markdown(data: ReportData, stems: Mapping[str, str], figures: str) -> str:
             else []
         ),
         *(["## Runs without a result", "\n".join(f"- {code(hole)}" for hole in data.holes)] if data.holes else []),
+        *(
+            [f"## {DOUBT_TITLE}", DOUBT_NOTE, "\n".join(f"- {code(doubt)}" for doubt in data.doubts)]
+            if data.doubts
+            else []
+        ),
         "## Protocol",
         "\n".join(f"- {line}" for line in data.protocol),
         _pipe_table(data.tasks),

@@ -14,7 +14,7 @@ from rich.progress import track
 from aepo.console import err, warn
 from aepo.documents import parse_json
 from aepo.errors import ConfigError, DataError
-from aepo.results import SCHEMA_VERSION, CurvePoint, Evaluation, Row
+from aepo.results import DIAGNOSTICS, SCHEMA_VERSION, CurvePoint, Diagnostic, Evaluation, Row, policy_along
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -131,16 +131,15 @@ def _row(client: "MlflowClient", run: "Run") -> Row:
             )
     score, return_mean = (metrics.get(f"final/{own}/{key}") for key in ("score", "return_mean"))
     steps, last_stage = int(tags.get("aepo.steps", 0)), tags.get("aepo.last_stage", "")
-    offset = steps - int(params.get(f"{last_stage}.steps", 0))
-    curve = []
+    curve, offset = [], 0
+    for stage in tags.get("aepo.stages", "").split()[:-1]:
+        if f"eval/{stage}/return_mean" in metrics:
+            method = policy_along(stage, is_guided="sampling.guidance_scale" in params)
+            curve += _points(client, run_id, stage, offset, f"eval/{stage}/", method)
+        offset += int(params[f"{stage}.steps"])
     if "eval/return_mean" in metrics:
-        scores = {point.step: point.value for point in client.get_metric_history(run_id, "eval/score")}
-        curve = [
-            CurvePoint(
-                stage=last_stage, step=offset + point.step, score=scores.get(point.step), return_mean=point.value
-            )
-            for point in client.get_metric_history(run_id, "eval/return_mean")
-        ]
+        offset = steps - int(params.get(f"{last_stage}.steps", 0))
+        curve += _points(client, run_id, last_stage, offset, "eval/")
     if return_mean is not None:
         curve.append(CurvePoint(stage=last_stage, step=steps, score=score, return_mean=return_mean))
     dataset = next((each.dataset for each in run.inputs.dataset_inputs), None) if run.inputs else None
@@ -164,11 +163,33 @@ def _row(client: "MlflowClient", run: "Run") -> Row:
         seconds=((run.info.end_time or run.info.start_time) - run.info.start_time) / 1000,
         evaluations=tuple(evaluations) if status == "finished" else (),
         curve=tuple(curve),
+        diagnostics=tuple(
+            Diagnostic(name=name.removeprefix(DIAGNOSTICS), value=value)
+            for name, value in sorted(metrics.items())
+            if name.startswith(DIAGNOSTICS)
+        ),
         commit=tags.get("aepo.commit"),
         machine=tags.get("aepo.machine", ""),
         mlflow_run_id=run_id,
         settings=json.dumps({key: value for key, value in params.items() if key != "seed"}, sort_keys=True),
     )
+
+
+def _points(
+    client: "MlflowClient", run_id: str, stage: str, offset: int, begin: str, method: str = ""
+) -> list[CurvePoint]:
+    """Return the points of a learning curve along a stage, whose metrics begin like this, after `offset` steps."""
+    scores = {point.step: point.value for point in client.get_metric_history(run_id, f"{begin}score")}
+    return [
+        CurvePoint(
+            stage=stage,
+            step=offset + point.step,
+            score=scores.get(point.step),
+            return_mean=point.value,
+            method=method,
+        )
+        for point in client.get_metric_history(run_id, f"{begin}return_mean")
+    ]
 
 
 def _not_begun(client: "MlflowClient", sweep: "Run", known: set[str], *, allow_missing: bool) -> list[Row]:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aepo import trust
 from aepo.documents import parse_json
 from aepo.files import read_text
+from aepo.results import Diagnostic
 from analysis.aggregate import Aggregate, Interval, Profile, aggregate, complete_scores, profile
 from analysis.compare import Difference, differences, missing, overall
 from analysis.curves import Curve, HeatMap, heat_maps, learning_curves
 from analysis.labels import Arm, colours
-from analysis.load import arms, evaluations
+from analysis.load import arms, clones, diagnostics, evaluations
 from analysis.published import PublishedScore
 from analysis.scores import Score, suite_averages, task_scores
 from analysis.tables import Results, best_results, results
@@ -43,6 +45,8 @@ PAIRED_NOTE = (
     "Difference: second less first, with 95 % interval (Student's; of the seeds' differences where both sides have the "
     "seeds, else Welch's). About one row in twenty is told higher or lower by chance."
 )
+DOUBT_TITLE = "Runs in doubt"
+DOUBT_NOTE = "A bound that a run has passed says where to look next; its numbers stand in the tables as they are."
 MANIFEST = "sweep.json"
 
 
@@ -58,6 +62,8 @@ class RunRow:
     """Normalized score; NaN without one."""
     return_mean: float
     """Mean return per episode; NaN without a result."""
+    cloned: float
+    """Score, or without references return, of the policy at guidance scale 0; NaN where none was measured."""
     steps: float
     """Gradient steps, all stages together; NaN if not recorded."""
     seconds: float
@@ -95,6 +101,8 @@ class ReportData:
     heat_maps: tuple[HeatMap, ...]
     holes: tuple[str, ...]
     """A line for each run without a result."""
+    doubts: tuple[str, ...]
+    """A line for each bound that a run has passed (aepo/trust.py)."""
     protocol: tuple[str, ...]
     """Lines that say how the numbers were made."""
     tasks: tuple[Mapping[str, str], ...]
@@ -155,6 +163,7 @@ def build_report(
         without_curve=tuple(str(task) for task, any_of_it in recorded.items() if not any_of_it),
         heat_maps=tuple(heat_maps(runs)),
         holes=tuple(hole_lines(runs)),
+        doubts=tuple(_doubt_lines(runs)),
         protocol=tuple(_protocol(runs)),
         tasks=tuple(_task_rows(runs)),
         runs=tuple(_run_rows(runs)),
@@ -191,6 +200,20 @@ def hole_lines(runs: "pd.DataFrame") -> list[str]:
         reason = reason or ("never ran to an end" if row["status"] == "missing" else "no reason recorded")
         lines.append(f"{row['status']}: {row['task']} {arm} seed {row['seed']} ({row['run']}): {reason}")
     return lines
+
+
+def _doubt_lines(runs: "pd.DataFrame") -> list[str]:
+    """Return a line for each bound that a finished run has passed."""
+    finished = runs[runs["status"] == "finished"]
+    measured: dict[str, list[Diagnostic]] = {}
+    for run, name, value in diagnostics(finished)[["run", "name", "value"]].itertuples(index=False, name=None):
+        measured.setdefault(run, []).append(Diagnostic(name=name, value=value))
+    planned = zip(finished["run"], finished["task"], arms(finished), finished["seed"], strict=True)
+    return [
+        f"{task} {arm} seed {seed} ({run}): {text}"
+        for run, task, arm, seed in planned
+        for text in trust.doubts(measured.get(run, ()))
+    ]
 
 
 def listed(values: Iterable[object]) -> str:
@@ -261,6 +284,7 @@ def _run_rows(runs: "pd.DataFrame") -> list[RunRow]:
         **{name: runs[name].astype(object).where(runs[name].notna(), "") for name in texts},
         **{name: runs[name].astype(float) for name in numbers},
     )
+    plain["cloned"] = runs["run"].map(clones(runs)).astype(float)
     rows = zip(plain.to_dict("records"), arms(runs), strict=True)
     return [RunRow(arm=arm, **{str(name): value for name, value in row.items()}) for row, arm in rows]
 

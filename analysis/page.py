@@ -18,12 +18,12 @@ import numpy as np
 from analysis.aggregate import STATISTICS, Aggregate, Profile
 from analysis.curves import MAX_LINES, Curve, HeatMap
 from analysis.labels import Arm
-from analysis.model import AGGREGATE_NOTE, BEST_NOTE, SCALE_NOTE, ReportData, RunRow
+from analysis.model import AGGREGATE_NOTE, BEST_NOTE, DOUBT_NOTE, DOUBT_TITLE, SCALE_NOTE, ReportData, RunRow
 from analysis.tables import PARTIAL, Cell, Column, Results, Row, aggregate_rows
 
 DIGITS = 5
 """Significant digits of the numbers that plots are drawn from."""
-RUN_DIGITS = {"score": 1, "return": 1, "steps": 0, "minutes": 1}
+RUN_DIGITS = {"score": 1, "return": 1, "cloned": 1, "steps": 0, "minutes": 1}
 """Digits behind the point of numbers in the run list."""
 MAX_POINTS = 300
 """Points of a line that are drawn; of more, every so manyth."""
@@ -41,6 +41,7 @@ def page(data: ReportData) -> str:
         "curves": ("Learning curves", _curves(panels, data.arms)) if panels else None,
         "grids": ("Beta and guidance scale", _grids(maps)) if maps else None,
         "holes": ("Runs without a result", _list(data.holes)) if data.holes else None,
+        "doubts": (DOUBT_TITLE, _paragraph(DOUBT_NOTE) + _list(data.doubts)) if data.doubts else None,
         "runs": ("Runs", '<table id="run-table" class="row-border hover"></table>'),
         "protocol": ("Protocol", _list(data.protocol) + _plain_table(data.tasks, "details")),
         "manifest": ("Manifest", _manifests(data.manifests)) if data.manifests else None,
@@ -161,7 +162,8 @@ def _curves(panels: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> str:
     )
     note = (
         "Line: mean over the runs that have ended, at the steps that all of them have; band: its standard error; thin "
-        f"lines: runs, of {MAX_LINES} at most; dashed: measured at the end alone; grey: runs without a result."
+        f"lines: runs, of {MAX_LINES} at most; dashed: what runs of other methods have measured besides, along the way "
+        "or at the end alone; grey: runs without a result."
     )
     return (
         '<div class="tools"><label>Filter <input type="search" id="curve-filter" placeholder="task or suite"></label>'
@@ -232,6 +234,7 @@ def _series(curve: Curve) -> dict[str, Any]:
         "method": str(curve.arm),
         "label": curve.arm.label,
         "level": curve.is_level,
+        **({"dash": "dash"} if curve.is_other and not curve.is_level else {}),
         "x": _few(curve.steps).tolist(),
         "mean": _numbers(_few(curve.mean)),
         "stderr": _numbers(_few(curve.stderr)),
@@ -267,6 +270,7 @@ def _heat_map(found: HeatMap) -> dict[str, Any]:
 def _runs(data: ReportData) -> tuple[list[str], list[list[Any]]]:
     """Return the run list: names of the columns, rows."""
     with_error, with_link = any(run.error.strip() for run in data.runs), bool(data.run_address)
+    with_clone = any(not math.isnan(run.cloned) for run in data.runs)
     rows = [
         {
             "status": run.status,
@@ -275,6 +279,7 @@ def _runs(data: ReportData) -> tuple[list[str], list[list[Any]]]:
             "seed": run.seed,
             "score": _rounded(run.score, 1),
             "return": _rounded(run.return_mean, 1),
+            **({"cloned": _rounded(run.cloned, 1)} if with_clone else {}),
             "steps": None if run.status == "missing" else _rounded(run.steps, None),
             "minutes": None if run.status == "missing" else _rounded(run.seconds / 60, 1),
             "started": run.started_at,

@@ -173,6 +173,7 @@ def _mean(values: Sequence[float]) -> float:
 def _highest(finished: pd.DataFrame) -> dict[tuple[str, Arm, int], float]:
     """Return (task, arm, seed) -> the highest score of the run's curve."""
     points = curves(finished).dropna(subset="score")
+    points = points[points["method"] == points["run_method"]]
     keys = ["task", "run_method", "run_variant", "seed"]
     found = points.groupby(keys, sort=False)["score"].max().reset_index()
     return dict(zip(zip(found["task"], arms(found, "run_"), found["seed"], strict=True), found["score"], strict=True))

@@ -3,7 +3,15 @@
 from rich.text import Text
 
 from aepo.console import emit_table, emit_text
-from analysis.model import AGGREGATE_TITLE, PAIRED_NOTE, TITLE, Comparison, ReportData
+from analysis.model import (
+    AGGREGATE_TITLE,
+    DOUBT_NOTE,
+    DOUBT_TITLE,
+    PAIRED_NOTE,
+    TITLE,
+    Comparison,
+    ReportData,
+)
 from analysis.tables import PARTIAL, Cell, Column, Results, aggregate_rows, difference_rows, mean_lines
 
 
@@ -13,6 +21,8 @@ def print_report(data: ReportData) -> None:
     emit_text("\n".join(f"{mark} {text}".strip() for mark, text in data.table.notes))
     if data.aggregates:
         emit_table(AGGREGATE_TITLE, aggregate_rows(data.aggregates))
+    if data.doubts:
+        emit_text("\n".join([f"{DOUBT_TITLE}: {DOUBT_NOTE}", *data.doubts]))
 
 
 def print_comparison(data: Comparison) -> None:

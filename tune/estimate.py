@@ -187,6 +187,10 @@ class Costs:
         own = config.evaluation
         guided = getattr(config, "sampling", None) is not None
         times = {own.num_curve_episodes: own.num_curve_points} if own.num_curve_points else {}
+        clones = {own.num_episodes: 1} if guided else {}  # the final evaluation is made at guidance scale 0 too
+        *before, _ = methods.find(config.method).stages()
+        if own.num_curve_points and (count := sum(stage.acts for stage in before) * (own.num_curve_points + 1)):
+            clones[own.num_curve_episodes] = clones.get(own.num_curve_episodes, 0) + count
         times[own.num_episodes] = times.get(own.num_episodes, 0) + 1
         if grid := len(own.grid_beta) * len(own.grid_guidance_scale):
             times[own.num_grid_episodes] = times.get(own.num_grid_episodes, 0) + grid
@@ -200,13 +204,11 @@ class Costs:
         make, reset, step, limit = (self.seconds[f"{what} {kind}"] for what in ("make", "reset", "step", "limit"))
         horizon = own.horizon or limit
         seconds = make * max(min(MAX_ENVS, num) for num in times)
-        for num, count in times.items():
-            seconds += count * num * (reset + horizon * step)
-            seconds += count * math.ceil(num / MAX_ENVS) * horizon * self._act(config, dims, min(num, MAX_ENVS), "act")
-        if guided:  # the final evaluation is made at guidance scale 0 too
-            num = own.num_episodes
-            seconds += num * (reset + horizon * step)
-            seconds += math.ceil(num / MAX_ENVS) * horizon * self._act(config, dims, min(num, MAX_ENVS), "clone")
+        for kind, counts in (("act", times), ("clone" if guided else "act", clones)):
+            for num, count in counts.items():
+                seconds += count * num * (reset + horizon * step)
+                acting = self._act(config, dims, min(num, MAX_ENVS), kind)
+                seconds += count * math.ceil(num / MAX_ENVS) * horizon * acting
         return seconds
 
     def _once(self, key: str, measure: Callable[[], float]) -> float:
@@ -261,9 +263,7 @@ class Costs:
             policy = Policy.from_state(config, states, data)
             if what == "clone":
                 assert policy.sampling is not None
-                policy = policy.with_sampling(
-                    dataclasses.replace(policy.sampling, guidance_scale=0.0, num_candidates=1)
-                )
+                policy = policy.with_sampling(policy.sampling.cloning)
             generator = torch.Generator(policy.device).manual_seed(0)
             observations = torch.randn(num, at[0], device=policy.device)
             return self._timed(lambda: policy.act(observations, generator), threads=1)

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from aepo import __version__, files
+from aepo import __version__, files, trust
 from aepo.config import RunConfig, flatten, identifying_fields
 from aepo.errors import ConfigError
-from aepo.results import SCHEMA_VERSION, Result
+from aepo.results import DIAGNOSTICS, SCHEMA_VERSION, Result
 from aepo.runs import rundir
 from tune.plan import MANIFEST, PACKAGES
 from tune.runs_table import RUNS
@@ -292,6 +292,7 @@ class MlflowSink:
         tags |= {f"aepo.{key}": str(getattr(config, key)) for key in TAGGED}
         tags |= {"aepo.variant": config.variant} if config.variant else {}
         tags |= {"aepo.steps": str(config.num_steps), "aepo.last_stage": list(config.stages)[-1]}
+        tags["aepo.stages"] = " ".join(config.stages)
         began_at = (folder / rundir.CONFIG).stat().st_mtime if (folder / rundir.CONFIG).exists() else time.time()
         created = self._client.create_run(self._experiment, int(began_at * 1000), tags, run_name=config.name)
         return self._entries.setdefault(config.name, _Entry.of(created))
@@ -337,6 +338,11 @@ class MlflowSink:
         tags = _commit_tags(result.commit) | {"aepo.machine": result.machine}
         tags["aepo.schema_version"] = str(SCHEMA_VERSION)  # these and `final/` are what `aepo report mlflow:` reads
         tags |= {f"aepo.{key}": str(value) for key in MEASURED if (value := getattr(result, key)) is not None}
+        finals += [
+            Metric(f"{DIAGNOSTICS}{each.name}", each.value, ended_at, result.steps) for each in result.diagnostics
+        ]
+        if doubts := trust.doubts(result.diagnostics):
+            tags["aepo.doubts"] = "\n".join(doubts)[:5000]
         if result.error or entry.has_error:
             tags["aepo.error"] = (result.error or "")[:5000]
         self._client.log_batch(run_id, metrics=finals, tags=[RunTag(key, value) for key, value in tags.items()])

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aepo import method_table
-from aepo.console import emit_json, emit_table, err, say
+from aepo import method_table, trust
+from aepo.console import emit_json, emit_table, err, say, warn
 from aepo.errors import AEPOError, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ RESULT_KEYS = [
 class Train:
     """Train the stages of one run, evaluate the policy, and print its score.
 
+    It ends with what speaks for or against the run, and a warning for each bound that it has passed.
     The same command again continues where it was stopped, or prints the result if it has ended.
 
     For example:
@@ -119,6 +120,9 @@ class Train:
                 [{key: getattr(row, key) for key in EVALUATION_COLUMNS} for row in result.evaluations],
             )
             say(f"run, policy and result: {folder}")
+        say(trust.line(result))
+        for doubt in trust.doubts(result.diagnostics):
+            warn(doubt)
         return 0
 
 
@@ -142,6 +146,17 @@ def _failure(folder: Path, error: Exception) -> "Result | None":
         result = rundir.read_result(folder)
         return result if result is not None and result.error == f"{type(error).__name__}: {error}" else None
     return None
+
+
+def _known_doubts(folder: Path, fingerprint: str) -> list[str]:
+    """Return what the result beside a policy says against its run; nothing where there is none of that run."""
+    from aepo.runs import rundir
+
+    with suppress(AEPOError, OSError):
+        result = rundir.read_result(folder)
+        if result is not None and result.fingerprint == fingerprint:
+            return trust.doubts(result.diagnostics)
+    return []
 
 
 EVALUATION_COLUMNS = [
@@ -288,6 +303,8 @@ class Evaluate:
                 f"{config.task}, seed {config.seed}, {self.num_episodes} episodes each",
                 [{key: row[key] for key in (*EVALUATION_COLUMNS, "num_steps")} for row in rows],
             )
+        for doubt in _known_doubts(path.parent, config.fingerprint):
+            warn(f"the run {path.parent.name}: {doubt}")
         if self.figure is not None:  # last: no numbers are lost with it
             title = f"{config.task}, seed {config.seed}, {self.num_episodes} episodes each"
             draw_grid([row.cell() for row in evaluations], self.figure, title=title)

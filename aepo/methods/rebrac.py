@@ -110,5 +110,5 @@ def sampler(config: ReBRACConfig, state_dim: int, action_dim: int) -> ActorSampl
     return ActorSampler(Actor(state_dim, action_dim, config.rebrac), lambda states: states["rebrac"].actor)
 
 
-STAGE = Stage(name="rebrac", start=actor_critic.start, step=make_step)
+STAGE = Stage(name="rebrac", start=actor_critic.start, step=make_step, acts=True)
 REBRAC = Method(name="rebrac", config=ReBRACConfig, preset=preset, stages=lambda: (STAGE,), sampler=sampler)

@@ -10,14 +10,12 @@ from numpy.typing import NDArray
 from aepo.config import RunConfig
 from aepo.evaluate import Evaluator
 from aepo.policy import Policy
-from aepo.results import Evaluation, GridCell
-
-CLONING = "diffusion-bc"
-"""Name in tables of a guided method at guidance scale 0."""
-
+from aepo.results import CLONING, Evaluation, GridCell
 
 BEST_CLONE = "best-clone"
 """Name in tables of a guided method at guidance scale 0 that takes the candidate with the largest Q."""
+OWN = "eval/"
+"""Begins the metrics of an evaluation of a run's own policy on the way."""
 
 
 EVALUATION_SEED = 1_000_000
@@ -82,8 +80,13 @@ def evaluate_grid(policy: Policy, evaluator: Evaluator, config: RunConfig) -> li
     return cells
 
 
-def measures(evaluator: Evaluator, returns: NDArray[np.float64]) -> dict[str, float]:
+def prefix(config: RunConfig, stage: str) -> str:
+    """Return what begins the metrics of evaluations along a stage: OWN, behind it the stage's name if not the last."""
+    return OWN if stage == list(config.stages)[-1] else f"{OWN}{stage}/"
+
+
+def measures(evaluator: Evaluator, returns: NDArray[np.float64], begin: str = OWN) -> dict[str, float]:
     """Return what a run's metrics say of an evaluation: mean return, what was cut of the states, the score if any."""
     mean = float(returns.mean())
-    score = {"eval/score": evaluator.references.score(mean)} if evaluator.references else {}
-    return {"eval/return_mean": mean, "eval/cut_percent": evaluator.cut_percent, **score}
+    score = {f"{begin}score": evaluator.references.score(mean)} if evaluator.references else {}
+    return {f"{begin}return_mean": mean, f"{begin}cut_percent": evaluator.cut_percent, **score}

@@ -9,6 +9,7 @@ whoever tracks the run. The result file comes last and makes the run finished.
 """
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from aepo import checkpoint, kernels, methods, parallel, pipeline
+from aepo import checkpoint, kernels, methods, parallel, pipeline, trust
 from aepo.config import RunConfig
 from aepo.console import say, warn
 from aepo.data.transitions import Transitions, cache_folder, load_transitions
@@ -37,8 +38,16 @@ from aepo.evaluate import Evaluator, draw_grid
 from aepo.files import LOOK_S, hold, write_json
 from aepo.pipeline import Progress
 from aepo.policy import Policy
-from aepo.results import CurvePoint, Result, RoundResult
-from aepo.runs.evaluation import cell_name, evaluate, evaluate_grid, evaluation_seed, grid_pairs, measures
+from aepo.results import CurvePoint, Result, RoundResult, policy_along
+from aepo.runs.evaluation import (
+    cell_name,
+    evaluate,
+    evaluate_grid,
+    evaluation_seed,
+    grid_pairs,
+    measures,
+    prefix,
+)
 from aepo.runs.rundir import (
     CONFIG,
     GRID,
@@ -310,8 +319,9 @@ class _Training:
         self._reused_before = int(self._saved.get("steps_reused", 0)) if self._saved is not None else 0
         self.spool = Spool(folder / METRICS, config)
         self._reuse = StageReuse(stage_store, config, self._data.digest) if stage_store is not None else None
-        self._points = _curve_points(config)
         self._last_stage = list(config.stages)[-1]
+        stages = [stage.name for stage in methods.stages_of(config) if stage.acts]
+        self._points = {name: _curve_points(config, name) for name in {*stages, self._last_stage}}
 
     def __enter__(self) -> "_Training":
         return self
@@ -365,8 +375,8 @@ class _Training:
         if not progress.metrics or self.spool.has(progress.stage, progress.step):
             return
         metrics = dict(progress.metrics)
-        if progress.stage == self._last_stage and progress.step in self._points:
-            metrics |= self._evaluate(progress.states, self._config.evaluation.num_curve_episodes)
+        if progress.step in self._points.get(progress.stage, ()):
+            metrics |= self._evaluate(progress.states, progress.stage)
         self.spool.write(progress.stage, progress.step, metrics)
 
     def _settle(self, state: States, number: int, num_rounds: int) -> int:
@@ -393,15 +403,19 @@ class _Training:
                 for pair, cell in zip(grid_pairs(self._config), cells, strict=True)
             }
         else:
-            metrics = self._evaluate(state, self._config.evaluation.num_curve_episodes)
+            metrics = self._evaluate(state, self._last_stage)
         metrics |= {ROUND: float(number), "steps_reused": float(self._steps_reused)}
         self.spool.write(self._last_stage, self._config.round_ends(self._last_stage)[number - 1], metrics)
         self._keep(state)
 
-    def _evaluate(self, state: States, num_episodes: int) -> dict[str, float]:
+    def _evaluate(self, state: States, stage: str) -> dict[str, float]:
+        """Return a point of the learning curve of the policy along a stage; before the last it is not guided."""
         policy = Policy.from_state(self._config, state, self._data)
-        seed = evaluation_seed(self._config.seed)
-        return measures(self._evaluator, self._evaluator.run(policy, num_episodes=num_episodes, seed=seed))
+        if stage != self._last_stage and policy.sampling is not None:
+            policy = policy.with_sampling(policy.sampling.cloning)
+        num_episodes, seed = self._config.evaluation.num_curve_episodes, evaluation_seed(self._config.seed)
+        returns = self._evaluator.run(policy, num_episodes=num_episodes, seed=seed)
+        return measures(self._evaluator, returns, prefix(self._config, stage))
 
     @property
     def _steps_reused(self) -> int:
@@ -430,10 +444,10 @@ class _Training:
         config = self._config
         policy = Policy.from_state(config, state, self._data)
         policy.save(self._folder / POLICY)
+        self._note_cost(policy)
         policies = [policy]
         if policy.sampling is not None:
-            cloning = dataclasses.replace(policy.sampling, guidance_scale=0.0, num_candidates=1)
-            policies.append(policy.with_sampling(cloning))
+            policies.append(policy.with_sampling(policy.sampling.cloning))
         num_episodes, seed = config.evaluation.num_episodes, evaluation_seed(config.seed)
         evaluations = [evaluate(each, self._evaluator, num_episodes=num_episodes, seed=seed) for each in policies]
         own = evaluations[0]
@@ -443,15 +457,18 @@ class _Training:
                 draw_grid(grid, self._folder / GRID, title=f"{config.task}, seed {config.seed}")
             except OSError as error:  # the result has its numbers
                 warn(f"no heat map in {self._folder}: {error.strerror}")
+        rows = read_spool(self._folder / METRICS)[0]
+        is_guided = policy.sampling is not None
         curve = [
             CurvePoint(
                 stage=row["stage"],
                 step=config.steps_until(row["stage"], row["step"]),
-                score=row["metrics"].get("eval/score"),
-                return_mean=row["metrics"]["eval/return_mean"],
+                score=row["metrics"].get(f"{begin}score"),
+                return_mean=row["metrics"][f"{begin}return_mean"],
+                method="" if row["stage"] == self._last_stage else policy_along(row["stage"], is_guided=is_guided),
             )
-            for row in read_spool(self._folder / METRICS)[0]
-            if "eval/return_mean" in row["metrics"]
+            for row, begin in ((row, prefix(config, row["stage"])) for row in rows)
+            if f"{begin}return_mean" in row["metrics"]
         ]
         last = CurvePoint(stage=self._last_stage, step=config.num_steps, score=own.score, return_mean=own.return_mean)
         refs = self._evaluator.references
@@ -471,7 +488,20 @@ class _Training:
             evaluations=tuple(evaluations),
             curve=(*curve, last),
             grid=tuple(grid),
+            diagnostics=trust.diagnose(rows, evaluations, 100.0 / (refs.expert - refs.random) if refs else None),
         )
+
+    def _note_cost(self, policy: Policy) -> None:
+        """Write what guidance costs on states of the data as metrics of the last stage's last step, once.
+
+        The stage store never has them: they depend on how is sampled, which trained stages do not.
+        """
+        most = torch.finfo(torch.float32).max  # stands for what is not finite, which no file holds
+        costs = {f"{self._last_stage}/{key}": value for key, value in policy.sampler.cost().items()}
+        costs = {name: value if math.isfinite(value) else most for name, value in costs.items()}
+        written = {name for row in read_spool(self._folder / METRICS)[0] for name in row["metrics"]}
+        if not costs.keys() <= written:
+            self.spool.write(self._last_stage, self._config.stages[self._last_stage].steps, costs)
 
 
 def follow_leader(config: RunConfig, folder: Path, store: CheckpointStore, *, device: torch.device) -> None:
@@ -535,12 +565,13 @@ def load_data(config: RunConfig) -> Transitions:
     return data.hold_out(config.data.held_out_share)
 
 
-def _curve_points(config: RunConfig) -> set[int]:
-    """Return the steps of the last stage at which a Progress with metrics is evaluated."""
-    num_steps = list(config.stages.values())[-1].steps
+def _curve_points(config: RunConfig, stage: str) -> set[int]:
+    """Return the steps of a stage at which a Progress with metrics is evaluated: the end too, but of the last stage."""
+    num_steps, is_last = config.stages[stage].steps, stage == list(config.stages)[-1]
     log_interval = max(1, num_steps // pipeline.NUM_LOGS)
     count = config.evaluation.num_curve_points
-    return {round(num_steps * i / (count + 1) / log_interval) * log_interval for i in range(1, count + 1)}
+    points = {round(num_steps * i / (count + 1) / log_interval) * log_interval for i in range(1, count + 1)}
+    return points if is_last or not count else points | {num_steps}
 
 
 def _check_saved(saved: dict[str, Any] | None, config: RunConfig, data: Transitions) -> float:

@@ -2,8 +2,9 @@
 
 A stage is determined by the data, its own settings, the seed, the stages that it learns from, and how matrix products
 are computed: its key is a digest of these, and of the rounds before where a run has several. A file of the store is a
-checkpoint (aepo/checkpoint.py) of one stage with the metrics that its training wrote. Two runs that want a stage at
-once train it once: the second waits for a lock that goes with the process which holds it.
+checkpoint (aepo/checkpoint.py) of one stage with the metrics that its training wrote, and with its evaluations on the
+way, which another run takes if it would have made the same. Two runs that want a stage at once train it once: the
+second waits for a lock that goes with the process which holds it.
 """
 
 import contextlib
@@ -24,6 +25,8 @@ from aepo.console import say, warn
 from aepo.documents import parse_json
 from aepo.errors import CheckpointError
 from aepo.files import open_lock, try_lock, write_atomically
+from aepo.runs.evaluation import OWN
+from aepo.runs.spool import ROUND
 from aepo.stages import States
 
 FORMAT = 1
@@ -69,6 +72,20 @@ def stage_keys(config: RunConfig, data_digest: str) -> dict[tuple[str, int], str
             text = json.dumps(facts, sort_keys=True)
             keys[name, ends[name][number]] = hashlib.sha256(text.encode()).hexdigest()[:24]
     return keys
+
+
+def evaluated_by(config: RunConfig, stage: str) -> str:
+    """Return, as JSON, all but the stage's key that evaluations along a stage are a function of."""
+    own, sampling = config.evaluation, getattr(config, "sampling", None)
+    acts: dict[str, Any] = identifying_fields(sampling) if sampling is not None else {}
+    if stage != list(config.stages)[-1]:  # without guidance
+        acts = {name: value for name, value in acts.items() if name in ("num_steps", "temperature")}
+    facts = {
+        "points": [own.num_curve_points, own.num_curve_episodes, own.horizon],
+        "environment": [config.data.env_id, config.data.return_rule, config.data.ref_min, config.data.ref_max],
+        "sampling": acts,
+    }
+    return json.dumps(facts, sort_keys=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,12 +212,21 @@ class StageReuse:
     def give(self, stage: str, end: int, states: States, rows: Sequence[Row]) -> None:
         """Store a stage that a round has left at `end`, with its rows of the run's metrics."""
         begin = self._begin(stage, end)
-        own = []
+        own: list[Row] = []
+        evaluated: dict[str, dict[str, float]] = {}
         for row in rows:
-            if row["stage"] == stage and begin < row["step"] <= end:
+            if row["stage"] == stage and begin < row["step"] <= end and ROUND not in row["metrics"]:
                 metrics = {key: value for key, value in row["metrics"].items() if key.startswith(f"{stage}/")}
                 own += [{**row, "metrics": metrics}] if metrics else []
-        content = {"stage": stage, "state": checkpoint.collect(states[stage]), "rows": json.dumps(own)}
+                points = {key: value for key, value in row["metrics"].items() if key.startswith(OWN)}
+                evaluated |= {str(row["step"]): points} if points else {}
+        content = {
+            "stage": stage,
+            "state": checkpoint.collect(states[stage]),
+            "rows": json.dumps(own),
+            "evaluated": json.dumps(evaluated),
+            "evaluated_by": evaluated_by(self._config, stage),
+        }
         self._store.publish(self._keys[stage, end], content)
 
     def take(self, states: States, number: int) -> list[Row]:
@@ -219,7 +245,11 @@ class StageReuse:
                 break
             checkpoint.restore(states[stage], found["state"])
             self.steps_reused += end - begin
-            taken += parse_json(found["rows"])
+            rows = parse_json(found["rows"])
+            if found.get("evaluated_by") == evaluated_by(self._config, stage):
+                points = parse_json(found["evaluated"])
+                rows = [{**row, "metrics": row["metrics"] | points.get(str(row["step"]), {})} for row in rows]
+            taken += rows
         return taken
 
     def close(self) -> None:

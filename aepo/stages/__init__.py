@@ -43,3 +43,5 @@ class Stage:
     """(config, states, held-out data) -> the function that measures the stage there, by draws of its own."""
     learns_from: Callable[[Any], tuple[str, ...]] = _nothing
     """config -> the stages whose networks it asks; what is stored of a stage depends on theirs."""
+    acts: bool = False
+    """Whether there is a policy along this stage that is worth a learning curve; there always is along the last."""

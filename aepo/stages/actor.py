@@ -60,4 +60,4 @@ def make_step(config: ActorConfig, states: States, data: Transitions) -> Step:
     return lambda: train_step(states["actor"], config, data, of_rows)
 
 
-STAGE = Stage(name="actor", start=start, step=make_step, learns_from=lambda _: ("critic",))
+STAGE = Stage(name="actor", start=start, step=make_step, learns_from=lambda _: ("critic",), acts=True)

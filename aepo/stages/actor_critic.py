@@ -93,4 +93,4 @@ def make_step(config: ActorCriticConfig, states: States, data: Transitions) -> S
     return lambda: train_step(states["actor_critic"], config, data)
 
 
-STAGE = Stage(name="actor_critic", start=start, step=make_step)
+STAGE = Stage(name="actor_critic", start=start, step=make_step, acts=True)

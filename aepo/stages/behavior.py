@@ -129,4 +129,4 @@ def make_check(config: BehaviorConfig, states: States, held_out: Transitions) ->
     return check
 
 
-STAGE = Stage(name="behavior", start=start, step=make_step, check=make_check)
+STAGE = Stage(name="behavior", start=start, step=make_step, check=make_check, acts=True)

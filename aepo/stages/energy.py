@@ -376,4 +376,5 @@ STAGE = Stage(
     prepare=prepare,
     check=make_check,
     learns_from=lambda _: ("behavior", "critic"),
+    acts=True,
 )

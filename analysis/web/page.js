@@ -57,7 +57,7 @@ function curveTraces(task) {
     }
     for (const run of series.runs) {
       traces.push({
-        x: run.x, y: numbers(run.y), mode: "lines", hoverinfo: "skip", line: { color: rgba(shade, 0.35), width: 1 },
+        x: run.x, y: numbers(run.y), mode: "lines", hoverinfo: "skip", line: { color: rgba(shade, 0.35), width: 1, dash: series.dash },
       });
     }
     const error = series.stderr;
@@ -66,7 +66,7 @@ function curveTraces(task) {
     traces.push(band(series.x, low, high, shade));
     traces.push({
       x: series.x, y: series.mean, mode: series.x.length > 30 ? "lines" : "lines+markers", name: safe(series.label),
-      line: { color: shade, width: 2.5 }, marker: { size: 5 }, customdata: error.map((e) => (e === null ? "-" : e.toFixed(1))),
+      line: { color: shade, width: 2.5, dash: series.dash }, marker: { size: 5 }, customdata: error.map((e) => (e === null ? "-" : e.toFixed(1))),
       hovertemplate: "%{y:.1f} ± %{customdata}",
     });
     for (const run of series.lost) {

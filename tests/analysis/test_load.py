@@ -462,6 +462,26 @@ def test_figure_shows_the_mean_where_all_finished_seeds_were_measured(tmp_path):
     assert axes.get_ylabel() == "normalized score"
 
 
+def cloned_curve(**scores):
+    return [{**point, "stage": "behavior", "method": "diffusion-bc"} for point in curve(**scores)]
+
+
+def test_the_clones_points_are_its_own_dashed_curve_and_not_the_methods(tmp_path):
+    points = [[*cloned_curve(_50=90.0 + seed, _100=95.0), *curve(_200=10.0, _3000=60.0)] for seed in (0, 2)]
+    both = [row(seed=seed, cloned=20.0 + 2 * seed, curve=points[seed]) for seed in (0, 1)]
+    runs = load_runs(write(tmp_path, *both))
+    guided, cloned = learning_curves(runs)
+    assert (guided.is_other, guided.steps.tolist(), guided.mean.tolist()) == (False, [200, 3000], [10, 60])
+    assert (cloned.arm.label, cloned.is_other, cloned.is_level) == ("diffusion BC", True, False)
+    assert (cloned.steps.tolist(), cloned.mean.tolist()) == ([50, 100, 3000], [91, 95, 21])
+    assert [score.best_mean for score in task_scores(runs) if score.method == "aepo"] == [60.0]
+    axes = Figure().add_subplot()
+    figures._draw(axes, MEDIUM, [guided, cloned], colours([guided.arm, cloned.arm]))
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert lines["diffusion BC"].get_xydata().tolist() == [[50, 91], [100, 95], [3000, 21]]
+    assert (lines["diffusion BC"].get_linestyle(), lines["AEPO"].get_linestyle()) == ("--", "-")
+
+
 @pytest.mark.parametrize("points", [curve(_7=1.0), curve(_7=None), curve(_7=None, _8=2.0)])
 @pytest.mark.parametrize("make", [row, lost])
 def test_figure_of_few_points_is_drawn_without_a_warning(tmp_path, points, make):

@@ -10,7 +10,7 @@ from aepo import config as configs
 from aepo.errors import ConfigError, DataError
 from aepo.runs import run
 from analysis import mlflow_source
-from analysis.load import evaluations, load_runs
+from analysis.load import curves, diagnostics, evaluations, load_runs
 from analysis.report import write_report
 from tests import tracked
 from tests.tables import report
@@ -53,6 +53,25 @@ def test_variants_are_told_apart_in_mlflow_as_in_the_folder(make_dataset, tiny_c
     assert both[0]["settings"].to_list() == both[1]["settings"].to_list()
 
 
+def test_the_clones_points_are_the_same_in_mlflow(make_dataset, tiny_config, uri, tmp_path):
+    config = tiny_config(make_dataset(), evaluation__num_curve_points=1, evaluation__num_curve_episodes=1)
+    folder = tmp_path / "sweep"
+    write_manifest(folder, [config])
+    place = run_folder(folder, config)
+    run.execute(config, place, run.FolderStore(place), device=torch.device("cpu"))
+    source = track(folder, [config], uri)
+    both = [curves(load_runs(each, tracking_uri=uri)) for each in (source, folder)]
+    columns = ["method", "stage", "step", "score", "return_mean"]
+    ours, theirs = (frame[columns].to_dict("records") for frame in both)
+    assert ours == theirs
+    assert [(each["method"], each["step"]) for each in ours] == [
+        ("diffusion-bc", 30),
+        ("diffusion-bc", 60),
+        ("aepo", 150),
+        ("aepo", 180),
+    ]
+
+
 def test_mlflow_and_the_folder_say_the_same(sweep, uri, tmp_path, monkeypatch):
     folder, plan = sweep
     source = track(folder, plan, uri)
@@ -80,6 +99,11 @@ def test_mlflow_and_the_folder_say_the_same(sweep, uri, tmp_path, monkeypatch):
     assert [runs["status"].to_list().count("missing") for runs in both] == [1, 1]
     measured = [evaluations(runs)[["run", "method", "beta", "guidance_scale", "score", "return_mean"]] for runs in both]
     assert measured[0].to_dict("records") == measured[1].to_dict("records")
+    trusted = [
+        diagnostics(runs).sort_values(["run", "name"])[["run", "name", "value"]].to_dict("records") for runs in both
+    ]
+    assert trusted[0] == trusted[1]
+    assert {row["name"] for row in trusted[0]} >= {"energy/kl", "gain"}
     texts = []
     for name, runs in (("m", source), ("f", folder)):
         write_report([Path(runs)], tmp_path / name, allow_missing=True, tracking_uri=uri)

@@ -11,7 +11,7 @@ from analysis.load import load_runs
 from analysis.markdown import escape
 from analysis.report import write_report
 from analysis.tables import Cell, _ranked
-from tests.tables import LARGE, NASTY, evaluation, lost, row, write
+from tests.tables import LARGE, NASTY, evaluation, lost, report, row, write
 
 
 def best(*cells):
@@ -85,3 +85,16 @@ def test_a_task_is_ranked_only_where_no_run_is_missing(tmp_path):
     result = write_report([write(tmp_path / "s", *rows)], tmp_path / "out", allow_missing=True)
     assert not any(cell.is_best for cell in result.table.rows[0].cells.values())
     assert load_runs(tmp_path / "s")["status"].to_list() == ["finished", "failed"]
+
+
+def test_a_run_in_doubt_is_named_in_every_text_but_latex(tmp_path, capsys):
+    doubtful = {"diagnostics": [{"name": "energy/kl", "value": 4.5}, {"name": "energy/guidance_sd", "value": 1.0}]}
+    folder = write(tmp_path, row(seed=0), row(seed=1, **doubtful))
+    out = tmp_path / "out"
+    assert report(folder, "--out", out) == 0
+    wanted = "guidance costs nats 4.5, above 3: guided actions are far from the data"
+    texts = [capsys.readouterr().out, (out / "report.md").read_text(), (out / "report.html").read_text()]
+    for text in texts:
+        assert text.count(wanted) == 1
+        assert "maze2d-medium aepo seed 1" in text
+    assert "guidance costs" not in (out / "report.tex").read_text()

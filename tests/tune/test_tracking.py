@@ -25,6 +25,7 @@ from aepo import config as configs
 from aepo import files
 from aepo.errors import CheckpointError, ConfigError, DataError
 from aepo.policy import Policy
+from aepo.results import Diagnostic
 from aepo.runs import rundir, spool
 from tests import tracked
 from tests.examples import random_transitions, wait_for
@@ -77,7 +78,8 @@ def test_every_row_of_the_spool_arrives_once_however_often_it_is_sent(sweep, uri
     rows = spool.read_spool(place / rundir.METRICS)[0]
     for stage in ("behavior", "critic", "energy"):
         history = client.get_metric_history(entry.info.run_id, f"{stage}/loss")
-        expected = [(r["step"], r["metrics"][f"{stage}/loss"]) for r in rows if r["stage"] == stage]
+        name = f"{stage}/loss"
+        expected = [(r["step"], r["metrics"][name]) for r in rows if name in r["metrics"]]
         assert [(m.step, m.value) for m in history] == expected
     assert entry.data.params["critic.expectile"] == "0.7"
     names = {rundir.POLICY, rundir.CONFIG, rundir.RESULT, rundir.GRID}
@@ -88,6 +90,19 @@ def test_every_row_of_the_spool_arrives_once_however_often_it_is_sent(sweep, uri
     assert entry.data.metrics["final/aepo/score"] == pytest.approx(result.score)
     (final,) = client.get_metric_history(entry.info.run_id, "final/aepo/score")
     assert final.step == config.num_steps
+    assert entry.data.metrics["energy/kl"] == {d.name: d.value for d in result.diagnostics}["energy/kl"]
+
+
+def test_what_speaks_against_a_run_is_a_tag_and_its_diagnostics_are_metrics(sweep, uri):
+    folder, plan = sweep
+    tracked.set_result(folder, plan[0], diagnostics=(Diagnostic(name="energy/kl", value=4.5),))
+    tracked.set_result(folder, plan[1], diagnostics=(Diagnostic(name="energy/kl", value=0.5),))
+    assert Tracker(folder, plan, uri=uri).ship()
+    _, children = runs_of(uri, folder)
+    one, other = (children[config.name].data for config in plan[:2])
+    assert (one.metrics["trust/energy/kl"], other.metrics["trust/energy/kl"]) == (4.5, 0.5)
+    assert one.tags["aepo.doubts"].startswith("guidance costs nats 4.5, above 3")
+    assert "aepo.doubts" not in other.tags
 
 
 def test_tags_say_which_code_ran_where(sweep, uri):

@@ -43,11 +43,13 @@ def test_a_run_leaves_result_spool_config_and_policy(make_dataset, tiny_config, 
     returns = result.evaluations[0].episode_returns
     assert result.return_mean == pytest.approx(np.mean(returns))
     assert result.score == pytest.approx(100 * (np.mean(returns) + 1200) / (1200 - 150))
-    assert [(point.stage, point.step) for point in result.curve] == [("energy", s) for s in (140, 160, 180)]
+    points = [(point.method, point.stage, point.step) for point in result.curve]
+    cloned = [("diffusion-bc", "behavior", step) for step in (20, 40, 60)]
+    assert points == [*cloned, *(("", "energy", step) for step in (140, 160, 180))]
     rows = spool.read_spool(tmp_path / "run" / rundir.METRICS)[0]
-    assert [(r["stage"], r["step"]) for r in rows] == [
-        (stage, step) for stage in ("behavior", "critic", "energy") for step in range(1, 61)
-    ]
+    steps = [(stage, step) for stage in ("behavior", "critic", "energy") for step in range(1, 61)]
+    assert [(r["stage"], r["step"]) for r in rows] == [*steps, ("energy", 60)]
+    assert rows[-1]["metrics"].keys() == {"energy/kl", "energy/guidance_sd", "energy/guidance_scale"}
     assert Policy.load(tmp_path / "run" / rundir.POLICY).config == config
 
 
@@ -102,6 +104,18 @@ def test_every_setting_of_the_evaluation_is_heeded(make_dataset, tiny_config, tm
     before = measure(base)
     for name, value in other.items():
         assert measure(base | {name: value}) != before, name
+
+
+def test_the_curve_along_stage_1_is_the_clones_and_not_taken_for_the_runs_own(make_dataset, tiny_config, tmp_path):
+    many = {"num_episodes": 3, "num_curve_points": 1, "num_curve_episodes": 3}
+    config = tiny_config(make_dataset(), **{f"evaluation__{key}": value for key, value in many.items()})
+    result = execute(config, tmp_path)
+    cloned = [point for point in result.curve if point.method]
+    assert [(point.stage, point.step) for point in cloned] == [("behavior", 30), ("behavior", 60)]
+    assert cloned[-1].return_mean == result.evaluations[1].return_mean, "the same policy on the same episodes"
+    assert cloned[0].return_mean != cloned[1].return_mean
+    rows = spool.read_spool(tmp_path / rundir.METRICS)[0]
+    assert {row["stage"] for row in rows if "eval/score" in row["metrics"]} == {"energy"}
 
 
 @pytest.mark.parametrize("method", ["iql", "td3bc"])

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from aepo import cli, pipeline
+from aepo import checkpoint, cli, pipeline
 from aepo import config as configs
 from aepo.errors import CheckpointError, Interrupted
 from aepo.runs import run, rundir, spool
@@ -150,11 +150,53 @@ def test_an_interrupted_run_goes_on_and_gives_what_it_trains(stage, make_dataset
     assert execute(config, tmp_path / "again", store).steps_reused == 180
 
 
-def test_evaluations_on_the_way_are_not_taken_over(make_dataset, tiny_config, store, tmp_path):
+def test_a_run_that_takes_every_stage_has_the_curves_of_the_one_that_trained_them(
+    make_dataset, tiny_config, store, tmp_path
+):
     make_dataset()
     config = tiny_config(evaluation__num_curve_points=2, evaluation__num_curve_episodes=1)
-    assert len(execute(config, tmp_path / "first", store).curve) == 3
-    assert len(execute(config, tmp_path / "again", store).curve) == 1
+    first = execute(config, tmp_path / "first", store)
+    again = execute(config, tmp_path / "again", store)
+    assert again.steps_reused == 180
+    assert [point.method for point in first.curve] == ["diffusion-bc"] * 3 + [""] * 3
+    assert again.curve == first.curve
+    assert again.diagnostics == first.diagnostics
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({"sampling__guidance_scale": 2.0}, {"diffusion-bc"}),
+        ({"sampling__temperature": 0.5}, set()),
+        ({"evaluation__horizon": 5}, set()),
+        ({"evaluation__num_curve_episodes": 2}, set()),
+        ({"evaluation__num_episodes": 3}, {"diffusion-bc", ""}),
+    ],
+)
+def test_evaluations_that_a_run_would_have_made_otherwise_are_not_taken(
+    change, kept, make_dataset, tiny_config, store, tmp_path
+):
+    make_dataset()
+    both = {"evaluation__num_curve_points": 1, "evaluation__num_curve_episodes": 1}
+    first = execute(tiny_config(**both), tmp_path / "first", store)
+    again = execute(tiny_config(**(both | change)), tmp_path / "again", store)
+    assert again.steps_reused == 180
+    assert {point.method for point in again.curve[:-1]} == kept
+    assert list(again.curve[:-1]) == [point for point in first.curve[:-1] if point.method in kept]
+    cost = {each.name: each.value for each in again.diagnostics}
+    own = tiny_config(**(both | change)).sampling.guidance_scale
+    assert cost["energy/guidance_scale"] == own, "its own, not the other's"
+
+
+def test_a_stage_from_before_evaluations_were_kept_is_taken_without_them(make_dataset, tiny_config, store, tmp_path):
+    make_dataset()
+    config = tiny_config(evaluation__num_curve_points=1, evaluation__num_curve_episodes=1)
+    execute(config, tmp_path / "first", store)
+    for path in store.folder.glob("*.stage"):
+        content = checkpoint.from_bytes(path.read_bytes(), path)
+        path.write_bytes(checkpoint.to_bytes({key: content[key] for key in ("stage", "state", "rows")}))
+    again = execute(config, tmp_path / "again", store)
+    assert (again.steps_reused, len(again.curve)) == (180, 1)
 
 
 # -- the store ---------------------------------------------------------------------------------------------
