@@ -6,6 +6,7 @@ never share a folder.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -29,6 +30,8 @@ VarianceEstimate = Literal["time", "learned"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 MAX_COUNT = 2**31 - 1
 """Seeds, steps and samples are at most so many, because libraries count in 32 bits."""
+SELECT_NATS = (0.3, 1.0, 3.0)
+"""Budgets among which, and cloning, a run chooses that has no heat map (`evaluation.select_episodes`)."""
 MAX_VARIANT = 40
 """Characters in the name of a variant, which heads a column."""
 Activation = Literal["silu", "relu"]
@@ -439,6 +442,11 @@ class EvaluationConfig:
     """Budgets of the heat map in place of guidance scales, in nats, each at the run's scale [M16]."""
     num_grid_episodes: int = setting(10, "[1, inf)")
     """Episodes of each cell of the heat map."""
+    select_episodes: int = setting(0, "[0, 100000]", later=True)
+    """Episodes, in all, on which a guided run chooses among the cells of the heat map after training, or without a heat
+    map among cloning and 0.3, 1 and 3 nats at the run's beta. First states are others than those that are reported.
+    The policy keeps the best cell, which is evaluated beside the run's own setting; the run's score stays that of its
+    own setting. 0 = nothing is chosen. Methods that have no guidance to choose ignore it."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -452,6 +460,21 @@ class EvaluationConfig:
             raise ConfigError("evaluation.grid_beta and evaluation.grid_nats must be above 0")
         if not all(0 <= scale < math.inf for scale in scales):
             raise ConfigError("evaluation.grid_guidance_scale must not be below 0")
+
+    @property
+    def grid(self) -> list[tuple[float, float]]:
+        """Beta and guidance scale, or nats, of each cell of the heat map; none where there is no heat map."""
+        return list(itertools.product(self.grid_beta, self.grid_nats or self.grid_guidance_scale))
+
+    def cells(self, own: SamplingConfig) -> list[SamplingConfig]:
+        """Return how a policy acts in each cell of the heat map, given the run's own way."""
+        if self.grid_nats:
+            return [dataclasses.replace(own, beta=beta, nats=nats) for beta, nats in self.grid]
+        return [dataclasses.replace(own, beta=beta, guidance_scale=scale) for beta, scale in self.grid]
+
+    def choices(self, own: SamplingConfig) -> list[SamplingConfig]:
+        """Return the ways to act among which `select_episodes` choose, given the run's own way."""
+        return self.cells(own) or [own.cloning, *(dataclasses.replace(own, nats=nats) for nats in SELECT_NATS)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """The trained artefact: observations in, actions out; what evaluation and users hold.
 
-One safetensors file: the tensors, and in its metadata the run's config and a digest. Loading runs no code.
+One safetensors file: the tensors, and in its metadata the run's config, how it acts if otherwise, and a digest. Loading
+runs no code.
 """
 
 import contextlib
@@ -96,7 +97,9 @@ class Policy:
         if self.sampling is not None and self.sampler.data is not None:
             whole |= {f"{SAMPLE}.{name}": tensor for name, tensor in self.sampler.data._asdict().items()}
         tensors = {name: tensor.contiguous().cpu() for name, tensor in whole.items()}
-        facts = {"config": dataclasses.asdict(self.config), "digest": _digest(tensors)}
+        facts: dict[str, Any] = {"config": dataclasses.asdict(self.config), "digest": _digest(tensors)}
+        if self.sampling is not None and self.sampling != getattr(self.config, "sampling", None):
+            facts["sampling"] = dataclasses.asdict(self.sampling)
         # one entry, because safetensors writes several in no fixed order
         write_atomically(path, to_safetensors(tensors, {FORMAT: json.dumps(facts)}))
 
@@ -134,6 +137,8 @@ class Policy:
             }
             policy.sampler.load_state_dict(tensors)
             policy.sampler.data = Pairs(**sample) if sample else None
+            if "sampling" in facts:  # chosen after training
+                policy = policy.with_sampling(SamplingConfig(**facts["sampling"]))
         except (ConfigError, ValueError, TypeError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 DIAGNOSTICS = "trust/"
 """Begins the names of a run's diagnostics in MLflow."""
+SELECTED = "selected/"
+"""Stands in MLflow before what was measured of a way to act that was chosen after training."""
+OF_SELECTED = ("beta", "guidance_scale", "nats", "selected_episodes")
+"""Numbers of an Evaluation that MLflow has only of such a way: of others the settings say them."""
 SCHEMA_VERSION = 2
 """Version of runs.parquet; a column added with a default does not change it."""
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
@@ -50,6 +54,8 @@ class Evaluation:
     """What guidance was allowed to cost an action on the mean; 0 = no bound."""
     kl: float | None = None
     """What guidance did cost in the roll-outs, KL(guided || behaviour) in nats an action; None where not known."""
+    selected_episodes: Count = 0
+    """Episodes, apart from these, that were spent on choosing this way to act; 0 = it was set before training."""
 
     def cell(self) -> "GridCell":
         """Return it as a cell of a heat map; a policy without beta has none."""
@@ -77,6 +83,11 @@ class CurvePoint:
     return_mean: float
     method: str = ""
     """Whose policy was evaluated where it is not the run's own (`policy_along`); empty = the run's own."""
+
+
+def selected_name(name: str, episodes: int) -> str:
+    """Return the name of a method whose way to act was chosen on so many episodes; of none it is the name itself."""
+    return f"{name} (selected, {episodes} episodes)" if episodes else name
 
 
 def policy_along(stage: str, *, is_guided: bool) -> str:

@@ -110,7 +110,7 @@ def diagnose(
 
 def clone(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     """Return the evaluation at guidance scale 0 beside a run's own, None if there is none."""
-    return next((each for each in evaluations[1:] if each.guidance_scale == 0), None)
+    return next((each for each in evaluations[1:] if each.guidance_scale == 0 and not each.selected_episodes), None)
 
 
 def doubts(diagnostics: Iterable[Diagnostic]) -> list[str]:

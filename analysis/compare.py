@@ -29,6 +29,8 @@ class Difference:
     method: str
     variant: str = ""
     """Name of the method's variant; empty where it has none."""
+    selected_episodes: int = 0
+    """Episodes on which each run selected how to act; 0 = it acts as it is set."""
     before_mean: float
     """Score (or return where there are no references) on the first side; NaN = a hole."""
     after_mean: float
@@ -48,7 +50,7 @@ class Difference:
     @property
     def arm(self) -> Arm:
         """The method with its variant."""
-        return Arm(self.method, self.variant)
+        return Arm(self.method, self.variant, self.selected_episodes)
 
     @property
     def verdict(self) -> str:
@@ -79,6 +81,7 @@ def differences(before: Sequence[Score], after: Sequence[Score]) -> list[Differe
                 suite=suite,
                 method=arm.method,
                 variant=arm.variant,
+                selected_episodes=arm.selected_episodes,
                 before_mean=_mean(list(x.values())),
                 after_mean=_mean(list(y.values())),
                 difference=found.value,

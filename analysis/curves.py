@@ -69,19 +69,19 @@ def learning_curves(runs: pd.DataFrame) -> list[Curve]:
     points = curves(runs)
     is_own = points["method"] == points["run_method"]
     whole_seeds_of = seeds(finished)
-    for (task, *own), group in points[is_own].groupby(["task", "run_method", "run_variant"], sort=False):
-        arm = Arm(*map(str, own))
+    for (task, method, variant), group in points[is_own].groupby(["task", "run_method", "run_variant"], sort=False):
+        arm = Arm(str(method), str(variant))
         measure = "score" if scored[task] else "return_mean"
         found.append(_curve(str(task), arm, group, measure, whole_seeds_of.get((str(task), arm), set())))
     measured = evaluations(finished)
-    others = measured[measured["method"] != measured["run_method"]]
+    others = measured[(measured["method"] != measured["run_method"]) | (measured["selected_episodes"] > 0)]
     others = others.assign(step=others["run"].map(dict(zip(finished["run"], finished["steps"], strict=True))))
-    for (task, method, variant), group in others.groupby(["task", "method", "variant"]):
+    for (task, method, variant, count), group in others.groupby(["task", "method", "variant", "selected_episodes"]):
         measure = "score" if scored[task] else "return_mean"
         on_the_way = points[~is_own & points["run"].isin(group["run"]) & (points["method"] == method)]
         names = ["seed", "step", "score", "return_mean"]
         both = pd.concat([on_the_way[names], group[names]]) if len(on_the_way) else group[names]
-        arm, whole = Arm(str(method), str(variant)), set(map(int, group["seed"]))
+        arm, whole = Arm(str(method), str(variant), int(str(count))), set(map(int, group["seed"]))
         curve = _curve(str(task), arm, both, measure, whole, is_other=True)
         found.append(curve if len(curve.steps) > 1 else _level(curve, group[measure].to_numpy(float)))
     places = {arm: place for place, arm in enumerate(in_order(curve.arm for curve in found))}
@@ -132,7 +132,7 @@ def heat_maps(runs: pd.DataFrame) -> list[HeatMap]:
     """Return one heat map per task and arm whose finished runs were evaluated over beta and guidance scale."""
     cells = grids(runs[runs["status"] == "finished"])
     maps = []
-    for (task, *own), group in cells.groupby(["task", "run_method", "run_variant"], sort=False):
+    for (task, method, variant), group in cells.groupby(["task", "run_method", "run_variant"], sort=False):
         measure = "return_mean" if group["score"].isna().all() else "score"
         strength = "nats" if (group["nats"] > 0).any() else "guidance_scale"
         table = group.pivot_table(index="beta", columns=strength, values=measure, aggfunc="mean")
@@ -140,7 +140,7 @@ def heat_maps(runs: pd.DataFrame) -> list[HeatMap]:
         maps.append(
             HeatMap(
                 task=str(task),
-                arm=Arm(*map(str, own)),
+                arm=Arm(str(method), str(variant)),
                 strength=strength.replace("_", " "),
                 strengths=table.columns.to_numpy(float),
                 betas=table.index.to_numpy(float),

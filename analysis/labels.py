@@ -1,7 +1,7 @@
 """Arms, and how each is shown: its label, its colour and its place, the same in tables, figures and the page.
 
-An arm is a method with one variant of its settings: what a column, a curve or a rank is of. Runs of two arms are never
-averaged together.
+An arm is a method with one variant of its settings, as it is set or as it was selected after training: what a column, a
+curve or a rank is of. Runs of two arms are never averaged together.
 """
 
 import re
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from aepo import method_table
 from aepo.method_table import Row
+from aepo.results import selected_name
 
 
 class Arm(NamedTuple):
@@ -18,15 +19,18 @@ class Arm(NamedTuple):
     method: str
     variant: str = ""
     """The variant's name; empty for the method's settings as they are."""
+    selected_episodes: int = 0
+    """Episodes on which each run selected how to act; 0 = it acts as it is set."""
 
     @property
     def label(self) -> str:
         """The arm's name in tables and figures, as `AEPO, w 3`; a method that is not known goes by its own name."""
-        return _joined(next((row.label for row in known() if row.method == self.method), self.method), self.variant)
+        label = next((row.label for row in known() if row.method == self.method), self.method)
+        return selected_name(_joined(label, self.variant), self.selected_episodes)
 
     def __str__(self) -> str:
         """Return the arm's name in messages and files, as `aepo, w 3`."""
-        return _joined(self.method, self.variant)
+        return selected_name(_joined(self.method, self.variant), self.selected_episodes)
 
 
 OTHER_COLOURS = ("#000000", "#F0E442", "#882255", "#44AA99", "#999933", "#AA4499")
@@ -43,7 +47,15 @@ def known() -> tuple[Row, ...]:
 def in_order(arms: Iterable[Arm]) -> list[Arm]:
     """Return each arm once: known methods first, then others by name; numbers in a variant's name count as numbers."""
     places = {row.method: place for place, row in enumerate(known())}
-    return sorted(set(arms), key=lambda arm: (places.get(arm.method, len(places)), arm.method, *_natural(arm.variant)))
+    return sorted(
+        set(arms),
+        key=lambda arm: (
+            places.get(arm.method, len(places)),
+            arm.method,
+            *_natural(arm.variant),
+            arm.selected_episodes,
+        ),
+    )
 
 
 def colours(arms: Iterable[Arm]) -> dict[Arm, str]:

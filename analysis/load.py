@@ -87,7 +87,7 @@ def evaluations(runs: pd.DataFrame) -> pd.DataFrame:
     for _, group in frame[others].groupby("method"):
         if _is_same_in_all_variants(group):
             frame.loc[group.index, "variant"] = ""
-    again = frame.duplicated(["task", "seed", "method", "variant"]) & others
+    again = frame.duplicated(["task", "seed", "method", "variant", "selected_episodes"]) & others
     return frame[~again].reset_index(drop=True)
 
 
@@ -120,7 +120,10 @@ def clones(runs: pd.DataFrame) -> dict[str, float]:
 
 def arms(frame: pd.DataFrame, prefix: str = "") -> list[Arm]:
     """Return the arm of each row; `prefix` is "run_" for the arm of the run that measured it."""
-    return list(map(Arm, frame[f"{prefix}method"], frame[f"{prefix}variant"]))
+    columns = [frame[f"{prefix}method"], frame[f"{prefix}variant"]]
+    return list(
+        map(Arm, *columns, *([] if prefix or "selected_episodes" not in frame else [frame["selected_episodes"]]))
+    )
 
 
 def has_references(runs: pd.DataFrame) -> "pd.Series[bool]":
@@ -137,7 +140,14 @@ def _explode(runs: pd.DataFrame, column: str) -> pd.DataFrame:
     for field in SCHEMA.field(column).type.value_type:
         values = pc.struct_field(flat, field.name).to_pandas()
         frame[field.name] = values.astype(float) if pa.types.is_floating(field.type) else values
+    if "selected_episodes" in frame:  # which tables from before do not have
+        frame["selected_episodes"] = frame["selected_episodes"].fillna(0).astype(int)
     return frame
+
+
+def _as_set(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the evaluations of runs' own methods as they were set before training."""
+    return results[(results["method"] == results["run_method"]) & (results["selected_episodes"] == 0)]
 
 
 def _is_same_in_all_variants(measured: pd.DataFrame) -> bool:
@@ -244,13 +254,14 @@ def _check_settings(runs: pd.DataFrame) -> None:
     """Check that a task's runs of one arm have equal settings, whatever their seeds."""
     keys = ["task", "method", "variant"]
     kinds = runs.drop_duplicates([*keys, "settings"])
-    for (task, *own), group in kinds[kinds.duplicated(keys, keep=False)].groupby(keys):
+    for (task, method, variant), group in kinds[kinds.duplicated(keys, keep=False)].groupby(keys):
+        arm = Arm(str(method), str(variant))
         first, second = group["run"].iloc[:2]
         one, other = map(_settings, group["run"].iloc[:2], group["settings"].iloc[:2])
         names = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
         values = [f"{name} ({one.get(name, 'none')} and {other.get(name, 'none')})" for name in names]
         raise DataError(
-            f"the runs of {task} {Arm(*map(str, own))} differ in settings, {first} and {second} in {_named(values)}; "
+            f"the runs of {task} {arm} differ in settings, {first} and {second} in {_named(values)}; "
             "a mean needs equal ones: report them one by one"
         )
 
@@ -270,11 +281,10 @@ def _check_results(finished: pd.DataFrame) -> None:
     """Check what only finished runs have; the data of a run that failed early were perhaps never read."""
     _check_equal(finished, ["task"], "dataset_digest", "ref_min", "ref_max")
     results = _explode(finished, "evaluations")
-    again = results[results.duplicated(["run", "method"])]
+    again = results[results.duplicated(["run", "method", "selected_episodes"])]
     if twice := [f"run {row.run} has two evaluations of {row.method}" for row in again.itertuples()]:
         raise DataError(f"{_named(twice, '; ')}, wanted one; evaluate it again")
-    own = results[results["method"] == results["run_method"]]
-    own = own.rename(columns={"run_variant": "variant"})
+    own = _as_set(results).rename(columns={"run_variant": "variant"})
     _check_equal(own, ["task", "method", "variant"], "beta", "guidance_scale")
     bare = finished[~finished["run"].isin(own["run"])]
     if without := [f"run {row.run} finished without an evaluation of {row.method}" for row in bare.itertuples()]:
@@ -289,7 +299,7 @@ def _check_numbers(finished: pd.DataFrame) -> None:
             "--allow-missing, which takes it as a run without a result"
         )
     results = _explode(finished, "evaluations")
-    own = results[results["method"] == results["run_method"]].set_index("run")
+    own = _as_set(results).set_index("run")
     says = own["score"].to_dict()
     measured = np.array([says[run] for run in finished["run"]])
     agrees = np.isclose(finished["score"].astype(float), measured, rtol=1e-6) | ~has_references(finished)

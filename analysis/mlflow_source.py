@@ -14,7 +14,7 @@ from rich.progress import track
 from aepo.console import err, warn
 from aepo.documents import parse_json
 from aepo.errors import ConfigError, DataError
-from aepo.results import DIAGNOSTICS, SCHEMA_VERSION, CurvePoint, Diagnostic, Evaluation, Row, policy_along
+from aepo.results import DIAGNOSTICS, SCHEMA_VERSION, SELECTED, CurvePoint, Diagnostic, Evaluation, Row, policy_along
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -129,6 +129,22 @@ def _row(client: "MlflowClient", run: "Run") -> Row:
                     episode_returns=(),
                 )
             )
+    begin = f"final/{own}/{SELECTED}"
+    if f"{begin}return_mean" in metrics:
+        evaluations.append(
+            Evaluation(
+                method=own,
+                score=metrics.get(f"{begin}score"),
+                return_mean=metrics[f"{begin}return_mean"],
+                return_std=math.nan,
+                num_episodes=episodes,
+                episode_returns=(),
+                beta=metrics[f"{begin}beta"],
+                guidance_scale=metrics[f"{begin}guidance_scale"],
+                nats=metrics[f"{begin}nats"],
+                selected_episodes=int(metrics[f"{begin}selected_episodes"]),
+            )
+        )
     score, return_mean = (metrics.get(f"final/{own}/{key}") for key in ("score", "return_mean"))
     steps, last_stage = int(tags.get("aepo.steps", 0)), tags.get("aepo.last_stage", "")
     curve, offset = [], 0

@@ -256,11 +256,12 @@ def _task_rows(runs: "pd.DataFrame") -> list[dict[str, str]]:
     for task, planned in runs.groupby("task", sort=False):
         done = planned[planned["status"] == "finished"]
         measured = evaluations(done)
-        own = measured[(measured["method"] == measured["run_method"]) & measured["beta"].notna()]
+        is_own = (measured["method"] == measured["run_method"]) & (measured["selected_episodes"] == 0)
+        own = measured[is_own & measured["beta"].notna()]
         known = done if len(done) else planned
         settings = [
-            f"{Arm(*map(str, arm)).label}: {listed(group['beta'])}, {listed(group['guidance_scale'])}"
-            for arm, group in own.groupby(["method", "variant"], sort=False)
+            f"{Arm(str(method), str(variant)).label}: {listed(group['beta'])}, {listed(group['guidance_scale'])}"
+            for (method, variant), group in own.groupby(["method", "variant"], sort=False)
         ]
         rows.append(
             {

@@ -242,8 +242,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _records(found: "Sequence[Score | Difference]") -> list[dict[str, Any]]:
-    """Return the fields of each; the variant's is there if any has one."""
-    left_out = set() if any(each.variant for each in found) else {"variant"}
+    """Return the fields of each; what tells arms of one method apart is there if any has it."""
+    left_out = {name for name in ("variant", "selected_episodes") if not any(getattr(each, name) for each in found)}
     return [{k: v for k, v in dataclasses.asdict(each).items() if k not in left_out} for each in found]
 
 

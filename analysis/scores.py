@@ -20,6 +20,8 @@ class Score:
     method: str
     variant: str = ""
     """Name of the method's variant; empty where it has none."""
+    selected_episodes: int = 0
+    """Episodes on which each run selected how to act, besides those of the scores; 0 = it acts as it is set."""
     score_mean: float
     """Mean of `scores`, 0 = random policy, 100 = expert; NaN without a result or references."""
     score_std: float
@@ -52,8 +54,8 @@ class Score:
 
     @property
     def arm(self) -> Arm:
-        """The method with its variant."""
-        return Arm(self.method, self.variant)
+        """The method with its variant, selected or not."""
+        return Arm(self.method, self.variant, self.selected_episodes)
 
     @property
     def is_return(self) -> bool:
@@ -89,7 +91,7 @@ def task_scores(runs: pd.DataFrame) -> list[Score]:
     for arm in {arm for arm, _ in measured} - set(hosts):  # what no run is of is measured by runs of other arms
         hosts[arm] = {host for each, host in measured if each == arm}
     seeds_of = seeds(runs)
-    of_arm = dict(iter(found.groupby(["task", "method", "variant"])))
+    of_arm = dict(iter(found.groupby(["task", "method", "variant", "selected_episodes"])))
     highest = _highest(runs[runs["status"] == "finished"])
     rows = []
     for (suite, task), planned in runs.groupby(["suite", "task"]):
@@ -107,6 +109,7 @@ def task_scores(runs: pd.DataFrame) -> list[Score]:
                     suite=str(suite),
                     method=arm.method,
                     variant=arm.variant,
+                    selected_episodes=arm.selected_episodes,
                     score_mean=_mean(scores),
                     score_std=_std(scores),
                     score_stderr=_stderr(scores),

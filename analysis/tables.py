@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 PARTIAL, AS_RETURN = "*", "†"
 """Marks behind a cell; published ones have letters."""
+SELECTED_NOTE = (
+    "Selected: each run chose how strongly it is guided by so many episodes in the environment, which are not those of "
+    "its score; other columns have had none, so it is not ranked with them."
+)
 Note: TypeAlias = tuple[str, str]
 """(mark, text) of a footnote; the mark is empty where the note is of the whole table."""
 
@@ -99,6 +103,7 @@ def results(
     """Return the table of final scores, a column per arm and then per published column."""
     columns = [Column(key=str(arm), label=arm.label) for arm in dict.fromkeys(score.arm for score in scores)]
     columns += [Column(key=name, label=_published_label(name), is_published=True) for name in published]
+    selected = {str(score.arm) for score in scores if score.selected_episodes}
     suites: dict[str, dict[str, dict[str, Cell]]] = {}
     for score in scores:
         suites.setdefault(score.suite, {}).setdefault(score.task, {})[str(score.arm)] = _own_cell(score)
@@ -115,14 +120,14 @@ def results(
                 suite=suite,
                 name=task,
                 is_task=True,
-                cells=_ranked(cells | quoted[task].cells, _complete(cells) | quoted[task].comparable),
+                cells=_ranked(cells | quoted[task].cells, _complete(cells) - selected | quoted[task].comparable),
                 runs=lost[task] or str(counts[task]),
             )
             for task, cells in tasks.items()
         ]
-        rows += _average_rows(suite, averages, [quoted[task] for task in tasks])
+        rows += _average_rows(suite, averages, [quoted[task] for task in tasks], selected)
     if len({row.suite for row in rows}) > 1:
-        rows += _average_rows("", averages, list(quoted.values()))
+        rows += _average_rows("", averages, list(quoted.values()), selected)
     partial = {
         task: lost[task] or "not every run was evaluated with every method"
         for task, cells in own.items()
@@ -238,6 +243,7 @@ def _notes(
     notes = []
     if any(score.is_return for score in scores):
         notes.append((AS_RETURN, "return per episode, not a score: the data set has no reference scores"))
+    notes += [("", SELECTED_NOTE)] * any(score.selected_episodes for score in scores)
     if with_letters:
         notes.append(("", NOTE))
     if UNKNOWN in published:
@@ -275,13 +281,14 @@ def _ranked(cells: Mapping[str, Cell], rankable: set[str]) -> dict[str, Cell]:
     return {key: dataclasses.replace(cell, is_best=key in best) for key, cell in cells.items()}
 
 
-def _average_rows(suite: str, averages: Sequence[Average], quoted: Sequence[_Quoted]) -> list[Row]:
+def _average_rows(suite: str, averages: Sequence[Average], quoted: Sequence[_Quoted], selected: set[str]) -> list[Row]:
     """Return the rows of the average and of the total; a published column has them if all its cells compare.
 
     Args:
         suite: empty = over all suites.
         averages: of ours.
         quoted: the published cells of each task of the suite.
+        selected: columns that are not ranked, because their runs chose how to act in the environment.
     """
     means, totals = {}, {}
     for average in averages:
@@ -297,7 +304,7 @@ def _average_rows(suite: str, averages: Sequence[Average], quoted: Sequence[_Quo
         means[name] = Cell(mean=mean, stderr=error, spread=error)
         totals[name] = Cell(mean=mean * count)
     names = (f"average of {count}", f"total of {count}")
-    ranked = _ranked(means, set(means)), totals
+    ranked = _ranked(means, set(means) - selected), totals
     return [
         Row(suite=suite or "all", name=name, is_task=False, cells=of) for name, of in zip(names, ranked, strict=True)
     ]

@@ -27,6 +27,7 @@ aepo/methods/test_rebrac
 aepo/runs/test_folders
 aepo/runs/test_rounds
 aepo/runs/test_run
+aepo/runs/test_selection
 aepo/runs/test_stage_store
 aepo/stages/test_energy
 aepo/stages/test_stages

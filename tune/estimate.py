@@ -192,7 +192,12 @@ class Costs:
         if own.num_curve_points and (count := sum(stage.acts for stage in before) * (own.num_curve_points + 1)):
             clones[own.num_curve_episodes] = clones.get(own.num_curve_episodes, 0) + count
         times[own.num_episodes] = times.get(own.num_episodes, 0) + 1
-        if grid := len(own.grid_beta) * len(own.grid_guidance_scale):
+        if guided and own.select_episodes:
+            num_choices = len(own.choices(config.sampling))  # type: ignore[attr-defined]
+            each = own.select_episodes // num_choices
+            times[each] = times.get(each, 0) + num_choices
+            times[own.num_episodes] += 1
+        if grid := len(own.grid):
             times[own.num_grid_episodes] = times.get(own.num_grid_episodes, 0) + grid
         kind = _environment_kind(row)
         if f"make {kind}" not in self.seconds:

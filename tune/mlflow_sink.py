@@ -24,7 +24,7 @@ from urllib.request import url2pathname
 from aepo import __version__, files, trust
 from aepo.config import RunConfig, flatten, identifying_fields
 from aepo.errors import ConfigError
-from aepo.results import DIAGNOSTICS, SCHEMA_VERSION, Result
+from aepo.results import DIAGNOSTICS, OF_SELECTED, SCHEMA_VERSION, SELECTED, Result
 from aepo.runs import rundir
 from tune.plan import MANIFEST, PACKAGES
 from tune.runs_table import RUNS
@@ -330,10 +330,16 @@ class MlflowSink:
 
         run_id, model_id = entry.run_id, self._attach(entry.run_id, folder, config, step=result.steps)
         finals = [
-            Metric(f"final/{row.method}/{key}", value, ended_at, result.steps, model_id=model_id)
+            Metric(
+                f"final/{row.method}/{SELECTED * bool(row.selected_episodes)}{key}",
+                value,
+                ended_at,
+                result.steps,
+                model_id=model_id,
+            )
             for row in result.evaluations
-            for key, value in (("score", row.score), ("return_mean", row.return_mean))
-            if value is not None
+            for key in ("score", "return_mean", *(OF_SELECTED if row.selected_episodes else ()))
+            if (value := getattr(row, key)) is not None
         ]
         tags = _commit_tags(result.commit) | {"aepo.machine": result.machine}
         tags["aepo.schema_version"] = str(SCHEMA_VERSION)  # these and `final/` are what `aepo report mlflow:` reads

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from aepo import method_table, trust
 from aepo.console import emit_json, emit_table, err, say, warn
 from aepo.errors import AEPOError, CheckpointError, ConfigError
+from aepo.results import selected_name
 
 if TYPE_CHECKING:
     from aepo.policy import Policy
@@ -117,7 +118,11 @@ class Train:
         else:
             emit_table(
                 f"{config.task}, seed {config.seed} ({config.data.source} data {config.data.dataset})",
-                [{key: getattr(row, key) for key in EVALUATION_COLUMNS} for row in result.evaluations],
+                [
+                    {key: getattr(row, key) for key in EVALUATION_COLUMNS}
+                    | {"method": selected_name(row.method, row.selected_episodes)}
+                    for row in result.evaluations
+                ],
             )
             say(f"run, policy and result: {folder}")
         say(trust.line(result))

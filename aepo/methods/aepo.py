@@ -44,6 +44,12 @@ class GuidedConfig(RunConfig):
                 f"energy.target {self.energy.target} needs critic.activation silu: Q of relu layers has no second "
                 "derivative"
             )
+        chosen, count = self.evaluation.select_episodes, len(self.evaluation.choices(self.sampling))
+        if 0 < chosen < count:
+            raise ConfigError(
+                f"evaluation.select_episodes must be at least {count}, an episode for each setting to choose from, "
+                f"got {chosen}"
+            )
         if self.sampling.guidance_scale == 0:
             raise ConfigError("sampling.guidance_scale must be > 0: every run is evaluated at 0 (diffusion-bc) as well")
 

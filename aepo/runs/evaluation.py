@@ -1,13 +1,9 @@
 """A policy's evaluation as a run records it, once or over the cells of a heat map."""
 
-import dataclasses
-import itertools
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
-from aepo.config import RunConfig
+from aepo.config import RunConfig, SamplingConfig
 from aepo.evaluate import Evaluator
 from aepo.policy import Policy
 from aepo.results import CLONING, Evaluation, GridCell
@@ -30,6 +26,17 @@ def cell_name(config: RunConfig, beta: float, strength: float) -> str:
 def evaluation_seed(seed: int) -> int:
     """Return the seed of a run's first evaluation episode; those of different runs do not overlap by design."""
     return EVALUATION_SEED * (1 + seed) % (2**31 - 10_000)
+
+
+def selection_seed(seed: int) -> int:
+    """Return the seed of the first episode on which a run chooses how to act; no run reports one of them, by design."""
+    return (EVALUATION_SEED * (1 + seed) + EVALUATION_SEED // 2) % (2**31 - 10_000)
+
+
+def choice_name(place: int, cell: SamplingConfig) -> str:
+    """Return the metric's name of the mean return of one of the ways to act among which a run chooses."""
+    strength = f"nats {cell.nats:g}" if cell.nats and cell.guidance_scale else f"scale {cell.guidance_scale:g}"
+    return f"select/{place} beta {cell.beta:g} {strength}"
 
 
 def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: int) -> Evaluation:
@@ -58,21 +65,12 @@ def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: i
     )
 
 
-def grid_pairs(config: RunConfig) -> Iterator[tuple[float, float]]:
-    """Yield beta and guidance scale, or nats, of each cell of the config's heat map, none where it has no heat map."""
-    evaluation = config.evaluation
-    return itertools.product(evaluation.grid_beta, evaluation.grid_nats or evaluation.grid_guidance_scale)
-
-
 def evaluate_grid(policy: Policy, evaluator: Evaluator, config: RunConfig) -> list[GridCell]:
     """Return the cells of the config's heat map."""
     cells: list[GridCell] = []
     if policy.sampling is None:
         return cells
-    by_nats = bool(config.evaluation.grid_nats)
-    for beta, strength in grid_pairs(config):
-        own = dataclasses.replace(policy.sampling, beta=beta)
-        own = dataclasses.replace(own, nats=strength) if by_nats else dataclasses.replace(own, guidance_scale=strength)
+    for own in config.evaluation.cells(policy.sampling):
         each = policy.with_sampling(own)
         num_episodes = config.evaluation.num_grid_episodes
         row = evaluate(each, evaluator, num_episodes=num_episodes, seed=evaluation_seed(config.seed))

@@ -41,12 +41,13 @@ from aepo.policy import Policy
 from aepo.results import CurvePoint, Result, RoundResult, policy_along
 from aepo.runs.evaluation import (
     cell_name,
+    choice_name,
     evaluate,
     evaluate_grid,
     evaluation_seed,
-    grid_pairs,
     measures,
     prefix,
+    selection_seed,
 )
 from aepo.runs.rundir import (
     CONFIG,
@@ -210,7 +211,7 @@ def advance(
         score=metrics.get("eval/score"),
         return_mean=metrics["eval/return_mean"],
         steps_reused=int(metrics["steps_reused"]),
-        cells={pair: metrics[cell_name(config, *pair)] for pair in grid_pairs(config)},
+        cells={pair: metrics[cell_name(config, *pair)] for pair in config.evaluation.grid},
     )
 
 
@@ -400,7 +401,7 @@ class _Training:
             metrics = {f"eval/{key}": value for key in keys if (value := getattr(best, key)) is not None}
             metrics |= {
                 cell_name(self._config, *pair): cell.value
-                for pair, cell in zip(grid_pairs(self._config), cells, strict=True)
+                for pair, cell in zip(self._config.evaluation.grid, cells, strict=True)
             }
         else:
             metrics = self._evaluate(state, self._last_stage)
@@ -443,14 +444,18 @@ class _Training:
         """Write the policy, evaluate it, and return the result: `facts` and what training and evaluation add."""
         config = self._config
         policy = Policy.from_state(config, state, self._data)
-        policy.save(self._folder / POLICY)
         self._note_cost(policy)
+        selected, selected_episodes = self._select(policy)
+        selected.save(self._folder / POLICY)
         policies = [policy]
         if policy.sampling is not None:
             policies.append(policy.with_sampling(policy.sampling.cloning))
         num_episodes, seed = config.evaluation.num_episodes, evaluation_seed(config.seed)
         evaluations = [evaluate(each, self._evaluator, num_episodes=num_episodes, seed=seed) for each in policies]
         own = evaluations[0]
+        if selected_episodes:
+            found = evaluate(selected, self._evaluator, num_episodes=num_episodes, seed=seed)
+            evaluations.append(dataclasses.replace(found, method=config.method, selected_episodes=selected_episodes))
         grid = evaluate_grid(policy, self._evaluator, config)
         if grid:
             try:
@@ -490,6 +495,31 @@ class _Training:
             grid=tuple(grid),
             diagnostics=trust.diagnose(rows, evaluations, 100.0 / (refs.expert - refs.random) if refs else None),
         )
+
+    def _select(self, policy: Policy) -> tuple[Policy, int]:
+        """Return the policy in the way to act that returned most, and the episodes spent on finding it.
+
+        Where nothing is to be chosen they are the policy itself and 0. The mean return of each way is a row of metrics,
+        so that a run which goes on evaluates none twice.
+        """
+        own = self._config.evaluation
+        if policy.sampling is None or not own.select_episodes:
+            return policy, 0
+        choices = own.choices(policy.sampling)
+        num_episodes, seed = own.select_episodes // len(choices), selection_seed(self._config.seed)
+        rows = read_spool(self._folder / METRICS)[0]
+        written = {name: value for row in rows for name, value in row["metrics"].items()}
+        means = []
+        for place, choice in enumerate(choices):
+            name = choice_name(place, choice)
+            if name not in written:
+                returns = self._evaluator.run(policy.with_sampling(choice), num_episodes=num_episodes, seed=seed)
+                written[name] = float(returns.mean())
+                last = self._config.stages[self._last_stage].steps
+                self.spool.write(self._last_stage, last, {name: written[name]})
+            means.append(written[name])
+        best = choices[means.index(max(means))]
+        return policy.with_sampling(best), num_episodes * len(choices)
 
     def _note_cost(self, policy: Policy) -> None:
         """Write what guidance costs on states of the data as metrics of the last stage's last step, once.

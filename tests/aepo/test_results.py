@@ -39,7 +39,7 @@ def test_a_result_from_before_is_read_and_written_with_what_came_later_alone(res
     assert [(cell.beta, cell.value == cell.score) for cell in result.grid] == [(1 / 3, True), (1.0, True)]
     rundir.write_result(tmp_path, result)
     after, before = (json.loads((folder / rundir.RESULT).read_text()) for folder in (tmp_path, BEFORE))
-    for key, later in (("evaluations", {"nats": 0.0, "kl": None}), ("grid", {"nats": 0.0})):
+    for key, later in (("evaluations", {"nats": 0.0, "kl": None, "selected_episodes": 0}), ("grid", {"nats": 0.0})):
         before[key] = [{**row, **later} for row in before[key]]
     before["curve"] = [{**point, "method": ""} for point in before["curve"]]
     before["diagnostics"] = []

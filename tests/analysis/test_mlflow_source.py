@@ -72,6 +72,21 @@ def test_the_clones_points_are_the_same_in_mlflow(make_dataset, tiny_config, uri
     ]
 
 
+def test_a_selected_setting_is_the_same_in_mlflow(make_dataset, tiny_config, uri, tmp_path):
+    config = tiny_config(make_dataset(), evaluation__select_episodes=4, evaluation__horizon=5)
+    folder = tmp_path / "sweep"
+    write_manifest(folder, [config])
+    place = run_folder(folder, config)
+    result = run.execute(config, place, run.FolderStore(place), device=torch.device("cpu"))
+    source = track(folder, [config], uri)
+    both = [evaluations(load_runs(each, tracking_uri=uri)) for each in (source, folder)]
+    columns = ["method", "beta", "guidance_scale", "nats", "score", "return_mean", "selected_episodes"]
+    ours, theirs = (frame.sort_values(["method", "selected_episodes"])[columns].to_dict("records") for frame in both)
+    assert ours == theirs
+    assert [each["selected_episodes"] for each in ours] == [0, 4, 0]
+    assert ours[1]["return_mean"] == result.evaluations[2].return_mean
+
+
 def test_mlflow_and_the_folder_say_the_same(sweep, uri, tmp_path, monkeypatch):
     folder, plan = sweep
     source = track(folder, plan, uri)

@@ -6,10 +6,12 @@ import subprocess
 
 import pytest
 
+from analysis.curves import learning_curves
 from analysis.latex import latex_text
 from analysis.load import load_runs
 from analysis.markdown import escape
 from analysis.report import write_report
+from analysis.scores import task_scores
 from analysis.tables import Cell, _ranked
 from tests.tables import LARGE, NASTY, evaluation, lost, report, row, write
 
@@ -98,3 +100,31 @@ def test_a_run_in_doubt_is_named_in_every_text_but_latex(tmp_path, capsys):
         assert text.count(wanted) == 1
         assert "maze2d-medium aepo seed 1" in text
     assert "guidance costs" not in (out / "report.tex").read_text()
+
+
+def test_a_selected_setting_is_a_column_beside_the_methods_own(tmp_path, capsys):
+    def both(seed, score, chosen):
+        own = row(seed=seed, score=score)
+        selected = evaluation("aepo", chosen, 2 * chosen + 10, guidance_scale=1.0 * seed, selected_episodes=100)
+        return own | {"evaluations": [*own["evaluations"], selected]}
+
+    folder, out = write(tmp_path, both(0, 60.0, 70.0), both(1, 62.0, 80.0)), tmp_path / "out"
+    runs = load_runs(folder)
+    found = {score.arm.label: score.scores for score in task_scores(runs)}
+    assert found == {
+        "AEPO": (60.0, 62.0),
+        "AEPO (selected, 100 episodes)": (70.0, 80.0),
+        "diffusion BC": (20.0, 20.0),
+    }
+    assert list(found)[:2] == ["AEPO", "AEPO (selected, 100 episodes)"], "side by side"
+    assert report(folder, "--out", out) == 0
+    terminal = capsys.readouterr().out
+    names = ("report.md", "report.tex", "report.html")
+    texts = [terminal, *((out / name).read_text().replace("\\", "") for name in names)]
+    for text in texts:
+        assert "AEPO (selected, 100 episodes)" in text
+        assert "so it is not ranked with them" in text
+    assert "| **61.0 ± 1.0 (2)** | 75.0 ± 5.0 (2) |" in texts[1]
+    assert "selected_episodes" in (out / "scores.csv").read_text()
+    (level,) = [curve for curve in learning_curves(runs) if curve.arm.selected_episodes]
+    assert (level.is_level, level.mean.tolist()) == (True, [75.0])

@@ -87,11 +87,11 @@ def test_every_setting_of_the_evaluation_is_heeded(make_dataset, tiny_config, tm
     """Each changes how often, how long or with what the policy is rolled out, and so the result."""
     base = {
         "num_episodes": 2, "num_curve_points": 1, "num_curve_episodes": 1, "horizon": 5, "num_grid_episodes": 1,
-        "grid_beta": "1", "grid_guidance_scale": "2",
+        "grid_beta": "1", "grid_guidance_scale": "2", "select_episodes": 1,
     }  # fmt: skip
     other = base | {
         "num_episodes": 3, "num_curve_points": 2, "num_curve_episodes": 2, "horizon": 6, "num_grid_episodes": 2,
-        "grid_beta": "3", "grid_guidance_scale": "1",
+        "grid_beta": "3", "grid_guidance_scale": "1", "select_episodes": 2,
     }  # fmt: skip
     dataset = make_dataset()
 
