@@ -37,7 +37,7 @@ class Sampler(nn.Module, abc.ABC):
         return None
 
     def cost(self) -> dict[str, float]:
-        """Return what guidance costs on states of the data; nothing where there is none."""
+        """Return what guidance costs on states of the data, by names of metrics; nothing where there is none."""
         return {}
 
     def with_sampling(self, sampling: SamplingConfig) -> "Sampler":  # noqa: ARG002  # nothing is chosen
@@ -156,17 +156,18 @@ class GuidedSampler(Sampler):
     def cost(self) -> dict[str, float]:
         """Return what guidance costs on states of the data, as it is sampled  [M16].
 
-        `kl` is KL(guided || behaviour) of an action in nats, mean over the states; `guidance_sd` the size of its
-        largest step, in deviations of the posterior; `guidance_scale` w. Nothing where there is no guidance or no data.
+        `energy/kl` is KL(guided || behaviour) of an action in nats, mean over the states; `energy/guidance_sd` the size
+        of its largest step, in deviations of the posterior; `energy/guidance_scale` w. Nothing where there is no
+        guidance or no data.
         """
         if self.data is None or self.sampling.guidance_scale == 0:
             return {}
         budget = self.budget(self.data)
         meter = self._solve(self.data, budget, budget.scale)
         return {
-            "kl": float(meter.spent_B.mean()),
-            "guidance_sd": max(meter.deviations),
-            "guidance_scale": budget.scale,
+            "energy/kl": float(meter.spent_B.mean()),
+            "energy/guidance_sd": max(meter.deviations),
+            "energy/guidance_scale": budget.scale,
         }
 
     def spent(self) -> float | None:

@@ -527,8 +527,7 @@ class _Training:
         The stage store never has them: they depend on how is sampled, which trained stages do not.
         """
         most = torch.finfo(torch.float32).max  # stands for what is not finite, which no file holds
-        costs = {f"{self._last_stage}/{key}": value for key, value in policy.sampler.cost().items()}
-        costs = {name: value if math.isfinite(value) else most for name, value in costs.items()}
+        costs = {name: value if math.isfinite(value) else most for name, value in policy.sampler.cost().items()}
         written = {name for row in read_spool(self._folder / METRICS)[0] for name in row["metrics"]}
         if not costs.keys() <= written:
             self.spool.write(self._last_stage, self._config.stages[self._last_stage].steps, costs)

@@ -88,7 +88,7 @@ def test_a_run_without_energy_steps_has_two_stages_and_a_policy_that_is_guided(t
     assert np.array_equal(act(policy), act(Policy.load(tmp_path / "policy.safetensors")))
     cloned = policy.with_sampling(dataclasses.replace(policy.sampling, guidance_scale=0.0))
     assert not np.array_equal(act(policy), act(cloned))
-    assert policy.sampler.cost()["kl"] > 0
+    assert policy.sampler.cost()["energy/kl"] > 0
 
 
 def test_the_guided_action_has_the_higher_q(tiny_config, transitions):

@@ -72,7 +72,7 @@ def test_nats_are_an_axis_of_the_heat_map_too(make_dataset, tiny_config, tmp_pat
     assert [(row.beta, row.guidance_scale, row.nats) for row in result.grid] == [(1.0, 1e3, 0.01), (1.0, 1e3, 1e3)]
     assert (tmp_path / rundir.GRID).read_bytes().startswith(b"\x89PNG")
     own, cloned = result.evaluations
-    assert own.kl > policy_of(tmp_path).sampler.cost()["kl"] / 10 > 0
+    assert own.kl > policy_of(tmp_path).sampler.cost()["energy/kl"] / 10 > 0
     assert cloned.kl is None
     assert result.grid[1].return_mean != result.grid[0].return_mean
     with pytest.raises(ConfigError, match=r"grid_guidance_scale or evaluation\.grid_nats, got"):
@@ -450,3 +450,18 @@ def test_an_environment_that_crashes_ends_the_run_by_name(trained, monkeypatch):
 def test_a_data_set_that_is_not_there_cannot_be_evaluated():
     with pytest.raises(DataError, match="cannot be read"):
         Evaluator("no/such-v0")
+
+
+def test_a_run_without_an_energy_network_ends_with_a_result_and_its_diagnostics(make_dataset, tiny_config, tmp_path):
+    config = tiny_config(
+        make_dataset(),
+        energy__target="analytic",
+        energy__expansion="posterior_mean",
+        energy__steps=0,
+        data__held_out_share=0.2,
+        evaluation__num_curve_points=2,
+    )
+    result = execute(config, tmp_path)
+    assert {point.stage for point in result.curve} == {"behavior", "critic"}
+    assert {"energy/kl", "energy/guidance_sd", "critic/advantage_corr"} <= {each.name for each in result.diagnostics}
+    assert [row.method for row in result.evaluations] == ["aepo", "diffusion-bc"]

@@ -312,10 +312,10 @@ def test_a_policy_spends_the_nats_that_it_is_given_of_every_target(
     config = tiny_config(energy__target=target, behavior__variance=behavior__variance)
     *_, last = pipeline.train(config, transitions, device=CPU)
     policy = Policy.from_state(config, last.states, transitions)
-    assert policy.sampler.cost()["guidance_scale"] == config.sampling.guidance_scale
+    assert policy.sampler.cost()["energy/guidance_scale"] == config.sampling.guidance_scale
     strong = dataclasses.replace(config.sampling, guidance_scale=1000.0)
     bounded = policy.with_sampling(dataclasses.replace(strong, nats=0.3))
-    assert bounded.sampler.cost()["kl"] == pytest.approx(0.3, rel=0.01)
+    assert bounded.sampler.cost()["energy/kl"] == pytest.approx(0.3, rel=0.01)
     loose = policy.with_sampling(dataclasses.replace(config.sampling, nats=1e6)).sampler
     assert loose.cost() == policy.sampler.cost()
     bounded.save(tmp_path / "policy")  # as trained: sampling is chosen anew
