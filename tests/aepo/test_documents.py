@@ -184,7 +184,8 @@ def test_flags_beyond_any_machine_are_refused(flags, capsys):
 def result_of(tmp_path, config):
     evaluation = {"method": "iql", "beta": None, "guidance_scale": None, "score": 1.0, "return_mean": 2.0}
     evaluation |= {"return_std": 0.0, "num_episodes": 1, "episode_returns": [2.0], "nats": 0.0, "kl": None}
-    point = {"stage": "actor", "step": 3, "score": None, "return_mean": 2.0}
+    evaluation |= {"selected_episodes": 0}
+    point = {"stage": "actor", "step": 3, "score": None, "return_mean": 2.0, "method": ""}
     ended = {"status": "finished", "score": 1.0, "return_mean": 2.0, "num_episodes": 1}
     planned = dataclasses.asdict(rundir.describe(config, tmp_path))
     return planned | ended | {"evaluations": [evaluation], "curve": [point]}
