@@ -188,7 +188,7 @@ class Costs:
         guided = getattr(config, "sampling", None) is not None
         times = {own.num_curve_episodes: own.num_curve_points} if own.num_curve_points else {}
         clones = {own.num_episodes: 1} if guided else {}  # the final evaluation is made at guidance scale 0 too
-        *before, _ = methods.find(config.method).stages()
+        *before, _ = methods.stages_of(config)
         if own.num_curve_points and (count := sum(stage.acts for stage in before) * (own.num_curve_points + 1)):
             clones[own.num_curve_episodes] = clones.get(own.num_curve_episodes, 0) + count
         times[own.num_episodes] = times.get(own.num_episodes, 0) + 1

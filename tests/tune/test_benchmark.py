@@ -87,7 +87,8 @@ def test_a_runs_seconds_are_the_sum_of_its_parts(measured):
     guided, cloned = 60 * (0.01 + horizon * 1e-4), 60 * (0.01 + horizon * 1e-4)
     curve = 3 * (10 * (0.01 + horizon * 1e-4) + horizon * 2e-3)
     calls = 2 * horizon * 2e-3 + 2 * horizon * 1e-3  # 60 episodes are two batches
-    assert found.evaluation == pytest.approx(50 * 0.1 + guided + cloned + curve + calls)
+    along_stage_1 = 4 * (10 * (0.01 + horizon * 1e-4) + horizon * 1e-3)  # the clone's curve, and its end
+    assert found.evaluation == pytest.approx(50 * 0.1 + guided + cloned + curve + along_stage_1 + calls)
     assert found.start == pytest.approx(2 * 4.0 + 1e-9 * fetching.library_bytes(tasks.find("kitchen-mixed-v0")))
 
 
