@@ -53,7 +53,9 @@ def variants() -> list[str]:
 
 
 def energy_config(variant: str, steps: int) -> EnergyConfig:
-    """Return the settings of one of `variants`."""
+    """Return the settings of one of `variants`; the closed form takes no steps."""
+    if variant == CLOSED_FORM:
+        variant, steps = "analytic/posterior_mean", 0
     target, _, expansion = variant.partition("/")
     settings: dict[str, Any] = {"target": target, **({"expansion": expansion} if expansion else {})}
     config = EnergyConfig(steps=steps, batch_size=512, hidden_size=256, num_layers=3, learning_rate=2e-3, **settings)

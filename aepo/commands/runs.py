@@ -362,7 +362,7 @@ class Toy:
     sets: tuple[str, ...] = ()
     """Names among eight_gaussians, moons, rings, swiss_roll, two_spirals, checkerboard; none given = all."""
     targets: tuple[str, ...] = ()
-    """Energy targets, analytic ones with /posterior_mean or /data_action behind them; none given = all."""
+    """closed_form, or targets, analytic ones with /posterior_mean or /data_action behind them; none given = all."""
     betas: tuple[float, ...] = (1.0, 3.0, 10.0)
     """Inverse temperatures; one training serves all."""
     steps: int = 5000
