@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import fnmatch
+import io
 import json
 import math
 import os
@@ -335,6 +336,9 @@ def load() -> None:
     from aepo.environments import register_robotics
 
     register_robotics()
+    for words in (["train", "--dataset", "none/none-v0"], ["data", "verify", "none/none-v0"]):  # what parsing imports
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            cli.run(words)
     for encoding in (
         "us-ascii",
         "idna",
