@@ -328,6 +328,7 @@ def load() -> None:
         *("tune.commands", "tune.search", "tune.search_commands", "tune.status", "tune.estimate", "tune.space"),
         *("analysis.report", "analysis.tables", "analysis.figures", "analysis.page", "analysis.mlflow_source"),
         "mlflow",
+        *_modules_of("minari.dataset"),
         *_modules_of("tyro"),  # some are imported when flags are parsed, where a child may no longer read them
         *("analysis.markdown", "analysis.latex", "analysis.terminal"),
         *("analysis.load", "matplotlib.backends.backend_agg", "h5py", "torch._dynamo", "tests.mutations"),
