@@ -268,7 +268,7 @@ class CriticConfig(StageConfig):
     backup_steps: int = setting(1, "[1, 1000]")
     """expectile: n of the n-step return that Q follows, within an episode of the data; 1 is IQL's [M7]."""
     learner: str = setting("expectile", uses=CRITIC_LEARNERS)
-    """How values back up: `expectile` over the data's actions, `softmax_in_support` over actions of stage 1."""
+    """The learner says how values back up: `expectile` over the data's actions, `softmax_in_support` over stage 1's."""
     num_samples: int = setting(16, "[2, 1000]")
     """softmax_in_support: K, support actions per next state."""
     num_support_states: int = setting(100_000, "[1, inf)")
@@ -321,7 +321,7 @@ class EnergyConfig(StageConfig):
 
     @property
     def is_learned(self) -> bool:
-        """Whether there is an energy network."""
+        """It is true where there is an energy network."""
         return self.steps > 0
 
     @property

@@ -35,7 +35,7 @@ class CombineSummary:
     path: str
     """Folder of the data set."""
     combined: bool
-    """Whether it was joined now; False: it was there before and has been left alone."""
+    """It is true if the set was joined now; else it was there before and has been left alone."""
     parts: tuple[str, ...]
     """Minari ids of the parts, in the order of their episodes."""
     num_steps: int

@@ -52,7 +52,7 @@ class DownloadSummary:
     path: str
     """Folder of the data set."""
     downloaded: bool
-    """Whether it was downloaded now; False: it was there before and has been left alone."""
+    """It is true if the set was downloaded now; else it was there before and has been left alone."""
     num_steps: int
     num_episodes: int
     ref_min: float

@@ -38,14 +38,14 @@ EPISODE_BYTES = 20_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KnownFile:
-    """What is known of a published file."""
+    """A row says what is known of a published file."""
 
     file: str
     bytes: int
     sha256: str
     """SHA-256 of the file, hexadecimal; empty = not known."""
     source: str
-    """Who noted these numbers."""
+    """The source says who noted these numbers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class FetchSummary:
     received: int
     """Bytes that came now."""
     checked: str
-    """What shows that it is the published file: sha256, length, or nothing beyond the server's own length."""
+    """The check shows that it is the published file: sha256, length, or nothing beyond the server's own length."""
 
 
 @cache
