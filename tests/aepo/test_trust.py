@@ -48,7 +48,7 @@ def test_the_stated_bounds():
     assert limits["critic/advantage_corr"] == (0.0, False)
     assert limits["gain"] == (-5.0, False)
     assert doubts(energy__kl=4.2) == [
-        "guidance costs nats 4.2, above 3: guided actions are far from the data; "
+        "the cost of guidance in nats is 4.2, above 3: guided actions are far from the data; "
         "see what less does: aepo evaluate RUN --nats 1"
     ]
 
@@ -136,7 +136,7 @@ def test_train_and_evaluate_say_what_speaks_against_a_run(make_dataset, tmp_path
     said = capsys.readouterr().err
     (line,) = [text for text in said.splitlines() if text.startswith("trust: guided")]
     assert "advantage correlates" in line
-    assert said.splitlines()[-1].startswith("warning: guidance costs nats")
+    assert said.splitlines()[-1].startswith("warning: the cost of guidance in nats is")
     (folder,) = (tmp_path / "runs").iterdir()
     result = rundir.read_result(folder)
     names = {each.name: each.value for each in result.diagnostics}
@@ -149,4 +149,4 @@ def test_train_and_evaluate_say_what_speaks_against_a_run(make_dataset, tmp_path
     assert json.loads(capsys.readouterr().out)["diagnostics"]
     assert spool.read_spool(folder / rundir.METRICS)[0] == rows
     assert cli.run(["evaluate", str(folder), "--num-episodes", "1"]) == 0
-    assert f"warning: the run {folder.name}: guidance costs nats" in capsys.readouterr().err
+    assert f"warning: the run {folder.name}: the cost of guidance in nats is" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_a_run_in_doubt_is_named_in_every_text_but_latex(tmp_path, capsys):
     folder = write(tmp_path, row(seed=0), row(seed=1, **doubtful))
     out = tmp_path / "out"
     assert report(folder, "--out", out) == 0
-    wanted = "guidance costs nats 4.5, above 3: guided actions are far from the data"
+    wanted = "the cost of guidance in nats is 4.5, above 3: guided actions are far from the data"
     texts = [capsys.readouterr().out, (out / "report.md").read_text(), (out / "report.html").read_text()]
     for text in texts:
         assert text.count(wanted) == 1

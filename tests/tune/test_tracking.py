@@ -101,7 +101,7 @@ def test_what_speaks_against_a_run_is_a_tag_and_its_diagnostics_are_metrics(swee
     _, children = runs_of(uri, folder)
     one, other = (children[config.name].data for config in plan[:2])
     assert (one.metrics["trust/energy/kl"], other.metrics["trust/energy/kl"]) == (4.5, 0.5)
-    assert one.tags["aepo.doubts"].startswith("guidance costs nats 4.5, above 3")
+    assert one.tags["aepo.doubts"].startswith("the cost of guidance in nats is 4.5, above 3")
     assert "aepo.doubts" not in other.tags
 
 
