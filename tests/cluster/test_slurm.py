@@ -16,29 +16,13 @@ from aepo.errors import ResourceError
 from cluster.slurm import job, node
 from tests import ROOT
 from tests.examples import wait_for
+from tests.stand_ins import said, script
 from tune.plan import STOP
-
-
-def script(path, text):
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
 
 
 def ended(process):
     process.communicate(timeout=300)
     return process.returncode
-
-
-@pytest.fixture
-def tools(tmp_path, monkeypatch):
-    """A folder on PATH for SLURM's commands; what is said to them goes into its file `said`."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setenv("SAID", str(folder / "said"))
-    (folder / "said").touch()
-    return folder
 
 
 # One node
@@ -245,10 +229,6 @@ def start(tools, tmp_path, monkeypatch):
                 return str(error)
 
     return begin
-
-
-def said(tools):
-    return (tools / "said").read_text()
 
 
 def test_a_job_sweeps_reports_and_leaves_nothing(start, tools, tmp_path):

@@ -10,12 +10,9 @@ from aepo import cli
 from aepo.errors import ConfigError, IncompleteError
 from cluster.slurm import client
 from cluster.slurm.allocation import Allocation
-from tests.cluster.test_slurm import said, script, tools
+from tests.stand_ins import said, script
 from tests.tables import row, write
 from tune.plan import write_manifest
-
-__all__ = ["tools"]
-
 
 SBATCH = """#!/bin/sh
 echo "sbatch $*" >> "$SAID"

@@ -11,8 +11,8 @@ from aepo.config import with_overrides
 from aepo.data import fetch as fetching
 from aepo.data.fetch import address, file_name
 from aepo.presets import preset
-from tests.aepo.data.test_fetch import Server
 from tests.families import write_file
+from tests.file_server import Server
 from tune import benchmark, commands, estimate
 from tune.plan import make_plan, write_manifest
 from tune.spec import Execution, Resources, SweepSpec, read_sweep_file
