@@ -195,6 +195,8 @@ class Result:
     """Folder of the run; in runs.parquet relative to the sweep's."""
     diagnostics: tuple[Diagnostic, ...] = ()
     """What says whether to trust the run."""
+    peak_memory_gb: float | None = None
+    """Most memory that the process which ended the run has held since its start, GB; evaluation processes apart."""
 
     @classmethod
     def unended(cls, **known: Any) -> Self:

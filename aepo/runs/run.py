@@ -11,6 +11,7 @@ whoever tracks the run. The result file comes last and makes the run finished.
 import dataclasses
 import math
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -490,6 +491,7 @@ class _Training:
             steps=config.num_steps,
             steps_reused=self._steps_reused,
             seconds=round(self._seconds, 3),
+            peak_memory_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
             evaluations=tuple(evaluations),
             curve=(*curve, last),
             grid=tuple(grid),
