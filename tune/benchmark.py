@@ -177,8 +177,7 @@ class Fetch:
     """Fetch the data of all tasks, several at a time; again, it goes on where it ended.
 
     D4RL's original files come into a folder, checked by published sums as far as there are, and are then imported.
-    Minari's come into the library at once. Where D4RL's server is out of reach, the addresses are left as a file for
-    wget.
+    Minari's come into the library at once. Where a server is out of reach, the addresses are left as a file for wget.
 
     For example:
       aepo benchmark d4rl fetch --folder d4rl
@@ -189,7 +188,7 @@ class Fetch:
     task: tuple[str, ...] = ()
     """Only these tasks; none given = all."""
     folder: Path = Path("d4rl")
-    """Folder of the original files."""
+    """Folder of the original files, and of lists of addresses."""
     jobs: int = 4
     """Files at a time."""
     mirror: str = ""
@@ -200,6 +199,7 @@ class Fetch:
     def carry_out(self, what: str) -> int:
         """Fetch and print what came; return the exit status."""
         from aepo.commands.data import Download
+        from aepo.data.download import leave_addresses
         from aepo.data.fetch import fetch
 
         if self.jobs < 1:
@@ -210,7 +210,13 @@ class Fetch:
         others = tuple(row.task for row in rows if row.source == "minari")
         found = fetch([row for row in rows if row.source == "d4rl"], self.folder, jobs=self.jobs, mirror=self.mirror)
         if others:
-            return Download(names=others, jobs=self.jobs, json=self.json).run()
+            try:
+                return Download(names=others, jobs=self.jobs, json=self.json).run()
+            except DataError as error:
+                here = local_datasets()
+                ids = [name for row in rows if row.source == "minari" for name in row.origin.split() or [row.dataset]]
+                left = leave_addresses([name for name in dict.fromkeys(ids) if name not in here], self.folder)
+                raise DataError(f"{error}; {left}") from error
         table = [dataclasses.asdict(one) for one in found]
         if self.json:
             emit_json(table)

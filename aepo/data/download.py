@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -255,6 +256,39 @@ def _files(dataset_id: str, listing: Any) -> list[_File]:
             )
         )
     return files
+
+
+def leave_addresses(dataset_ids: Sequence[str], folder: Path) -> str:
+    """Write the addresses of data sets' files into a folder, a file for each repository; return how wget takes them.
+
+    The remote is not asked: the names are those of Minari's HDF5 format at the newest commit.
+
+    Args:
+        dataset_ids: Minari ids.
+        folder: is made.
+    """
+    hub, author = _hub(), _remote().removeprefix("hf://")
+    lines_of: dict[str, list[str]] = {}
+    commands = []
+    for dataset_id in dataset_ids:
+        repository, _, name = dataset_id.partition("/")
+        lines = lines_of.setdefault(repository, [])
+        for file in ("metadata.json", "main_data.hdf5"):
+            lines.append(hub.hf_hub_url(f"{author}/{repository}", f"{name}/data/{file}", repo_type="dataset"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for repository, lines in lines_of.items():
+        listed = folder / f"addresses-{repository}.txt"
+        listed.write_text("".join(f"{line}\n" for line in lines))
+        above = urlsplit(lines[0]).path.strip("/").split("/").index("main") + 1
+        commands.append(
+            f"`wget --continue --force-directories --no-host-directories --cut-dirs={above} "
+            f"--directory-prefix={repository} --input-file={listed.name}`"
+        )
+    names = ", ".join(f"{folder}/addresses-{repository}.txt" for repository in lines_of)
+    return (
+        f"or bring {names} to such a machine, {' and '.join(commands)}, then bring {', '.join(lines_of)} "
+        f"from there into {library_path('')} here"
+    )
 
 
 def _check_metadata(dataset_id: str, path: Path, url: str) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -19,11 +20,11 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from aepo import cli
+from aepo import cli, tasks
 from aepo.data import download as downloading
 from aepo.data import staging
 from aepo.data.combine import combine
-from aepo.data.download import download
+from aepo.data.download import download, leave_addresses
 from aepo.errors import ConfigError, DataError, ResourceError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -470,6 +471,33 @@ def test_without_network_the_error_comes_at_once_and_says_how_to_do_without(root
     assert f"here as {root / HUMAN}" in message
     assert capsys.readouterr().out == ""
     assert minari.list_local_datasets() == {}
+
+
+def test_listed_addresses_lead_to_files_which_wget_puts_where_the_library_has_them(hub, make_dataset, tmp_path):
+    make_dataset(HUMAN)
+    hub.publish(HUMAN)
+    said = leave_addresses([HUMAN, "other/x-v0"], tmp_path / "lists")
+    (words,) = re.findall(r"`(wget [^`]*addresses-D4RL.txt)`", said)
+    above = int(re.search(r"--cut-dirs=(\d+)", words)[1])
+    lines = (tmp_path / "lists" / "addresses-D4RL.txt").read_text().split()
+    for line in lines:  # as `--force-directories --no-host-directories --cut-dirs --directory-prefix` do
+        path = tmp_path / "minari" / "D4RL" / Path(*urlsplit(line).path.strip("/").split("/")[above:])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(urllib.request.urlopen(line, timeout=10).read())
+    assert [episode.id for episode in episodes(HUMAN)] == [0, 1, 2]
+    assert "other/resolve/main/x-v0/data/metadata.json" in (tmp_path / "lists" / "addresses-other.txt").read_text()
+
+
+def test_a_benchmark_without_network_leaves_the_addresses(monkeypatch, tmp_path, capsys):
+    point_client_at("http://127.0.0.1:9", monkeypatch, tmp_path)
+    words = ["--task", "pen-human-v1", "hopper-medium-expert-v2", "--folder", str(tmp_path / "lists")]
+    assert cli.run(["benchmark", "minari", "fetch", *words]) == 3
+    assert "--input-file=addresses-D4RL.txt" in capsys.readouterr().err.replace("\n", " ")
+    parts = tasks.find("hopper-medium-expert-v2", "minari").origin.split()
+    for repository, wanted in (("D4RL", [HUMAN]), ("mujoco", parts)):
+        lines = (tmp_path / "lists" / f"addresses-{repository}.txt").read_text()
+        found = re.findall(r"main/(.*)/data/main_data.hdf5", lines)
+        assert [f"{repository}/{name}" for name in found] == wanted
 
 
 def test_a_server_that_never_answers_is_given_up(hub, monkeypatch):
