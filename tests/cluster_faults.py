@@ -23,8 +23,9 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 
-from cluster import local, services
-from cluster.local import LocalCluster, Process
+from cluster import local, processes, services
+from cluster.local import LocalCluster
+from cluster.processes import Process
 from tests.faults import answers, compare, holders, kill, log, position, wait_for
 
 TASKS, SEEDS, STEPS = ["maze2d-open", "maze2d-umaze"], [0, 1, 2], 4000
@@ -74,9 +75,13 @@ class Machine:
             Process(**{k: v[k] for k in ("pid", "ticks")})
             for v in LocalCluster(self.folder).state()["services"].values()
         ]
-        members = {member for process in before for member in local.process_tree(process)}
+        members = {member for process in before for member in processes.process_tree(process)}
         aepo("cluster", "down", "--folder", str(self.folder))
-        left = [f"process {p.pid} is left" for p in members | local.marked_processes(self.folder) if local.is_alive(p)]
+        left = [
+            f"process {p.pid} is left"
+            for p in members | processes.marked_processes(local.MARK, str(self.folder))
+            if processes.is_alive(p)
+        ]
         log(f"down: {len(members)} processes and {len(self.ports)} ports to end")
         return left + [f"port {port} is open" for port in self.ports if answers(port)]
 
@@ -203,7 +208,7 @@ class Hosts:
     def down(self) -> list[str]:
         """End everything; return what is left, a line each."""
         for process in reversed(self.processes.values()):
-            local.end_all(local.process_tree(Process(process.pid, local.start_ticks(process.pid))))
+            processes.end_all(processes.process_tree(Process(process.pid, processes.start_ticks(process.pid))))
             process.wait()
         left = []
         for name in (*self.NAMES, self.SWITCH):

@@ -23,7 +23,7 @@ from types import FrameType
 
 from aepo import files
 from cluster import services
-from cluster.local import Process, end_process_tree, start_ticks
+from cluster.processes import Process, end_process_tree, start_ticks
 from cluster.services import OBJECT_STORE, ServiceSettings
 from tune.sockets import PREFIX, make_socket_folder
 

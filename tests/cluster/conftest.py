@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from aepo.errors import ResourceError
-from cluster import local
-from cluster.local import LocalCluster, Process
+from cluster import local, processes
+from cluster.local import LocalCluster
+from cluster.processes import Process
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +56,11 @@ def down_leaves_nothing(cluster, aepo):
     """`down` ends every process and port, and keeps what is worth keeping; asked when the other tests are through."""
     now = cluster.state()
     services = [Process(entry["pid"], entry["ticks"]) for entry in now["services"].values()]
-    members = {member for service in services for member in local.process_tree(service)}
+    members = {member for service in services for member in processes.process_tree(service)}
     assert len(members) > 10
     aepo("cluster", "down", "--folder", cluster.folder)
-    assert not [member for member in members if local.is_alive(member)]
-    assert not local.marked_processes(cluster.folder)
+    assert not [member for member in members if processes.is_alive(member)]
+    assert not processes.marked_processes(local.MARK, str(cluster.folder))
     for port in now["ports"].values():
         with socket.socket() as client:
             assert client.connect_ex(("127.0.0.1", port)) != 0

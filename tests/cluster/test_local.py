@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import signal
 import socket
 import stat
 import subprocess
@@ -16,40 +15,15 @@ import pytest
 
 from aepo.errors import ConfigError, DataError, ResourceError
 from aepo.runs import rundir
-from cluster import fitness, jobs, local
-from cluster.local import LocalCluster, Process
+from cluster import fitness, jobs, local, processes
+from cluster.local import LocalCluster
+from cluster.processes import Process
 from tests import ROOT
 from tests.examples import wait_for
 from tune.plan import make_plan
 from tune.spec import Execution, SweepSpec
 
-# Processes
-
-
-def start(*words, **kwargs):
-    process = subprocess.Popen(words, start_new_session=True, **kwargs)
-    return process, Process(process.pid, local.start_ticks(process.pid))
-
-
-def test_a_family_ends_with_its_orphans_and_those_in_sessions_of_their_own():
-    script = "sleep 300 & setsid sleep 301 & wait"
-    process, leader = start("sh", "-c", script)
-    wait_for(lambda: len(local.process_tree(leader)) == 3)
-    members = local.process_tree(leader)
-    local.end_process_tree(leader, signal.SIGTERM, timeout_s=1.0)
-    assert not any(local.is_alive(member) for member in members)
-    process.wait()
-
-
-def test_what_a_killed_leader_leaves_in_its_session_ends_too():
-    process, leader = start("sh", "-c", "sleep 300 & wait")
-    wait_for(lambda: len(local.process_tree(leader)) == 2)
-    (orphan,) = local.process_tree(leader) - {leader}
-    process.kill()
-    process.wait()
-    assert local.is_alive(orphan)
-    local.end_process_tree(leader, signal.SIGTERM, timeout_s=1.0)
-    assert not local.is_alive(orphan)
+# Places
 
 
 def test_nodes_of_one_machine_share_no_device(monkeypatch):
@@ -63,19 +37,6 @@ def test_nodes_of_one_machine_share_no_device(monkeypatch):
     assert local.devices_of_node(1, 0) == ""
     with pytest.raises(ResourceError, match="has 0"):
         local.devices_of_node(0, 1)
-
-
-def test_a_process_that_has_taken_a_number_over_is_never_signalled():
-    process, now = start("sleep", "300")
-    before = Process(now.pid, now.ticks - 1)  # what had the number when it was written down
-    assert not local.is_alive(before)
-    assert local.process_tree(before) == set()
-    local.end_process_tree(before, signal.SIGKILL, timeout_s=0.2)
-    local.send(before, signal.SIGKILL)
-    assert process.poll() is None
-    assert local.is_alive(now)
-    process.kill()
-    process.wait()
 
 
 def test_a_taken_port_is_replaced_by_a_free_one():
@@ -106,6 +67,11 @@ def write_state(folder, **changes):
     folder.mkdir(exist_ok=True)
     (folder / "state.json").write_text(json.dumps(state))
     return LocalCluster(folder)
+
+
+def start(*words):
+    process = subprocess.Popen(words, start_new_session=True)
+    return process, Process(process.pid, processes.start_ticks(process.pid))
 
 
 def test_the_state_of_another_boot_names_no_processes(tmp_path):
@@ -456,7 +422,7 @@ def test_no_token_is_a_warning_on_loopback_and_a_failure_where_others_reach_it()
 def test_everything_listens_on_this_machine_only(machine):
     cluster, state, _ = machine
     services = [Process(entry["pid"], entry["ticks"]) for entry in state["services"].values()]
-    pids = {member.pid for service in services for member in local.process_tree(service)}
+    pids = {member.pid for service in services for member in processes.process_tree(service)}
     found = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid in pids]
     assert {c.laddr.ip.removeprefix("::ffff:") for c in found} == {"127.0.0.1"}
     assert set(state["ports"].values()) <= {c.laddr.port for c in found}
@@ -579,4 +545,4 @@ def test_a_service_that_does_not_come_up_is_explained_and_leaves_nothing(tmp_pat
     with pytest.raises(ResourceError, match=r"(?s)postgres ended while it started.*the disk is full"):
         cluster.up(nodes=1, cpus=1, gpus=0)
     assert cluster.state() is None
-    assert not local.marked_processes(cluster.folder)
+    assert not processes.marked_processes(local.MARK, str(cluster.folder))
