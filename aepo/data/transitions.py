@@ -380,6 +380,20 @@ def _reward_map(rule: RewardRule, facts: dict[str, str]) -> tuple[float, float, 
     return {"raw": (0.0, 1.0, "", ""), "until_goal": (1.0, 1.0, "", "")}[rule]
 
 
+class _ReadRows(NamedTuple):
+    """The transitions of a data set, before anything is judged of them as a whole."""
+
+    rows_ND: NDArray[np.float32]
+    ends_E: list[int]
+    """The row behind each episode's last one."""
+    returns_E: list[float]
+    low_S: NDArray[np.float64]
+    """The lowest of each entry of the states, less the offset; `high_S` the highest."""
+    high_S: NDArray[np.float64]
+    has_half_rewards: bool
+    """Whether any reward is stored in half precision."""
+
+
 def _decode(
     dataset: Any,
     keys: tuple[str, ...],
@@ -387,12 +401,66 @@ def _decode(
     action_high_A: NDArray[Any],
     *,
     ends: str,
-    offset_S: NDArray[np.float64] | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, str]]:
     """Return rows, the ends of episodes and what is known of them.
 
-    `ends` says where episodes end: "stored", "until_goal" or "by_data". `offset_S` is subtracted of the states before
-    single precision holds them; none = what the data turn out to need.
+    `ends` says where episodes end: "stored", "until_goal" or "by_data".
+    """
+
+    def read(offset_S: NDArray[np.float64] | None) -> _ReadRows:
+        return _read_rows(
+            dataset, keys, action_low_A, action_high_A, until_goal=ends == "until_goal", offset_S=offset_S
+        )
+
+    found = read(None)
+    range_S = found.high_S - found.low_S
+    magnitude_S = np.maximum(np.abs(found.low_S), np.abs(found.high_S))
+    far_S = (range_S > CONSTANT * magnitude_S) & (range_S < FAR * magnitude_S)
+    offset_S = np.where(far_S, (found.low_S + found.high_S) / 2, 0.0)
+    if far_S.any():  # single precision cannot tell their values apart
+        del found
+        found = read(offset_S)
+        range_S = found.high_S - found.low_S
+        magnitude_S = np.maximum(np.abs(found.low_S), np.abs(found.high_S))
+    action_dim, rows = len(action_low_A), found.rows_ND
+    states_NS, rewards_N = rows[:, : len(offset_S)], rows[:, len(offset_S) + action_dim]
+    ends_at_success = _ends_at_success(rewards_N, np.array(found.ends_E))
+    if ends == "by_data" and ends_at_success:
+        rows[:, len(offset_S) + action_dim + 1] = rewards_N == rewards_N.max()
+    digest = hashlib.sha256(rows.tobytes())
+    if offset_S.any():
+        digest.update(offset_S.tobytes())
+    facts = {
+        "digest": digest.hexdigest()[:16],
+        "return_min": repr(min(found.returns_E)),
+        "return_max": repr(max(found.returns_E)),
+        "reward_min": repr(float(rewards_N.min())),
+        "reward_max": repr(float(rewards_N.max())),
+        "half_rewards": "yes" if found.has_half_rewards else "no",
+        "ends_at_success": "yes" if ends_at_success else "no",
+        "state_mean": json.dumps(states_NS.mean(axis=0, dtype=np.float64).tolist()),
+        "state_std": json.dumps(states_NS.std(axis=0, dtype=np.float64).tolist()),
+        "state_low": json.dumps(found.low_S.tolist()),
+        "state_high": json.dumps(found.high_S.tolist()),
+        "state_constant": json.dumps((range_S <= CONSTANT * magnitude_S).tolist()),
+        "state_offset": json.dumps(offset_S.tolist()),
+    }
+    return torch.from_numpy(rows), torch.tensor(found.ends_E), facts
+
+
+def _read_rows(
+    dataset: Any,
+    keys: tuple[str, ...],
+    action_low_A: NDArray[Any],
+    action_high_A: NDArray[Any],
+    *,
+    until_goal: bool,
+    offset_S: NDArray[np.float64] | None,
+) -> _ReadRows:
+    """Read and check every episode.
+
+    `until_goal` cuts one behind its first reward. `offset_S` is subtracted of the states before single precision holds
+    them; none = nothing.
     """
     num_steps, action_dim = int(dataset.total_steps), len(action_low_A)
     if num_steps < 1:
@@ -400,7 +468,7 @@ def _decode(
             f"{dataset.id} holds {num_steps} transitions, wanted one at least; bring it again, or collect some"
         )
     rows: NDArray[np.float32] | None = None
-    end, read, ends_E, returns, half_rewards = 0, 0, [], [], False
+    end, num_read, ends_E, returns_E, has_half_rewards = 0, 0, [], [], False
     low_S, high_S = np.zeros(0), np.zeros(0)
     scalars = scalar_observations(dataset)
     episodes = track(
@@ -415,7 +483,7 @@ def _decode(
         check_episode(dataset, episode, action_low_A, action_high_A, scalars=scalars)
         states = flatten(episode.observations, keys)
         rewards = rewards_of(episode)
-        half_rewards |= np.asarray(episode.rewards).dtype == np.float16
+        has_half_rewards |= np.asarray(episode.rewards).dtype == np.float16
         terminals = np.asarray(episode.terminations, dtype=np.float32)
         steps = len(rewards)
         if not states.shape[1]:
@@ -430,10 +498,10 @@ def _decode(
                 f"{data_file(dataset)}: episode {episode.id}: observations have {states.shape[1]} entries, those "
                 f"before have {(rows.shape[1] - action_dim - 2) // 2}"
             )
-        read += steps
-        if read > num_steps:
+        num_read += steps
+        if num_read > num_steps:
             raise DataError(f"{dataset.id} holds more than the {num_steps} steps that its metadata state")
-        if ends == "until_goal" and (rewards > 0).any():
+        if until_goal and (rewards > 0).any():
             steps = int(np.argmax(rewards > 0)) + 1
             terminals[steps - 1] = 1.0
         states = _normal(states if offset_S is None else states - offset_S)
@@ -442,45 +510,14 @@ def _decode(
         actions = _normal(np.asarray(episode.actions, dtype=np.float32))
         parts: list[NDArray[Any]] = [states[:-1], actions, rewards[:, None], terminals[:, None], states[1:]]
         np.concatenate([part[:steps] for part in parts], axis=1, out=rows[end : end + steps])
-        returns.append(float(np.sum(rewards[:steps])))
+        returns_E.append(float(np.sum(rewards[:steps])))
         end += steps
         ends_E.append(end)
-    if rows is None or read != num_steps:
+    if rows is None or num_read != num_steps:
         raise DataError(
-            f"{dataset.id} holds {read} steps, its metadata state {num_steps}: bring it again, or mend the metadata"
+            f"{dataset.id} holds {num_read} steps, its metadata state {num_steps}: bring it again, or mend the metadata"
         )
-    range_S, magnitude_S = high_S - low_S, np.maximum(np.abs(low_S), np.abs(high_S))
-    constant_S = range_S <= CONSTANT * magnitude_S
-    far_S = ~constant_S & (range_S < FAR * magnitude_S)
-    if offset_S is None and far_S.any():
-        del rows
-        offset_S = np.where(far_S, (low_S + high_S) / 2, 0.0)
-        return _decode(dataset, keys, action_low_A, action_high_A, ends=ends, offset_S=offset_S)
-    offset_S = np.zeros_like(range_S) if offset_S is None else offset_S
-    rows = rows[:end]
-    states_NS, rewards_N = rows[:, : len(offset_S)], rows[:, len(offset_S) + action_dim]
-    ends_at_success = _ends_at_success(rewards_N, np.array(ends_E))
-    if ends == "by_data" and ends_at_success:
-        rows[:, len(offset_S) + action_dim + 1] = rewards_N == rewards_N.max()
-    digest = hashlib.sha256(rows.tobytes())
-    if offset_S.any():
-        digest.update(offset_S.tobytes())
-    facts = {
-        "digest": digest.hexdigest()[:16],
-        "return_min": repr(min(returns)),
-        "return_max": repr(max(returns)),
-        "reward_min": repr(float(rewards_N.min())),
-        "reward_max": repr(float(rewards_N.max())),
-        "half_rewards": "yes" if half_rewards else "no",
-        "ends_at_success": "yes" if ends_at_success else "no",
-        "state_mean": json.dumps(states_NS.mean(axis=0, dtype=np.float64).tolist()),
-        "state_std": json.dumps(states_NS.std(axis=0, dtype=np.float64).tolist()),
-        "state_low": json.dumps(low_S.tolist()),
-        "state_high": json.dumps(high_S.tolist()),
-        "state_constant": json.dumps(constant_S.tolist()),
-        "state_offset": json.dumps(offset_S.tolist()),
-    }
-    return torch.from_numpy(rows), torch.tensor(ends_E), facts
+    return _ReadRows(rows[:end], ends_E, returns_E, low_S, high_S, has_half_rewards)
 
 
 def _normal(array: NDArray[Any]) -> NDArray[Any]:
