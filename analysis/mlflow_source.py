@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import track
 
@@ -18,7 +18,7 @@ from aepo.results import DIAGNOSTICS, SCHEMA_VERSION, SELECTED, CurvePoint, Diag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Run, RunData
 
 PAGE = 1000
 """Runs per answer of a search."""
@@ -97,7 +97,7 @@ def _sweep(run: "Run") -> str:
 
 def _row(client: "MlflowClient", run: "Run") -> Row:
     """Return one run's row; of one that has not ended, its plan and its curve so far."""
-    tags, params, metrics, run_id = run.data.tags, run.data.params, run.data.metrics, run.info.run_id
+    tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
     status = STATUS.get(run.info.status, "missing")
     own = tags["aepo.method"]
     version = tags.get("aepo.schema_version", "")
@@ -110,54 +110,7 @@ def _row(client: "MlflowClient", run: "Run") -> Row:
         raise DataError(
             f"run {tags['aepo.run']} in MLflow has no settings yet; wait for its sweep, or report its folder"
         )
-    episodes = int(params["evaluation.num_episodes"])
-    evaluations = []
-    for key in sorted(metrics):
-        kind, _, rest = key.partition("/")
-        method, _, measure = rest.partition("/")
-        if kind == "final" and measure == "return_mean":
-            beta, scale = params.get("sampling.beta"), params.get("sampling.guidance_scale")
-            evaluations.append(
-                Evaluation(
-                    method=method,
-                    beta=float(beta) if beta else None,
-                    guidance_scale=(float(scale) if method == own else 0.0) if scale else None,
-                    score=metrics.get(f"final/{method}/score"),
-                    return_mean=metrics[key],
-                    return_std=math.nan,
-                    num_episodes=episodes,
-                    episode_returns=(),
-                )
-            )
-    begin = f"final/{own}/{SELECTED}"
-    if f"{begin}return_mean" in metrics:
-        evaluations.append(
-            Evaluation(
-                method=own,
-                score=metrics.get(f"{begin}score"),
-                return_mean=metrics[f"{begin}return_mean"],
-                return_std=math.nan,
-                num_episodes=episodes,
-                episode_returns=(),
-                beta=metrics[f"{begin}beta"],
-                guidance_scale=metrics[f"{begin}guidance_scale"],
-                nats=metrics[f"{begin}nats"],
-                selected_episodes=int(metrics[f"{begin}selected_episodes"]),
-            )
-        )
     score, return_mean = (metrics.get(f"final/{own}/{key}") for key in ("score", "return_mean"))
-    steps, last_stage = int(tags.get("aepo.steps", 0)), tags.get("aepo.last_stage", "")
-    curve, offset = [], 0
-    for stage in tags.get("aepo.stages", "").split()[:-1]:
-        if f"eval/{stage}/return_mean" in metrics:
-            method = policy_along(stage, is_guided="sampling.guidance_scale" in params)
-            curve += _points(client, run_id, stage, offset, f"eval/{stage}/", method)
-        offset += int(params[f"{stage}.steps"])
-    if "eval/return_mean" in metrics:
-        offset = steps - int(params.get(f"{last_stage}.steps", 0))
-        curve += _points(client, run_id, last_stage, offset, "eval/")
-    if return_mean is not None:
-        curve.append(CurvePoint(stage=last_stage, step=steps, score=score, return_mean=return_mean))
     dataset = next((each.dataset for each in run.inputs.dataset_inputs), None) if run.inputs else None
     return Row.unended(
         schema_version=int(version) if version.isdecimal() else SCHEMA_VERSION,
@@ -174,11 +127,11 @@ def _row(client: "MlflowClient", run: "Run") -> Row:
         error=tags.get("aepo.error") or (None if status == "finished" else f"{run.info.status} in MLflow"),
         score=score,
         return_mean=return_mean,
-        num_episodes=episodes,
-        steps=steps,
+        num_episodes=int(params["evaluation.num_episodes"]),
+        steps=int(tags.get("aepo.steps", 0)),
         seconds=((run.info.end_time or run.info.start_time) - run.info.start_time) / 1000,
-        evaluations=tuple(evaluations) if status == "finished" else (),
-        curve=tuple(curve),
+        evaluations=tuple(_evaluations(run.data)) if status == "finished" else (),
+        curve=tuple(_curve(client, run)),
         diagnostics=tuple(
             Diagnostic(name=name.removeprefix(DIAGNOSTICS), value=value)
             for name, value in sorted(metrics.items())
@@ -186,9 +139,62 @@ def _row(client: "MlflowClient", run: "Run") -> Row:
         ),
         commit=tags.get("aepo.commit"),
         machine=tags.get("aepo.machine", ""),
-        mlflow_run_id=run_id,
+        mlflow_run_id=run.info.run_id,
         settings=json.dumps({key: value for key, value in params.items() if key != "seed"}, sort_keys=True),
     )
+
+
+def _evaluations(data: "RunData") -> Iterator[Evaluation]:
+    """Yield the final evaluations that a run's metrics tell of, without episodes and their spread."""
+    metrics, params, own = data.metrics, data.params, data.tags["aepo.method"]
+    unknown: dict[str, Any] = {
+        "return_std": math.nan,
+        "num_episodes": int(params["evaluation.num_episodes"]),
+        "episode_returns": (),
+    }
+    beta, scale = params.get("sampling.beta"), params.get("sampling.guidance_scale")
+    for key in sorted(metrics):
+        kind, _, rest = key.partition("/")
+        method, _, measure = rest.partition("/")
+        if kind == "final" and measure == "return_mean":
+            yield Evaluation(
+                method=method,
+                beta=float(beta) if beta else None,
+                guidance_scale=(float(scale) if method == own else 0.0) if scale else None,
+                score=metrics.get(f"final/{method}/score"),
+                return_mean=metrics[key],
+                **unknown,
+            )
+    begin = f"final/{own}/{SELECTED}"
+    if f"{begin}return_mean" in metrics:
+        yield Evaluation(
+            method=own,
+            score=metrics.get(f"{begin}score"),
+            return_mean=metrics[f"{begin}return_mean"],
+            beta=metrics[f"{begin}beta"],
+            guidance_scale=metrics[f"{begin}guidance_scale"],
+            nats=metrics[f"{begin}nats"],
+            selected_episodes=int(metrics[f"{begin}selected_episodes"]),
+            **unknown,
+        )
+
+
+def _curve(client: "MlflowClient", run: "Run") -> Iterator[CurvePoint]:
+    """Yield the evaluations on the way, stage after stage, and the final one, at the steps of all stages together."""
+    tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
+    steps, last_stage, offset = int(tags.get("aepo.steps", 0)), tags.get("aepo.last_stage", ""), 0
+    for stage in tags.get("aepo.stages", "").split()[:-1]:
+        if f"eval/{stage}/return_mean" in metrics:
+            method = policy_along(stage, is_guided="sampling.guidance_scale" in params)
+            yield from _points(client, run.info.run_id, stage, offset, f"eval/{stage}/", method)
+        offset += int(params[f"{stage}.steps"])
+    if "eval/return_mean" in metrics:
+        offset = steps - int(params.get(f"{last_stage}.steps", 0))
+        yield from _points(client, run.info.run_id, last_stage, offset, "eval/")
+    final = f"final/{tags['aepo.method']}/"
+    if f"{final}return_mean" in metrics:
+        score, return_mean = metrics.get(f"{final}score"), metrics[f"{final}return_mean"]
+        yield CurvePoint(stage=last_stage, step=steps, score=score, return_mean=return_mean)
 
 
 def _points(
