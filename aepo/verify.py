@@ -1,5 +1,6 @@
 """A whole data set against what it says of itself."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,46 @@ def verify(task: Task) -> tuple[dict[str, Any], list[str], list[str]]:
         DataError: if there is no such data set, or nothing of it can be read.
     """
     dataset = open_dataset(task.dataset)
+    counts, problems = _read(dataset, task)
+    refs = None
+    try:
+        refs = (
+            references(dataset) if task.ref_min is None else References(random=task.ref_min, expert=task.ref_max or 0)
+        )
+    except DataError as error:
+        problems.append(str(error))
+    env_id, note, doubts = None, "", list[str]()
+    try:
+        evaluator = Evaluator(
+            task.dataset,
+            env_id=task.env_id,
+            observation_keys=task.observation_keys,
+            horizon=task.horizon or 1,
+            refs=refs or References(random=0.0, expert=1.0),  # those of the data set have just been looked at
+        )
+        with contextlib.closing(evaluator):
+            env_id = evaluator.env_id
+            if not problems:
+                keys, rule = task.observation_keys, task.reward_rule
+                data = load_transitions(task.dataset, observation_keys=keys, reward_rule=rule)
+                note = data.note
+                doubts = [*([data.doubt] if data.doubt else []), *evaluator.check(data)]
+    except AEPOError as error:
+        problems.append(str(error))
+    facts = {
+        "dataset": dataset.id,
+        "path": str(data_file(dataset)),
+        **counts,
+        "ref_min": refs.random if refs else None,
+        "ref_max": refs.expert if refs else None,
+        "env_id": env_id,
+        "note": note or None,
+    }
+    return facts, problems, [*doubts, *_unlike_published(task, counts["num_steps"], dataset.storage.metadata)]
+
+
+def _read(dataset: Any, task: Task) -> tuple[dict[str, int], list[str]]:
+    """Read every episode; return how many episodes and steps there are, and a line for each thing that is wrong."""
     low_A, high_A = action_bounds(dataset)
     check_observations(dataset, task.observation_keys)
     scalars = scalar_observations(dataset)
@@ -67,43 +108,7 @@ def verify(task: Task) -> tuple[dict[str, Any], list[str], list[str]]:
         problems.append(f"{file}: {num_steps} steps, its metadata state {dataset.total_steps}")
     if len(widths) > 1:
         problems.append(f"{file}: observations have {sorted(widths)} entries, wanted one number for all episodes")
-    refs, env_id, note, doubts = None, None, "", []
-    try:
-        refs = (
-            references(dataset) if task.ref_min is None else References(random=task.ref_min, expert=task.ref_max or 0)
-        )
-    except DataError as error:
-        problems.append(str(error))
-    evaluator = None
-    try:
-        evaluator = Evaluator(
-            task.dataset,
-            env_id=task.env_id,
-            observation_keys=task.observation_keys,
-            horizon=task.horizon or 1,
-            refs=refs or References(random=0.0, expert=1.0),  # those of the data set have just been looked at
-        )
-        env_id = evaluator.env_id
-        if not problems:
-            data = load_transitions(task.dataset, observation_keys=task.observation_keys, reward_rule=task.reward_rule)
-            note = data.note
-            doubts = [*([data.doubt] if data.doubt else []), *evaluator.check(data)]
-    except AEPOError as error:
-        problems.append(str(error))
-    finally:
-        if evaluator is not None:
-            evaluator.close()
-    facts = {
-        "dataset": dataset.id,
-        "path": str(file),
-        "num_episodes": num_episodes,
-        "num_steps": num_steps,
-        "ref_min": refs.random if refs else None,
-        "ref_max": refs.expert if refs else None,
-        "env_id": env_id,
-        "note": note or None,
-    }
-    return facts, problems, [*doubts, *_unlike_published(task, num_steps, dataset.storage.metadata)]
+    return {"num_episodes": num_episodes, "num_steps": num_steps}, problems
 
 
 def _unlike_published(task: Task, num_steps: int, metadata: Mapping[str, Any]) -> list[str]:
