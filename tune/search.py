@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -174,41 +174,9 @@ def _try_out(
         if trial.state not in OPEN:
             end(trial)
     with watching(status, tracker, lambda: None), on_ray(resources, examples) as slots:
-        import ray.tune
-
-        from tune.asha import ASHASearcher
-        from tune.trainable import ForgetEnded, run_rounds
-
         concurrent = min(slots, open_ + missing)
         err.print(f"{concurrent} at a time, {resources.cpus:g} CPU and {resources.gpus:g} GPU each")
-        values = {
-            "sweep": str(search),
-            "cpus": resources.cpus,
-            "gpus": resources.gpus,
-            "stages": str(resources.stages),
-            "checkpoint_s": resources.checkpoint_s,
-        }
-        searcher = ASHASearcher(record, bases, values, on_draw=plan, on_end=end)
-        bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-        tuner = ray.tune.Tuner(
-            ray.tune.with_resources(run_rounds, ray.tune.PlacementGroupFactory([bundle])),
-            tune_config=ray.tune.TuneConfig(
-                search_alg=searcher,
-                num_samples=-1,  # until it answers that there is no more
-                max_concurrent_trials=concurrent,
-                trial_dirname_creator=lambda trial: str(trial.trial_id),
-                reuse_actors=False,  # a trial that is ended amid its process leaves it in no known state
-            ),
-            run_config=ray.tune.RunConfig(
-                name=f"tune-{int(time.time())}",
-                storage_path=str(search / "tune"),
-                failure_config=ray.tune.FailureConfig(max_failures=2),
-                callbacks=[ForgetEnded()],
-                verbose=0,
-            ),
-        )
-        tuner.fit()
-        if searcher.is_over:
+        if _schedule(search, record, bases, resources, concurrent, on_draw=plan, on_end=end):
             for trial in record.trials:
                 if trial.state == "waiting":
                     trial.state = "stopped"
@@ -216,6 +184,52 @@ def _try_out(
             record.save()
     tracker.ship_rest()
     tracker.close([_ROW_STATUS[trial.state] for trial in record.trials])
+
+
+def _schedule(
+    search: Path,
+    record: SearchRecord,
+    bases: Sequence[RunConfig],
+    resources: Resources,
+    concurrent: int,
+    *,
+    on_draw: Callable[[Trial], None],
+    on_end: Callable[[Trial], None],
+) -> bool:
+    """Let Ray Tune carry out what ASHA asks for, `concurrent` trials at a time; return whether the search is over."""
+    import ray.tune
+
+    from tune.asha import ASHASearcher
+    from tune.trainable import ForgetEnded, run_rounds
+
+    values = {
+        "sweep": str(search),
+        "cpus": resources.cpus,
+        "gpus": resources.gpus,
+        "stages": str(resources.stages),
+        "checkpoint_s": resources.checkpoint_s,
+    }
+    searcher = ASHASearcher(record, bases, values, on_draw=on_draw, on_end=on_end)
+    bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+    tuner = ray.tune.Tuner(
+        ray.tune.with_resources(run_rounds, ray.tune.PlacementGroupFactory([bundle])),
+        tune_config=ray.tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=-1,  # until it answers that there is no more
+            max_concurrent_trials=concurrent,
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
+            reuse_actors=False,  # a trial that is ended amid its process leaves it in no known state
+        ),
+        run_config=ray.tune.RunConfig(
+            name=f"tune-{int(time.time())}",
+            storage_path=str(search / "tune"),
+            failure_config=ray.tune.FailureConfig(max_failures=2),
+            callbacks=[ForgetEnded()],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    return searcher.is_over
 
 
 _ROW_STATUS = {"finished": "finished", "stopped": "finished", "failed": "failed"} | dict.fromkeys(OPEN, "missing")
