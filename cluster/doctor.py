@@ -68,7 +68,8 @@ class Doctor:
     def _measure(self) -> int:
         from aepo import kernels
         from aepo.bench.measure import backend_gains
-        from aepo.runs.run import own_table, set_up_torch
+        from aepo.runs.backend import own_table
+        from aepo.runs.run import set_up_torch
         from aepo.runs.rundir import commit
 
         if self.seconds <= 0:
@@ -142,7 +143,7 @@ def _kernels() -> Check:
 
     from aepo import kernels
     from aepo.bench.measure import linear_rates
-    from aepo.runs.run import own_table
+    from aepo.runs.backend import own_table
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -23,8 +23,7 @@ import torch
 from aepo import checkpoint, kernels, methods, parallel, pipeline, trust
 from aepo.config import RunConfig
 from aepo.console import say, warn
-from aepo.data.transitions import Transitions, cache_folder, load_transitions
-from aepo.documents import read_document
+from aepo.data.transitions import Transitions, load_transitions
 from aepo.errors import (
     AEPOError,
     CheckpointError,
@@ -40,6 +39,7 @@ from aepo.files import LOOK_S, hold, write_json
 from aepo.pipeline import Progress
 from aepo.policy import Policy
 from aepo.results import CurvePoint, Result, RoundResult, policy_along
+from aepo.runs.backend import agreed_backend, backend_of, noted_backend, own_table
 from aepo.runs.evaluation import (
     cell_name,
     choice_name,
@@ -53,7 +53,6 @@ from aepo.runs.evaluation import (
 from aepo.runs.rundir import (
     CONFIG,
     GRID,
-    KERNELS,
     LOCK,
     METRICS,
     POLICY,
@@ -222,7 +221,7 @@ def _recorded(config: RunConfig, folder: Path) -> Iterator[Result]:
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     try:
         write_json(folder / CONFIG, dataclasses.asdict(config))
-        with kernels.using(_agreed(_backend_of(config, folder))):
+        with kernels.using(agreed_backend(backend_of(config, folder))):
             yield dataclasses.replace(describe(config, folder), started_at=started_at)
     except (AEPOError, MemoryError, RuntimeError, OSError) as error:
         if not (known := _as_known(error, folder)):
@@ -232,55 +231,6 @@ def _recorded(config: RunConfig, folder: Path) -> Iterator[Result]:
         except OSError as other:  # a full disk: the run then counts as not ended, and the same command goes on
             warn(f"the failure is not recorded in {folder}: {other.strerror}")
         raise known from error
-
-
-def _backend_of(config: RunConfig, folder: Path) -> kernels.Backend:
-    """Return the backend with which a run began, or begins, and note it in the run's folder; errors as `_noted`."""
-    if (noted := _noted(config, folder)) is not None:
-        return noted
-    chosen = kernels.choose(own_table())
-    facts = {"format": 1, "arithmetic": kernels.ARITHMETIC, "backend": chosen, "torch": torch.__version__}
-    write_json(folder / KERNELS, facts | dataclasses.asdict(kernels.processor()))
-    return chosen
-
-
-def _noted(config: RunConfig, folder: Path) -> kernels.Backend | None:
-    """Return the backend with which a run began, None if it has not.
-
-    Raises:
-        CheckpointError: if it was stopped before the arithmetic of training changed: its steps would not be those
-            that it has taken.
-    """
-    rows = folder / METRICS
-    saved = any((folder / name).exists() for name in (checkpoint.FILE, checkpoint.PREVIOUS))
-    if not saved and not (rows.exists() and rows.stat().st_size):
-        return None  # nothing was computed, whatever is noted
-    path = folder / KERNELS
-    # without a note it is from before this was written down
-    begun = read_document(path, kind="run", version=1, field="backend") if path.exists() else {"arithmetic": 1}
-    if begun.get("arithmetic") != kernels.ARITHMETIC:
-        raise CheckpointError(
-            f"{config.name} was stopped under arithmetic {begun.get('arithmetic')}, this version computes by "
-            f"{kernels.ARITHMETIC}, and the two are never mixed: continue it with the version that began it, or delete "
-            f"{folder} to begin again"
-        )
-    if begun["backend"] not in kernels.backends():
-        raise CheckpointError(
-            f"{path}: the run began with {begun['backend']!r}, this torch has {', '.join(kernels.backends())}; "
-            f"continue it where torch has the other, or delete {folder} to begin again"
-        )
-    backend: kernels.Backend = begun["backend"]
-    return backend
-
-
-def _agreed(backend: kernels.Backend) -> kernels.Backend:
-    """Return the leader's backend in every worker: their processors may differ."""
-    return "onednn" if parallel.broadcast_flag(backend == "onednn") else "torch"
-
-
-def own_table() -> Path:
-    """Return where `aepo doctor --measure` keeps what it found on this user's processors."""
-    return cache_folder() / "kernels.csv"
 
 
 def _as_known(error: BaseException, folder: Path) -> AEPOError | None:
@@ -542,7 +492,7 @@ def follow_leader(config: RunConfig, folder: Path, store: CheckpointStore, *, de
         Interrupted: if the leader was asked to stop.
         AEPOError: what the leader meets too.
     """
-    with kernels.using(_agreed(_noted(config, folder) or kernels.backend())):
+    with kernels.using(agreed_backend(noted_backend(config, folder) or kernels.backend())):
         data = load_data(config).to(device)
         saved = store.load()
         _check_saved(saved, config, data)

@@ -19,6 +19,7 @@ from aepo.kernels import Measured, Processor
 from aepo.policy import Policy
 from aepo.presets import preset
 from aepo.runs import run
+from aepo.runs.backend import own_table
 from aepo.runs.stage_store import stage_keys
 from tests.examples import random_transitions, write_pendulum
 
@@ -236,8 +237,8 @@ def test_a_run_keeps_its_backend_after_the_table_was_changed(dataset, tiny_confi
         train(config, broken, stop_after=20)
     kept = json.loads((broken / "kernels.json").read_text())
     assert (kept["backend"], kept["arithmetic"], kept["family"]) == ("onednn", kernels.ARITHMETIC, "26")
-    kernels.keep(run.own_table(), row(gain=0.5, model="2"))
-    assert kernels.choose(run.own_table()) == "torch"
+    kernels.keep(own_table(), row(gain=0.5, model="2"))
+    assert kernels.choose(own_table()) == "torch"
     calls = []
     onednn = kernels._onednn
     monkeypatch.setattr(kernels, "_onednn", lambda *args: calls.append(1) or onednn(*args))
@@ -331,7 +332,7 @@ def test_doctor_measures_a_processor_and_keeps_the_answer(capsys, monkeypatch):
     assert cli.run(["doctor", "--measure", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["gain"], facts["backend"]) == (1.2, "onednn")
-    (kept,) = kernels.read_own(run.own_table())
+    (kept,) = kernels.read_own(own_table())
     assert kept.is_of(kernels.processor())
     assert kernels.backend() == "torch"  # of this process, until something trains
     run.set_up_torch(1)
