@@ -272,7 +272,14 @@ def on_ray(resources: Resources, plan: Sequence[RunConfig]) -> Iterator[int]:
     private_ray = {"address": "local", "include_dashboard": False, "_temp_dir": f"{folder}/ray"}
     where = {"address": resources.address} if resources.address else private_ray
     try:
-        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray says so by a plain Exception, or by ConnectionError, RuntimeError
+            place = f"on {resources.address}" if resources.address else "here"
+            raise ResourceError(
+                f"Ray did not start {place} ({type(error).__name__}: {' '.join(str(error).split())}); where other work "
+                "keeps the processors busy it takes too long: give the same command again when that has ended"
+            ) from error
         memory = max(memory_gib(config, resources.runner) for config in plan)
         slots = _slots(ray.nodes(), resources, memory)  # type: ignore[no-untyped-call]
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
