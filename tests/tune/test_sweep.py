@@ -20,6 +20,7 @@ from tune import commands, estimate, trainable
 from tune.plan import STOP, make_plan, run_folder, write_manifest
 from tune.spec import Execution, Resources, SweepSpec, read_sweep_file
 from tune.status import LOCK, LiveStatus, is_running, status, sweep_lock
+from tune.sweep import on_ray
 
 CPU = torch.device("cpu")
 TINY = [f"{stage}.{key}" for stage in ("behavior", "critic", "energy") for key in ("steps=20", "hidden_size=16")]
@@ -437,6 +438,19 @@ def test_a_full_disk_is_a_row_that_says_so(sweep, values, monkeypatch):
     result = rundir.read_result(run_folder(folder, plan[3]))
     assert result.status == "failed"
     assert result.error.startswith("ResourceError: no space left for ")
+
+
+def test_a_ray_that_does_not_start_is_said_with_what_to_do(sweep, monkeypatch):
+    import ray
+
+    def late(**_):
+        raise Exception("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(ray, "init", late)
+    _, plan = sweep
+    wanted = r"did not start here \(Exception: The current node timed out during startup\.\).*the same command again"
+    with pytest.raises(ResourceError, match=wanted), on_ray(Resources(), plan):
+        raise AssertionError("it has started")
 
 
 def test_memory_and_cores_bound_the_slots():
