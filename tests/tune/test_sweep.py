@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -205,12 +206,33 @@ def test_the_estimate_is_of_the_order_of_the_truth(make_dataset, tiny_config):
     assert truth / 4 < steps < truth * 4
 
 
-def test_memory_counts_the_support_actions_that_a_method_keeps():
+def test_memory_counts_the_support_actions_that_a_method_keeps(monkeypatch):
+    monkeypatch.setattr(estimate, "_environment_bytes", lambda row, horizon: 0.0)
     plan = make_plan(SweepSpec(task=("maze2d-umaze",), seeds=(0,), preset=("best-paper", "qgpo-paper")))
     plain, qgpo = (estimate.memory_gib(config, "train") for config in plan)
     assert plain == 1.2
     assert qgpo - plain == pytest.approx(2 * 1_000_000 * 16 * estimate.MAX_ACTION_DIM * 4 / 2**30)
     assert estimate.memory_gib(plan[0], "inline") < plain
+
+
+def test_memory_counts_the_environments_of_an_evaluation(monkeypatch):
+    class Large:
+        def __init__(self):
+            self.model = np.ones(5_000_000)
+
+        def reset(self, seed):
+            pass
+
+        def close(self):
+            pass
+
+    estimate._environment_bytes.cache_clear()
+    monkeypatch.setattr(estimate, "_make", lambda row, horizon: Large())
+    (few,) = make_plan(SweepSpec(task=("pen-human-v1",), seeds=(0,), set={"evaluation.num_episodes": 20}))
+    (many,) = make_plan(SweepSpec(task=("pen-human-v1",), seeds=(0,), set={"evaluation.num_episodes": 2000}))
+    assert estimate.memory_gib(few, "train") - 1.2 == pytest.approx(20 * 0.04e9 / 2**30, rel=0.2)
+    assert estimate.memory_gib(many, "train") - 1.2 == pytest.approx(50 * 0.04e9 / 2**30, rel=0.2)
+    estimate._environment_bytes.cache_clear()
 
 
 def test_long_runs_come_first():
