@@ -396,7 +396,7 @@ class SamplingConfig:
     beta: float = setting(1.0, "(0, inf)")
     """Inverse temperature of exp(beta Q) [M1], Q in units of the standard deviation of Q - V on the data."""
     guidance_scale: float = setting(3.0, "[0, inf)")
-    """w of [M4]; 0 = diffusion behaviour cloning."""
+    """w of [M4]; 0 = actions of the behaviour model: its clone, or the best of several by Q."""
     nats: float = setting(0.0, "[0, inf)", later=True)
     """What guidance may cost an action on the mean, KL(guided || behaviour); one action may cost three times that.
 
@@ -417,6 +417,16 @@ class SamplingConfig:
     def cloning(self) -> "SamplingConfig":
         """The same without guidance and choice: one action of the behaviour model."""
         return dataclasses.replace(self, guidance_scale=0.0, num_candidates=1)
+
+
+def check_unguided(sampling: SamplingConfig) -> None:
+    """Raise a ConfigError if the settings of a method without guidance ask for some."""
+    plain = dataclasses.replace(sampling, beta=_default(sampling, "beta"), guidance_scale=0.0, nats=0.0)
+    if sampling != plain:
+        raise ConfigError(
+            "this method has no guidance: leave sampling.beta, sampling.guidance_scale and sampling.nats out; "
+            f"got {sampling.beta:g}, {sampling.guidance_scale:g} and {sampling.nats:g}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -503,7 +513,7 @@ class RunConfig:
         _check(self, seed="[0, inf)")
         if self.variant:
             check_variant(self.variant)
-        if self.evaluation.grid_beta and "sampling" not in self.groups:
+        if self.evaluation.grid_beta and not self.is_guided:
             raise ConfigError(
                 f"evaluation.grid_beta: {self.method} has neither beta nor guidance scale, so no heat map; leave it out"
             )
@@ -518,6 +528,12 @@ class RunConfig:
     def groups(self) -> dict[str, Any]:
         """The fields by name: those of all methods and the method's own."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def is_guided(self) -> bool:
+        """It is true where guidance draws actions away from the behaviour policy, by a beta and a guidance scale."""
+        sampling: SamplingConfig | None = self.groups.get("sampling")
+        return sampling is not None and sampling.guidance_scale > 0
 
     @property
     def stages(self) -> dict[str, StageConfig]:

@@ -1,7 +1,9 @@
-"""How trained networks turn normalised states into actions in [-1, 1]: by guided diffusion, or by an actor."""
+"""How trained networks turn normalised states into actions in [-1, 1]: by diffusion, guided or not, or by an actor."""
 
 import abc
+import copy
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -49,14 +51,91 @@ class Sampler(nn.Module, abc.ABC):
         raise ConfigError("this policy has one way to act: nothing of it can be chosen after training")
 
 
-class GuidedSampler(Sampler):
+class CloneSampler(Sampler):
+    """The behaviour model as a sampler of actions: of several per state the one with the largest Q is taken.
+
+    `with_sampling` gives the same networks another number of solver steps or of candidates.
+    """
+
+    sampling: SamplingConfig
+
+    def __init__(
+        self,
+        stages: tuple[BehaviorConfig, CriticConfig],
+        sampling: SamplingConfig,
+        *,
+        state_dim: int,
+        action_dim: int,
+        critics: Callable[[States], TwinQ] = lambda states: states["critic"].q,
+    ):
+        """Make untrained networks, as the configs of the stages that train them say.
+
+        `critics` returns those that choose among a run's states.
+        """
+        super().__init__()
+        of_behavior, of_critic = stages
+        self._critics = critics
+        self._dims = {"state_dim": state_dim, "action_dim": action_dim}
+        self.sampling = sampling
+        self.noise = NoiseNet(**self._dims, hidden_size=of_behavior.hidden_size, num_layers=of_behavior.num_layers)
+        self.q = TwinQ(**self._dims, config=of_critic)
+        self.requires_grad_(False)
+        self._grid: sampler.Grid | None = None
+
+    def copy_weights(self, states: States, data: Transitions) -> None:  # noqa: ARG002  # nothing is measured
+        """Take the averaged noise network and the critics."""
+        self.noise.load_state_dict(states["behavior"].ema.net.state_dict())
+        self.q.load_state_dict(self._critics(states).state_dict())
+
+    def with_sampling(self, sampling: SamplingConfig) -> Self:
+        """Return the same networks, sampling in another way.
+
+        Raises:
+            ConfigError: for guidance, of which this policy has none.
+        """
+        configs.check_unguided(sampling)
+        return self._twin(sampling)
+
+    def _twin(self, sampling: SamplingConfig) -> Self:
+        twin = copy.copy(self)
+        twin.sampling, twin._grid = sampling, None
+        return twin
+
+    def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:
+        """Return one action in [-1, 1]^A per normalised state, [B, A]; the best of `num_candidates` by Q."""
+        num_candidates = self.sampling.num_candidates
+        repeated, grid = states_BS.repeat_interleave(num_candidates, dim=0), self._grid_on(states_BS.device)
+        shape = (len(repeated), self._dims["action_dim"])
+        start = self.sampling.temperature * torch.randn(shape, generator=generator, device=states_BS.device)
+        actions = self._draw(repeated, start, grid)
+        if num_candidates == 1:
+            return actions
+        return best_of(self.q, states_BS, actions.view(len(states_BS), num_candidates, -1))
+
+    def _draw(self, states_BS: Tensor, start_BA: Tensor, grid: sampler.Grid) -> Tensor:
+        """Return one action per state and start of the solver, [B, A]."""
+        return sampler.solve(behavior.predict_mean(self.noise, states_BS, grid), start_BA, grid)
+
+    def _grid_on(self, device: torch.device) -> sampler.Grid:
+        if self._grid is None or self._grid.t.device != device:
+            self._grid = sampler.make_grid(self.sampling.num_steps, device=device)
+        return self._grid
+
+
+def best_of(q: TwinQ, states_BS: Tensor, actions_BKA: Tensor) -> Tensor:
+    """Return of K actions in each state the one with the largest min_i Q_i, the first of equals, [B, A]."""
+    num_states, num_candidates, action_dim = actions_BKA.shape
+    q_B = q.lowest(states_BS.repeat_interleave(num_candidates, dim=0), actions_BKA.flatten(0, 1))
+    best_B = q_B.view(num_states, num_candidates).argmax(dim=1)
+    return actions_BKA.gather(1, best_B[:, None, None].expand(-1, 1, action_dim)).squeeze(1)
+
+
+class GuidedSampler(CloneSampler):
     """pi*(a|s) ∝ mu(a|s) exp(beta Q(s, a)) as a sampler of actions [M1, M4].
 
     `with_sampling` gives the same networks another beta, guidance scale, number of solver steps or of
     candidates, none of which need training.
     """
-
-    sampling: SamplingConfig
 
     def __init__(
         self,
@@ -67,56 +146,42 @@ class GuidedSampler(Sampler):
         action_dim: int,
     ):
         """Make untrained networks, as the configs of the stages that train them say."""
-        super().__init__()
-        of_behavior, of_critic, of_energy = self._stages = stages
-        self._dims = {"state_dim": state_dim, "action_dim": action_dim}
-        self.sampling = sampling
-        self.noise = NoiseNet(**self._dims, hidden_size=of_behavior.hidden_size, num_layers=of_behavior.num_layers)
+        super().__init__(stages[:2], sampling, state_dim=state_dim, action_dim=action_dim)
+        self._of_energy = stages[2]
         self.energy: EnergyNet | ClosedForm = ClosedForm()
-        if of_energy.is_learned:
-            self.energy = energy.make_net(of_energy, **self._dims)
-        self.q = TwinQ(**self._dims, config=of_critic)
+        if self._of_energy.is_learned:
+            self.energy = energy.make_net(self._of_energy, **self._dims)
         self.requires_grad_(False)
-        self._grid: sampler.Grid | None = None
         self._budget: guidance.Budget | None = None
         self._spent: Tensor | float = 0.0
         self._num_guided = 0
 
     def copy_weights(self, states: States, data: Transitions) -> None:
         """Take the averaged noise and energy networks and the critics; the closed form takes the scale of Q."""
-        self.noise.load_state_dict(states["behavior"].ema.net.state_dict())
-        self.q.load_state_dict(states["critic"].q.state_dict())
+        super().copy_weights(states, data)
         if isinstance(self.energy, ClosedForm):
             self.energy.scale = critic.advantage_scale(states["critic"], data)
         else:
             self.energy.load_state_dict(states["energy"].ema.net.state_dict())
 
-    def with_sampling(self, sampling: SamplingConfig) -> "GuidedSampler":
+    def with_sampling(self, sampling: SamplingConfig) -> Self:
         """Return the same networks, sampling in another way.
 
         Raises:
             ConfigError: for a beta that the energy's target was not trained for.
         """
-        configs.check_beta(self._stages[2], sampling.beta)
-        twin = GuidedSampler(self._stages, sampling, **self._dims)
-        twin.noise, twin.energy, twin.q, twin.data = self.noise, self.energy, self.q, self.data
+        configs.check_beta(self._of_energy, sampling.beta)
+        twin = self._twin(sampling)
+        twin._budget, twin._spent, twin._num_guided = None, 0.0, 0
         return twin
 
-    def sample(self, states_BS: Tensor, generator: torch.Generator) -> Tensor:
-        """Return one action in [-1, 1]^A per normalised state, [B, A]; the best of `num_candidates` by Q."""
-        num_candidates = self.sampling.num_candidates
-        repeated, grid = states_BS.repeat_interleave(num_candidates, dim=0), self._grid_on(states_BS.device)
-        shape = (len(repeated), self._dims["action_dim"])
-        start = self.sampling.temperature * torch.randn(shape, generator=generator, device=states_BS.device)
-        scale, meter = self._meter(len(repeated))
-        actions = sampler.solve(self._predict(repeated, grid, scale, meter), start, grid)
+    def _draw(self, states_BS: Tensor, start_BA: Tensor, grid: sampler.Grid) -> Tensor:
+        """Return one guided action per state and start of the solver, [B, A], and count what guidance cost."""
+        scale, meter = self._meter(len(states_BS))
+        actions_BA = sampler.solve(self._predict(states_BS, grid, scale, meter), start_BA, grid)
         if meter is not None:
-            self._spent, self._num_guided = self._spent + meter.spent_B.sum(), self._num_guided + len(repeated)
-        if num_candidates == 1:
-            return actions
-        q = self.q.lowest(repeated, actions).view(-1, num_candidates)
-        best = q.argmax(dim=1, keepdim=True)[..., None].expand(-1, 1, actions.shape[1])
-        return actions.view(len(states_BS), num_candidates, -1).gather(1, best).squeeze(1)
+            self._spent, self._num_guided = self._spent + meter.spent_B.sum(), self._num_guided + len(states_BS)
+        return actions_BA
 
     def _predict(
         self, states_BS: Tensor, grid: sampler.Grid, scale: float, meter: guidance.Meter | None
@@ -205,11 +270,6 @@ class GuidedSampler(Sampler):
         predict = self._predict(data.states_BS, grid, scale, meter)
         sampler.solve(predict, self.sampling.temperature * start_BA, grid)
         return meter
-
-    def _grid_on(self, device: torch.device) -> sampler.Grid:
-        if self._grid is None or self._grid.t.device != device:
-            self._grid = sampler.make_grid(self.sampling.num_steps, device=device)
-        return self._grid
 
 
 class ActorSampler(Sampler):

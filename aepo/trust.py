@@ -134,7 +134,7 @@ def line(result: Result) -> str:
     """Return in one line what speaks for or against a finished run, its own number and its clone's first."""
     values = {each.name: each.value for each in result.diagnostics}
     own, cloned = result.evaluations[0], clone(result.evaluations)
-    parts = [f"{'guided' if cloned else 'score' if own.score is not None else 'return'} {_number(own)}"]
+    parts = [f"{'guided' if own.guidance_scale else 'score' if own.score is not None else 'return'} {_number(own)}"]
     if cloned is not None:
         parts[0] += f", cloned {_number(cloned)}"
         if GAIN in values:
@@ -150,9 +150,11 @@ def _number(row: Evaluation) -> str:
 
 
 def _gain(evaluations: Sequence[Evaluation], points: float | None) -> dict[str, float]:
-    """Return GAIN and GAIN_ERROR, nothing without a clone or where episodes say nothing of their spread."""
+    """Return GAIN and GAIN_ERROR, nothing without guidance or where episodes say nothing of their spread."""
     own, cloned = evaluations[0], clone(evaluations)
-    if cloned is None or len(own.episode_returns) != len(cloned.episode_returns) or len(own.episode_returns) < 2:
+    if not own.guidance_scale or cloned is None:
+        return {}
+    if len(own.episode_returns) != len(cloned.episode_returns) or len(own.episode_returns) < 2:
         return {}
     gains = [guided - other for guided, other in zip(own.episode_returns, cloned.episode_returns, strict=True)]
     if points is None:

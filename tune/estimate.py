@@ -186,14 +186,14 @@ class Costs:
 
     def _evaluation(self, config: RunConfig, row: tasks.Task, dims: tuple[int, int]) -> float | None:
         own = config.evaluation
-        guided = getattr(config, "sampling", None) is not None
+        has_clone = "sampling" in config.groups
         times = {own.num_curve_episodes: own.num_curve_points} if own.num_curve_points else {}
-        clones = {own.num_episodes: 1} if guided else {}  # the final evaluation is made at guidance scale 0 too
+        clones = {own.num_episodes: 1} if has_clone else {}  # the final evaluation is made of the clone too
         *before, _ = methods.stages_of(config)
         if own.num_curve_points and (count := sum(stage.acts for stage in before) * (own.num_curve_points + 1)):
             clones[own.num_curve_episodes] = clones.get(own.num_curve_episodes, 0) + count
         times[own.num_episodes] = times.get(own.num_episodes, 0) + 1
-        if guided and own.select_episodes:
+        if config.is_guided and own.select_episodes:
             num_choices = len(own.choices(config.sampling))  # type: ignore[attr-defined]
             each = own.select_episodes // num_choices
             times[each] = times.get(each, 0) + num_choices
@@ -210,7 +210,7 @@ class Costs:
         make, reset, step, limit = (self.seconds[f"{what} {kind}"] for what in ("make", "reset", "step", "limit"))
         horizon = own.horizon or limit
         seconds = make * max(min(MAX_ENVS, num) for num in times)
-        for kind, counts in (("act", times), ("clone" if guided else "act", clones)):
+        for kind, counts in (("act", times), ("clone" if has_clone else "act", clones)):
             for num, count in counts.items():
                 seconds += count * num * (reset + horizon * step)
                 acting = self._act(config, dims, min(num, MAX_ENVS), kind)

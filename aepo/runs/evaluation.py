@@ -50,7 +50,8 @@ def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: i
         beta, scale = policy.sampling.beta, policy.sampling.guidance_scale
         nats = policy.sampling.nats if scale else 0.0
         if scale == 0:
-            method = CLONING if policy.sampling.num_candidates == 1 else BEST_CLONE
+            best = BEST_CLONE if policy.config.is_guided else method
+            method = CLONING if policy.sampling.num_candidates == 1 else best
     return Evaluation(
         method=method,
         beta=beta,

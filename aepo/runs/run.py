@@ -455,7 +455,7 @@ class _Training:
         so that a run which goes on evaluates none twice.
         """
         own = self._config.evaluation
-        if policy.sampling is None or not own.select_episodes:
+        if policy.sampling is None or not self._config.is_guided or not own.select_episodes:
             return policy, 0
         choices = own.choices(policy.sampling)
         num_episodes, seed = own.select_episodes // len(choices), selection_seed(self._config.seed)

@@ -337,7 +337,7 @@ def test_every_methods_policy_acts_the_same_after_save_and_load(method, tiny_con
     policy.save(tmp_path / "policy")
     loaded = Policy.load(tmp_path / "policy")
     assert (loaded.sampler.__class__, loaded.config) == (policy.sampler.__class__, config)
-    assert (loaded.sampling is not None) == ("energy" in STAGES_OF[method])
+    assert (loaded.sampling is not None) == ("behavior" in STAGES_OF[method])
     observations = torch.randn(33, transitions.state_dim, generator=torch.Generator().manual_seed(0))
     first, second = (each.act(observations, torch.Generator().manual_seed(1)) for each in (policy, loaded))
     assert first.shape == (33, transitions.action_dim)
