@@ -74,8 +74,11 @@ def stage_keys(config: RunConfig, data_digest: str) -> dict[tuple[str, int], str
     return keys
 
 
-def evaluated_by(config: RunConfig, stage: str) -> str:
-    """Return, as JSON, all but the stage's key that evaluations along a stage are a function of."""
+def evaluated_by(config: RunConfig, stage: str, beside: Sequence[str] = ()) -> str:
+    """Return, as JSON, all but the stage's key that evaluations along a stage are a function of.
+
+    `beside` are the keys of other stages whose networks act too, though the stage's own key does not depend on them.
+    """
     own, sampling = config.evaluation, getattr(config, "sampling", None)
     acts: dict[str, Any] = identifying_fields(sampling) if sampling is not None else {}
     if stage != list(config.stages)[-1]:  # without guidance
@@ -85,6 +88,8 @@ def evaluated_by(config: RunConfig, stage: str) -> str:
         "environment": [config.data.env_id, config.data.return_rule, config.data.ref_min, config.data.ref_max],
         "sampling": acts,
     }
+    if beside:
+        facts["beside"] = list(beside)
     return json.dumps(facts, sort_keys=True)
 
 
@@ -225,7 +230,7 @@ class StageReuse:
             "state": checkpoint.collect(states[stage]),
             "rows": json.dumps(own),
             "evaluated": json.dumps(evaluated),
-            "evaluated_by": evaluated_by(self._config, stage),
+            "evaluated_by": evaluated_by(self._config, stage, self._beside(stage, end)),
         }
         self._store.publish(self._keys[stage, end], content)
 
@@ -246,7 +251,7 @@ class StageReuse:
             checkpoint.restore(states[stage], found["state"])
             self.steps_reused += end - begin
             rows = parse_json(found["rows"])
-            if found.get("evaluated_by") == evaluated_by(self._config, stage):
+            if found.get("evaluated_by") == evaluated_by(self._config, stage, self._beside(stage, end)):
                 points = parse_json(found["evaluated"])
                 rows = [{**row, "metrics": row["metrics"] | points.get(str(row["step"]), {})} for row in rows]
             taken += rows
@@ -255,6 +260,17 @@ class StageReuse:
     def close(self) -> None:
         """Give claims back."""
         self._store.close()
+
+    def _beside(self, stage: str, end: int) -> list[str]:
+        """Return the keys of the stages that act along the last one, and from which it does not learn."""
+        config, *earlier = self._config, *list(self._config.stages)[:-1]
+        if stage in earlier:
+            return []
+        of_stage = {each.name: each.learns_from(config.stages[each.name]) for each in methods.stages_of(config)}
+        known, number = {stage}, config.round_ends(stage).index(end)
+        for name in (stage, *reversed(earlier)):  # a stage learns from earlier ones only
+            known |= set(of_stage[name]) if name in known else set()
+        return [self._keys[name, config.round_ends(name)[number]] for name in earlier if name not in known]
 
     def _begin(self, stage: str, end: int) -> int:
         """Return the step at which the round that leaves a stage at `end` enters it."""

@@ -188,6 +188,20 @@ def test_evaluations_that_a_run_would_have_made_otherwise_are_not_taken(
     assert cost["energy/guidance_scale"] == own, "its own, not the other's"
 
 
+def test_a_curve_is_not_taken_of_a_policy_that_acts_by_another_stage_beside(make_dataset, tiny_config, store, tmp_path):
+    """The closed form's policy acts by the behaviour model along the critic, which learns nothing from that model."""
+    make_dataset()
+    closed = {"energy__target": "analytic", "energy__expansion": "posterior_mean", "energy__steps": 0}
+    short = {"evaluation__num_curve_points": 1, "evaluation__num_curve_episodes": 1}
+    first = execute(tiny_config(**closed, **short), tmp_path / "first", store)
+    again = execute(tiny_config(**closed, **short), tmp_path / "again", store)
+    assert again.curve == first.curve
+    assert [point.method for point in first.curve] == ["diffusion-bc", "diffusion-bc", "", ""]
+    other = execute(tiny_config(**closed, **short, behavior__steps=70), tmp_path / "other", store)
+    assert other.steps_reused == 60
+    assert [point.method for point in other.curve] == ["diffusion-bc", "diffusion-bc", ""]
+
+
 def test_a_stage_from_before_evaluations_were_kept_is_taken_without_them(make_dataset, tiny_config, store, tmp_path):
     make_dataset()
     config = tiny_config(evaluation__num_curve_points=1, evaluation__num_curve_episodes=1)
