@@ -23,6 +23,7 @@ TRAINS = """
 aepo/data/test_odd_data
 aepo/data/test_pointmaze
 aepo/diffusion/test_sampler
+aepo/methods/test_fql
 aepo/methods/test_idql
 aepo/methods/test_rebrac
 aepo/runs/test_folders

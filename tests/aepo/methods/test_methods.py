@@ -12,7 +12,7 @@ from aepo.config import StageConfig
 from aepo.errors import ConfigError
 from tests import ROOT
 
-NAMED = re.compile(r"\b(rebrac|td3bc|qgpo|idql|iql)\b")
+NAMED = re.compile(r"\b(rebrac|td3bc|qgpo|idql|iql|fql)\b")
 
 
 def test_no_file_outside_the_methods_names_one():
