@@ -134,7 +134,8 @@ def line(result: Result) -> str:
     """Return in one line what speaks for or against a finished run, its own number and its clone's first."""
     values = {each.name: each.value for each in result.diagnostics}
     own, cloned = result.evaluations[0], clone(result.evaluations)
-    parts = [f"{'guided' if own.guidance_scale else 'score' if own.score is not None else 'return'} {_number(own)}"]
+    is_guided = cloned is not None and own.guidance_scale
+    parts = [f"{'guided' if is_guided else 'score' if own.score is not None else 'return'} {_number(own)}"]
     if cloned is not None:
         parts[0] += f", cloned {_number(cloned)}"
         if GAIN in values:
