@@ -7,6 +7,7 @@ import numpy as np
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
 from aepo import tasks
+from aepo.data.d4rl import LAYOUTS, make_evaluation_environment
 from aepo.environments import register_robotics
 
 WIDTHS = {
@@ -70,6 +71,55 @@ def write_file(path, task, num_rows=300, *, timeouts=True, **changes):
             if array is not None:
                 file[name] = array
     return path
+
+
+def record_file(path, task, *, num_episodes=4, num_steps=25):
+    """Write a file in D4RL's layout of the task's own environment, one episode with random, the next with slow actions.
+
+    Positions go back to D4RL's frame. The last row of the first episode has a reward of 1 more: few find one by chance.
+    """
+    row = tasks.find(task, "d4rl")
+    env, layout = make_evaluation_environment(row), LAYOUTS[row.suite]
+    shift = layout.observe(row, np.zeros((1, 4)), None)[0, :2] if row.suite == "maze2d" else np.zeros(2)
+    if row.suite == "antmaze":
+        shift = layout.observe(row, np.zeros((1, 29)), np.zeros((1, 2)))["achieved_goal"][0]
+    env.action_space.seed(0)
+    fields = {"observations": [], "actions": [], "rewards": [], "terminals": [], "timeouts": []}
+    goals = []
+    for episode in range(num_episodes):
+        observation, _ = env.reset(seed=episode)
+        for step in range(num_steps):
+            action = env.action_space.sample()
+            if episode % 2:
+                action = (0.5 * np.sin(0.2 * step) * env.action_space.high).astype(action.dtype)
+            fields["observations"].append(_as_in_d4rl(row, observation, shift))
+            if row.suite == "antmaze":
+                goals.append(observation["desired_goal"] - shift)
+            observation, reward, terminated, _, _ = env.step(action)
+            last = step == num_steps - 1
+            fields["actions"].append(action)
+            fields["rewards"].append(reward + (last and episode == 0))
+            fields["terminals"].append(terminated)
+            fields["timeouts"].append(last and not terminated)
+            if terminated:
+                break
+    env.close()
+    arrays = {name: np.array(values) for name, values in fields.items()}
+    if row.suite == "kitchen":  # D4RL's files have none
+        arrays["terminals"] |= arrays.pop("timeouts")
+    arrays |= {"infos/goal": np.array(goals)} if goals else {}
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file[name] = array.astype(np.float32) if array.dtype == np.float64 else array
+    return path
+
+
+def _as_in_d4rl(row, observation, shift):
+    if row.suite == "antmaze":
+        return np.concatenate([observation["achieved_goal"] - shift, observation["observation"]])
+    if row.suite == "maze2d":
+        return np.concatenate([observation[:2] - shift, observation[2:]])
+    return np.concatenate([observation, np.zeros(30)]) if row.suite == "kitchen" else observation
 
 
 def write_minari(dataset_id, row):
