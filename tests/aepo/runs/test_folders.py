@@ -396,7 +396,7 @@ def test_a_private_ray_lies_where_nobody_else_may_enter(tiny_config, monkeypatch
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setenv("TMPDIR", "/tmp/" + 80 * "x")
-    with pytest.raises(RuntimeError, match="far enough"), sweep.on_ray(Resources(), [tiny_config()]):
+    with pytest.raises(ResourceError, match="far enough"), sweep.on_ray(Resources(), [tiny_config()]):
         pass
     assert (seen["mode"], seen["above"].exists()) == (0o700, False)
     assert seen["length"] < 45  # sockets below it have 62 more, of 107

@@ -168,7 +168,7 @@ def test_a_broken_run_goes_on_and_ends_like_an_unbroken_one(place, make_dataset,
     with (tmp_path / "broken" / rundir.METRICS).open("ab") as file:
         file.write(b'{"time": 12, "sta')  # the kill tore a line
     broken = execute(config, tmp_path / "broken")
-    clock = {key: getattr(broken, key) for key in ("seconds", "started_at", "folder")}
+    clock = {key: getattr(broken, key) for key in ("seconds", "started_at", "folder", "peak_memory_gb")}
     assert broken == dataclasses.replace(unbroken, **clock)
     assert (tmp_path / "broken" / rundir.POLICY).read_bytes() == (tmp_path / "whole" / rundir.POLICY).read_bytes()
     spools = [
