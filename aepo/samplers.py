@@ -1,4 +1,4 @@
-"""How trained networks turn normalised states into actions in [-1, 1]: by diffusion, guided or not, or by an actor."""
+"""Samplers turn normalised states into actions in [-1, 1]: by diffusion, guided or not, or by an actor."""
 
 import abc
 import copy

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 children: list["subprocess.Popen[bytes]"] = []
-"""What this process itself started, so that the ended do not stay as zombies while it lives."""
+"""This process started these itself, and asks after them, so that the ended do not stay as zombies while it lives."""
 
 
 @dataclasses.dataclass(frozen=True)

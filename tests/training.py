@@ -67,3 +67,12 @@ def bandit(num=20_000):
         digest="bandit",
         episode_ends_E=torch.arange(1, num + 1),
     )
+
+
+def share_of_optimum(policy):
+    """How far a policy's actions in the bandit lead from uniform ones, 0, to the best in every state, 1."""
+    states = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1))
+    actions = torch.as_tensor(policy.act(states, torch.Generator().manual_seed(2)))
+    reward = float(1 - (actions - best_action(states)).square().sum(1).mean())
+    uniform = float(1 - 2 / 3 - best_action(states).square().sum(1).mean())  # exact for uniform actions
+    return (reward - uniform) / (1 - uniform)

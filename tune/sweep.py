@@ -275,10 +275,13 @@ def on_ray(resources: Resources, plan: Sequence[RunConfig]) -> Iterator[int]:
         try:
             ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray says so by a plain Exception, or by ConnectionError, RuntimeError
-            place = f"on {resources.address}" if resources.address else "here"
+            reason = f"({type(error).__name__}: {' '.join(str(error).split())})"
             raise ResourceError(
-                f"Ray did not start {place} ({type(error).__name__}: {' '.join(str(error).split())}); where other work "
-                "keeps the processors busy it takes too long: give the same command again when that has ended"
+                f"no Ray at {resources.address} {reason}; `ray status` there shows whether it is up, and --address '' "
+                "starts one here"
+                if resources.address
+                else f"Ray did not start here {reason}; where other work keeps the processors busy it takes too long: "
+                "give the same command again when that has ended"
             ) from error
         memory = max(memory_gib(config, resources.runner) for config in plan)
         slots = _slots(ray.nodes(), resources, memory)  # type: ignore[no-untyped-call]

@@ -391,7 +391,7 @@ class _ReadRows(NamedTuple):
     """The lowest of each entry of the states, less the offset; `high_S` the highest."""
     high_S: NDArray[np.float64]
     has_half_rewards: bool
-    """Whether any reward is stored in half precision."""
+    """It is true if any reward is stored in half precision."""
 
 
 def _decode(

@@ -44,9 +44,9 @@ class FQLStage(StageConfig):
     alpha: float = setting(1.0, "[0, inf)")
     """Weight of the squared distance between the policy's action and the flow's, from the same noise."""
     normalize_q: bool = True
-    """Whether the policy's Q is divided by its mean size, so that one alpha means the same on every task."""
+    """If true, the policy's Q is divided by its mean size, so that one alpha means the same on every task."""
     next_q: Literal["mean", "min"] = "mean"
-    """Which of the two critics' values the target takes of the next action."""
+    """The target takes this of the two critics' values of the next action."""
     flow_steps: int = setting(10, "[1, 1000]")
     """Euler steps from noise to the flow's action."""
 
@@ -164,7 +164,7 @@ def make_policy(state_dim: int, action_dim: int, config: FQLStage) -> GeluNet:
 
 
 class Draws(NamedTuple):
-    """What one step draws besides its rows."""
+    """One step draws these numbers besides its rows."""
 
     next_normal_BA: Tensor
     """z of the next action, N(0, 1)."""

@@ -14,7 +14,7 @@ times of equal weight, another schedule and DPM-Solver++ in place of DDPM's step
 residual one with dropout. V and Q step together, so that Q backs up over V before its step, not behind it; their rate
 falls by a cosine. States are standardised, a layer of the critics is normalised before its activation, batches, steps
 and averages are the budget's. N is 64 everywhere, the paper's is 16, 64 or 256, by score.
-tests/golden/parity/idql.md says what agrees with that code to how many digits.
+tests/golden/parity/README.md says what agrees with that code to how many digits.
 """
 
 import dataclasses

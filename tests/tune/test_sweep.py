@@ -207,7 +207,7 @@ def test_the_estimate_is_of_the_order_of_the_truth(make_dataset, tiny_config):
 
 
 def test_memory_counts_the_support_actions_that_a_method_keeps(monkeypatch):
-    monkeypatch.setattr(estimate, "_environment_bytes", lambda row, horizon: 0.0)
+    monkeypatch.setattr(estimate, "_environment_bytes", lambda row: 0.0)
     plan = make_plan(SweepSpec(task=("maze2d-umaze",), seeds=(0,), preset=("best-paper", "qgpo-paper")))
     plain, qgpo = (estimate.memory_gib(config, "train") for config in plan)
     assert plain == 1.2
@@ -227,7 +227,7 @@ def test_memory_counts_the_environments_of_an_evaluation(monkeypatch):
             pass
 
     estimate._environment_bytes.cache_clear()
-    monkeypatch.setattr(estimate, "_make", lambda row, horizon: Large())
+    monkeypatch.setattr(estimate, "_make", lambda row: Large())
     (few,) = make_plan(SweepSpec(task=("pen-human-v1",), seeds=(0,), set={"evaluation.num_episodes": 20}))
     (many,) = make_plan(SweepSpec(task=("pen-human-v1",), seeds=(0,), set={"evaluation.num_episodes": 2000}))
     assert estimate.memory_gib(few, "train") - 1.2 == pytest.approx(20 * 0.04e9 / 2**30, rel=0.2)
