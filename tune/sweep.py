@@ -274,7 +274,7 @@ def on_ray(resources: Resources, plan: Sequence[RunConfig]) -> Iterator[int]:
     try:
         try:
             ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:  # Ray says so by a plain Exception, or by ConnectionError, RuntimeError
+        except (Exception, SystemExit) as error:  # Ray says so by a plain Exception, or asks Python to exit with 15
             reason = f"({type(error).__name__}: {' '.join(str(error).split())})"
             raise ResourceError(
                 f"no Ray at {resources.address} {reason}; `ray status` there shows whether it is up, and --address '' "

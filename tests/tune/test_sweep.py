@@ -462,16 +462,26 @@ def test_a_full_disk_is_a_row_that_says_so(sweep, values, monkeypatch):
     assert result.error.startswith("ResourceError: no space left for ")
 
 
-def test_a_ray_that_does_not_start_is_said_with_what_to_do(sweep, monkeypatch):
+@pytest.mark.parametrize(
+    ("address", "error", "wanted"),
+    [
+        (
+            "",
+            Exception("The node timed\nout."),
+            r"start here \(Exception: The node timed out\.\).*the same command again",
+        ),
+        ("10.0.0.1:9", SystemExit(15), r"no Ray at 10.0.0.1:9 \(SystemExit: 15\); `ray status`"),
+    ],
+)
+def test_a_ray_that_does_not_answer_is_said_with_what_to_do(address, error, wanted, sweep, monkeypatch):
     import ray
 
-    def late(**_):
-        raise Exception("The current node timed out\nduring startup.")
+    def fail(**_):
+        raise error
 
-    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.setattr(ray, "init", fail)
     _, plan = sweep
-    wanted = r"did not start here \(Exception: The current node timed out during startup\.\).*the same command again"
-    with pytest.raises(ResourceError, match=wanted), on_ray(Resources(), plan):
+    with pytest.raises(ResourceError, match=wanted), on_ray(Resources(address=address), plan):
         raise AssertionError("it has started")
 
 
