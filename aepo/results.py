@@ -90,9 +90,9 @@ def selected_name(name: str, episodes: int) -> str:
     return f"{name} (selected, {episodes} episodes)" if episodes else name
 
 
-def policy_along(stage: str, *, is_guided: bool) -> str:
-    """Return the name of the policy along a stage before the last: a guided method's clone, else the stage's name."""
-    return CLONING if is_guided else stage
+def policy_along(stage: str, *, has_clone: bool) -> str:
+    """Return the name of the policy along a stage before the last: the clone, where there is one, else the stage."""
+    return CLONING if has_clone else stage
 
 
 @with_config(STRICT)

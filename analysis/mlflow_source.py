@@ -153,14 +153,15 @@ def _evaluations(data: "RunData") -> Iterator[Evaluation]:
         "episode_returns": (),
     }
     beta, scale = params.get("sampling.beta"), params.get("sampling.guidance_scale")
+    is_guided = float(scale or 0) > 0
     for key in sorted(metrics):
         kind, _, rest = key.partition("/")
         method, _, measure = rest.partition("/")
         if kind == "final" and measure == "return_mean":
             yield Evaluation(
                 method=method,
-                beta=float(beta) if beta else None,
-                guidance_scale=(float(scale) if method == own else 0.0) if scale else None,
+                beta=float(beta) if beta and is_guided else None,
+                guidance_scale=0.0 if scale and method != own else float(scale) if scale and is_guided else None,
                 score=metrics.get(f"final/{method}/score"),
                 return_mean=metrics[key],
                 **unknown,
@@ -185,7 +186,7 @@ def _curve(client: "MlflowClient", run: "Run") -> Iterator[CurvePoint]:
     steps, last_stage, offset = int(tags.get("aepo.steps", 0)), tags.get("aepo.last_stage", ""), 0
     for stage in tags.get("aepo.stages", "").split()[:-1]:
         if f"eval/{stage}/return_mean" in metrics:
-            method = policy_along(stage, is_guided="sampling.guidance_scale" in params)
+            method = policy_along(stage, has_clone="sampling.guidance_scale" in params)
             yield from _points(client, run.info.run_id, stage, offset, f"eval/{stage}/", method)
         offset += int(params[f"{stage}.steps"])
     if "eval/return_mean" in metrics:

@@ -13,7 +13,7 @@ import numpy as np
 from aepo import trust
 from aepo.documents import parse_json
 from aepo.files import read_text
-from aepo.results import Diagnostic
+from aepo.results import CLONING, Diagnostic
 from analysis.aggregate import Aggregate, Interval, Profile, aggregate, complete_scores, profile
 from analysis.compare import Difference, differences, missing, overall
 from analysis.curves import Curve, HeatMap, heat_maps, learning_curves
@@ -233,6 +233,15 @@ def _levels(scores: Sequence[Score]) -> "np.ndarray[Any, Any]":
     return np.linspace(min(0.0, *found, 0.0), max(100.0, *found, 100.0), 101)
 
 
+def _clone_line(measured: "pd.DataFrame") -> list[str]:
+    """Return in a line, if cloning stands in the table, of which methods' runs: their clones may act in other ways."""
+    cloned = measured[(measured["method"] == CLONING) & (measured["run_method"] != CLONING)]
+    labels = dict.fromkeys(Arm(str(method)).label for method in cloned["run_method"])
+    if not labels:
+        return []
+    return [f"Diffusion BC is the behaviour model alone, with guidance scale 0, in runs of {', '.join(labels)}."]
+
+
 def _protocol(runs: "pd.DataFrame") -> list[str]:
     """Return how the numbers were made, in lines; code in them stands between backticks."""
     finished = runs[runs["status"] == "finished"]
@@ -244,7 +253,7 @@ def _protocol(runs: "pd.DataFrame") -> list[str]:
         "(divisor n - 1) over the root of their number.",
         f"Evaluation: the last policy of a run, {listed(measured['num_episodes'])} episodes for each method.",
         f"Gradient steps: {listed(finished['steps'].dropna().astype(float))} per run, all stages together.",
-        "Diffusion BC is the behaviour model of a guided run: the same networks with guidance scale 0.",
+        *_clone_line(measured),
         "Score: 100 (return - random) / (expert - random), with the reference returns below.",
         f"Commit: {listed(code(str(commit)) for commit in finished['commit'].dropna())}.",
     ]

@@ -295,7 +295,8 @@ class Evaluate:
             steps = each.sampling.num_steps if each.sampling else None
             if len(policies) > 1:
                 bound = f", {row.nats:g} nats" * bool(row.nats)
-                setting = f"beta {row.beta:g}, guidance scale {row.guidance_scale:g}{bound}, {steps} steps"
+                guided = f"beta {row.beta:g}, guidance scale {row.guidance_scale:g}{bound}, " if row.beta else ""
+                setting = f"{guided}{steps} steps"
                 err.print(f"{i + 1} of {len(policies)}: {setting}: return {row.return_mean:.4g}")
             names = {"task": config.task, "seed": config.seed, "fingerprint": config.fingerprint}
             rows.append({**names, "num_steps": steps, **dataclasses.asdict(row)})
@@ -319,6 +320,8 @@ class Evaluate:
     def _settings(self, policy: "Policy") -> "list[Policy]":
         """Return the policy once per combination of beta, guidance scale and solver steps."""
         own = policy.sampling
+        if self.figure is not None and own is not None and not policy.config.is_guided:
+            raise ConfigError(f"--figure draws beta and guidance scale, which {policy.config.method} does not have")
         if own is None:
             given = (self.beta, self.guidance_scale, self.nats, self.num_candidates, self.num_steps, self.figure)
             if any(given) or self.temperature is not None:

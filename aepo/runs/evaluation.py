@@ -46,12 +46,13 @@ def evaluate(policy: Policy, evaluator: Evaluator, *, num_episodes: int, seed: i
     method: str = policy.config.method
     beta = scale = None
     nats = 0.0
-    if policy.sampling is not None:
+    if policy.config.is_guided and policy.sampling is not None:
         beta, scale = policy.sampling.beta, policy.sampling.guidance_scale
         nats = policy.sampling.nats if scale else 0.0
         if scale == 0:
-            best = BEST_CLONE if policy.config.is_guided else method
-            method = CLONING if policy.sampling.num_candidates == 1 else best
+            method = CLONING if policy.sampling.num_candidates == 1 else BEST_CLONE
+    elif policy.sampling is not None and policy.sampling.num_candidates == 1:
+        method, scale = CLONING, 0.0
     return Evaluation(
         method=method,
         beta=beta,

@@ -414,14 +414,14 @@ class _Training:
             except OSError as error:  # the result has its numbers
                 warn(f"no heat map in {self._folder}: {error.strerror}")
         rows = read_spool(self._folder / METRICS)[0]
-        is_guided = policy.sampling is not None
+        has_clone = policy.sampling is not None
         curve = [
             CurvePoint(
                 stage=row["stage"],
                 step=config.steps_until(row["stage"], row["step"]),
                 score=row["metrics"].get(f"{begin}score"),
                 return_mean=row["metrics"][f"{begin}return_mean"],
-                method="" if row["stage"] == self._last_stage else policy_along(row["stage"], is_guided=is_guided),
+                method="" if row["stage"] == self._last_stage else policy_along(row["stage"], has_clone=has_clone),
             )
             for row, begin in ((row, prefix(config, row["stage"])) for row in rows)
             if f"{begin}return_mean" in row["metrics"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from aepo import cli, pipeline, tasks, trust
 from aepo import config as configs
-from aepo import pipeline, tasks, trust
 from aepo.budgets import BUDGETS
 from aepo.config import BehaviorConfig, CriticConfig
 from aepo.data.transitions import Pairs, Spaces, Transitions
@@ -269,10 +269,13 @@ def test_a_run_has_its_own_score_and_the_clones_and_chooses_no_guidance(make_dat
     result = run.execute(config, tmp_path, run.FolderStore(tmp_path), device=CPU)
     assert [row.method for row in result.evaluations] == ["idql", "diffusion-bc"]
     assert [row.selected_episodes for row in result.evaluations] == [0, 0]
+    assert [(row.beta, row.guidance_scale) for row in result.evaluations] == [(None, None), (None, 0.0)]
     assert [point.method for point in result.curve] == ["diffusion-bc", "diffusion-bc", "", ""]
     assert trust.GAIN not in {each.name for each in result.diagnostics}
     assert "guided" not in trust.line(result)
     assert "cloned" in trust.line(result)
+    assert cli.run(["evaluate", str(tmp_path), "--num-episodes", "1", "--num-steps", "2", "3"]) == 0
+    assert cli.run(["evaluate", str(tmp_path), "--num-episodes", "1", "--figure", str(tmp_path / "map.png")]) == 2
 
 
 def test_it_finds_the_best_action():
